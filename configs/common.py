@@ -1,0 +1,45 @@
+"""What every config holds; the defaults are those of the dataclasses that the blocks become."""
+
+import dataclasses
+
+import ml_collections
+
+from dar_jax.data.sources import DataConfig
+from dar_jax.evaluate import EvaluateConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.sample import SampleConfig
+from dar_jax.train import TrainConfig
+from dar_jax.training.optimizer import OptimizerConfig
+from dar_jax.training.sharding import MeshConfig
+
+
+def block(instance) -> ml_collections.ConfigDict:
+    """Return a config block with the fields of a dataclass instance."""
+    return ml_collections.ConfigDict(dataclasses.asdict(instance))
+
+
+def base() -> ml_collections.ConfigDict:
+    """Return the blocks that do not depend on the task."""
+    return ml_collections.ConfigDict(
+        dict(
+            seed=0,
+            compute=block(Compute()),
+            data=block(DataConfig()),
+            optimizer=block(OptimizerConfig()),
+            train=block(TrainConfig()),
+            mesh=block(MeshConfig()),
+            sample=block(SampleConfig()),
+            evaluate=block(EvaluateConfig()),
+        )
+    )
+
+
+def variant(name: str, variants: dict[str, object]):
+    """Return the variant called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in variants:
+        raise ValueError(f"unknown config variant {name!r}; available: {', '.join(variants)}")
+    return variants[name]

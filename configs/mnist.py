@@ -1,0 +1,76 @@
+"""D-AR on 5,000 MNIST digits that come with a package: the whole method in minutes on a laptop.
+
+    python -m dar_jax.main --config=configs/mnist.py:tokenizer --workdir=runs/mnist/tokenizer
+    python -m dar_jax.main --config=configs/mnist.py:dar --workdir=runs/mnist/dar
+
+The second command trains on the tokens of the first one's model. `bash launch/quickstart.sh` runs
+both, samples and measures the result.
+"""
+
+import ml_collections
+
+from configs import common
+from dar_jax.models.dar.decoder import FlowDecoderConfig
+from dar_jax.models.dar.encoder import EncoderConfig
+from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
+from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
+from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
+
+NUM_TOKENS = 16
+CODEBOOK_SIZE = 256
+
+
+def tokenizer(config: ml_collections.ConfigDict) -> None:
+    """16 tokens in 8 groups for a 32x32 image."""
+    config.task = "dar_tokenizer"
+    config.model = common.block(
+        TokenizerConfig(
+            image_size=32,
+            num_tokens=NUM_TOKENS,
+            num_groups=8,
+            num_steps=8,
+            codebook_size=CODEBOOK_SIZE,
+            code_dim=8,
+            max_tokens=NUM_TOKENS,
+            encoder=EncoderConfig(patch_size=8, dim=128, depth=3, head_dim=32),
+            condition=ConditionConfig(dim=128, depth=2, head_dim=32),
+            decoder=FlowDecoderConfig(
+                patch_size=4, dim=96, depth=4, head_dim=32, feature_layer=None
+            ),
+        )
+    )
+    config.loss = common.block(TokenizerLossConfig())
+    config.data.batch_size = 64
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.ema_decay = 0.99
+    config.train.update(steps=1500, log_every=50, checkpoint_every=250, image_every=250)
+
+
+def dar(config: ml_collections.ConfigDict) -> None:
+    """A Llama over the tokenizer's 16 tokens."""
+    config.task = "dar_prior"
+    config.tokenizer = "runs/mnist/tokenizer/model"
+    config.model = common.block(
+        LlamaConfig(
+            num_layers=4,
+            num_heads=4,
+            dim=128,
+            ffn_dim=ffn_hidden_dim(128, multiple_of=128),
+            vocab_size=CODEBOOK_SIZE,
+            num_tokens=NUM_TOKENS,
+            num_classes=10,
+        )
+    )
+    config.data.batch_size = 64
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.ema_decay = 0.99
+    config.train.update(steps=1500, log_every=50, checkpoint_every=250, image_every=250)
+
+
+def get_config(name: str = "dar") -> ml_collections.ConfigDict:
+    config = common.base()
+    common.variant(name, {"tokenizer": tokenizer, "dar": dar})(config)
+    return config

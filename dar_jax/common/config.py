@@ -1,0 +1,61 @@
+"""Strict construction of frozen dataclasses from nested mappings (config blocks, JSON)."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build the dataclass `cls` from `values`; absent keys keep the dataclass's defaults.
+
+    Args:
+        cls: a dataclass; fields that are dataclasses themselves are built from nested mappings.
+        values: a mapping such as a `ConfigDict` block or parsed JSON. Lists become tuples.
+        where: name of the block in error messages, e.g. `"config.model"`.
+
+    Raises:
+        ValueError: an unknown key (with the nearest valid one), a missing key, or a value that
+            the dataclass refuses.
+    """
+    types_by_name = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    arguments = {}
+    for key in values:
+        if key not in names:
+            nearest = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(names)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        arguments[key] = _value(types_by_name[key], values[key], f"{where}.{key}")
+    required = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(arguments))
+    if missing:
+        raise ValueError(f"{where}: missing key {missing[0]!r}")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(annotation: Any, value: Any, where: str) -> Any:
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+        return build(annotation, value, where)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    if annotation is float and type(value) is int:
+        return float(value)
+    if annotation in (bool, int, float, str) and type(value) is not annotation:
+        raise ValueError(f"{where}: expected {annotation.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,88 @@
+"""Images and pixels: `image` is float in [-1, 1], `pixels` is uint8; channels last."""
+
+import math
+from collections.abc import Sequence
+
+import einops
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dar_jax.common.typing import Array, Float, UInt8
+
+LEGIBLE_SIZE = 64
+FONT_SIZE = 14
+FONT_MARGIN = 6
+BICUBIC_A = -0.75
+"""Cubic coefficient of the reference's resize (`torch.nn.functional.interpolate`)."""
+
+
+def to_float(
+    pixels: UInt8[Array | np.ndarray, "*batch C"],
+) -> Float[Array | np.ndarray, "*batch C"]:
+    """Map uint8 0..255 to float32 [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def to_pixels(image: Float[Array, "*batch C"]) -> UInt8[Array, "*batch C"]:
+    """Map float to uint8 as the reference's sampling scripts do: trunc(clip(127.5 x + 128))."""
+    return jnp.clip(127.5 * image + 128.0, 0.0, 255.0).astype(jnp.uint8)
+
+
+def grid(pixels: UInt8[np.ndarray, "N H W C"], columns: int, border: int = 1) -> np.ndarray:
+    """Lay N pictures out row by row in `columns` columns: uint8 [rows*(H+border), ..., C].
+
+    Cells past the last picture stay white.
+    """
+    rows = -(-len(pixels) // columns)
+    padded = np.full((rows * columns, *pixels.shape[1:]), 255, np.uint8)
+    padded[: len(pixels)] = pixels
+    cells = np.pad(padded, ((0, 0), (0, border), (0, border), (0, 0)), constant_values=255)
+    return einops.rearrange(cells, "(r c) h w ch -> (r h) (c w) ch", c=columns)
+
+
+def resize_bicubic(image: Float[Array, "B H W C"], size: tuple[int, int]) -> Array:
+    """Resize to `size` = (height, width) with a = -0.75, half-pixel centres, no antialiasing.
+
+    `jax.image.resize` differs (a = -0.5, antialiased when shrinking); the reference's released
+    numbers depend on this kernel. Source indices are clamped to the border.
+    """
+    rows = jnp.asarray(_bicubic_matrix(image.shape[1], size[0]), image.dtype)
+    columns = jnp.asarray(_bicubic_matrix(image.shape[2], size[1]), image.dtype)
+    return jnp.einsum("bhwc,yh,xw->byxc", image, rows, columns)
+
+
+def _bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Interpolation weights [size_out, size_in] in float64."""
+    centre = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    first = np.floor(centre).astype(int) - 1
+    matrix = np.zeros((size_out, size_in))
+    for tap in range(4):
+        weight = _cubic(np.abs(centre - (first + tap)))
+        index = np.clip(first + tap, 0, size_in - 1)
+        np.add.at(matrix, (np.arange(size_out), index), weight)
+    return matrix
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    near = ((BICUBIC_A + 2) * distance - (BICUBIC_A + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * BICUBIC_A - 4 * BICUBIC_A
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+
+
+def labelled_grid(
+    pixels: UInt8[np.ndarray, "N H W C"], names: Sequence[str], columns: int
+) -> np.ndarray:
+    """Lay pictures out like `grid`, enlarged to a legible size, with a name left of every row."""
+    scale = max(1, LEGIBLE_SIZE // pixels.shape[1])
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    body = grid(pixels, columns)
+    font = ImageFont.load_default(FONT_SIZE)
+    margin = max(math.ceil(font.getlength(name)) for name in names) + 2 * FONT_MARGIN
+    canvas = Image.new("RGB", (margin + body.shape[1], body.shape[0]), "white")
+    canvas.paste(Image.fromarray(body), (margin, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(names):
+        middle = (row + 0.5) * body.shape[0] / len(names)
+        draw.text((FONT_MARGIN, middle), name, fill="black", font=font, anchor="lm")
+    return np.asarray(canvas)

@@ -1,0 +1,24 @@
+"""Array aliases. Axis letters: B batch, H W grid, C channels, N tokens, M keys, D width."""
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+
+Params = dict[str, Any]
+"""A plain nested dict of arrays: the parameters of one module."""
+
+PRNGKeys = PRNGKeyArray
+"""One typed key per image, shape [B]."""
+
+__all__ = [
+    "Any",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "PRNGKeyArray",
+    "PRNGKeys",
+    "Params",
+    "Shaped",
+    "UInt8",
+]

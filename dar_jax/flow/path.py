@@ -1,0 +1,35 @@
+"""The straight path from noise (t = 0) to data (t = 1) (Lipman et al. 2022, Liu et al. 2022).
+
+    x_t = t * data + (1 - t) * noise        velocity = d x_t / dt = data - noise
+    data = x_t + (1 - t) * velocity         noise = x_t - t * velocity
+
+Times have shape [B] and broadcast over the other axes of `data`.
+"""
+
+import jax.numpy as jnp
+
+from dar_jax.common.typing import Array, Float
+
+
+def interpolate(
+    data: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Float[Array, " B"]
+) -> Float[Array, "B ..."]:
+    """Return x_t."""
+    t = _broadcast(t, data.ndim)
+    return t * data + (1 - t) * noise
+
+
+def velocity(data: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Return the regression target."""
+    return data - noise
+
+
+def predict_data(
+    x_t: Float[Array, "B ..."], velocity: Float[Array, "B ..."], t: Float[Array, " B"]
+) -> Float[Array, "B ..."]:
+    """Return the data that a velocity at (x_t, t) points to."""
+    return x_t + (1 - _broadcast(t, x_t.ndim)) * velocity
+
+
+def _broadcast(t: Array, ndim: int) -> Array:
+    return jnp.reshape(t, (-1,) + (1,) * (ndim - 1))

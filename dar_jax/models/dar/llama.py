@@ -1,0 +1,305 @@
+"""The D-AR prior: a Llama decoder over image tokens behind a class or caption condition.
+
+Follows the reference's (LlamaGen, arXiv:2406.06525) `Transformer` with 1-D rotary embedding:
+pre-norm blocks of RMSNorm, causal attention with interleaved RoPE and SwiGLU, no biases, untied
+output. The sequence is [condition tokens, image tokens]; position 0 is the first condition token,
+and the logits at position T - 1 + i predict image token i. DropPath, zero in the released recipe,
+is left out.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dar_jax.common.typing import Array, Bool, Float, Int, PRNGKeyArray
+from dar_jax.nn.attention import Attention, KVCache, causal_mask
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.embeddings import embedding
+from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
+from dar_jax.nn.rope import Rope, rope_1d
+from dar_jax.nn.stack import Stack
+
+INIT = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Defaults are D-AR-L's (343M parameters).
+
+    Attributes:
+        num_layers: number of blocks.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; None means num_heads.
+        dim: width.
+        ffn_dim: hidden width of SwiGLU; see `ffn_hidden_dim`.
+        vocab_size: codebook size of the tokenizer.
+        num_tokens: image tokens N.
+        num_classes: class labels; the label `num_classes` is the null class.
+        caption_dim: width of caption features; None conditions on class labels.
+        condition_tokens: T, tokens in front of the image tokens.
+        norm_epsilon: of the RMS norms.
+        rope_base: of the rotary embedding.
+        token_dropout: on the embedded condition and image tokens.
+        residual_dropout: on the outputs of attention and SwiGLU.
+        label_dropout: probability of training on the null condition.
+    """
+
+    num_layers: int = 24
+    num_heads: int = 16
+    num_kv_heads: int | None = None
+    dim: int = 1024
+    ffn_dim: int = 2816
+    vocab_size: int = 16384
+    num_tokens: int = 256
+    num_classes: int = 1000
+    caption_dim: int | None = None
+    condition_tokens: int = 1
+    norm_epsilon: float = 1e-5
+    rope_base: float = 10000.0
+    token_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    label_dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of num_heads={self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+def ffn_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
+    """Llama's rule: 2/3 of 4 dim, times an optional multiplier, rounded up to a multiple."""
+    hidden = int(8 * dim / 3)
+    hidden = hidden if multiplier is None else int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def _size(num_layers: int, num_heads: int, dim: int) -> dict[str, int]:
+    return dict(num_layers=num_layers, num_heads=num_heads, dim=dim, ffn_dim=ffn_hidden_dim(dim))
+
+
+SIZES = {
+    "b": _size(12, 12, 768),
+    "l": _size(24, 16, 1024),
+    "xl": _size(36, 20, 1280),
+    "xxl": _size(48, 24, 1536),
+    "xxxl": _size(48, 40, 2560),
+    "1b": _size(22, 32, 2048),
+    "3b": _size(24, 32, 3200),
+    "7b": _size(32, 32, 4096),
+}
+"""Named sizes of the reference."""
+
+
+class LlamaBlock(nnx.Module):
+    """`x += attention(norm(x)); x += swiglu(norm(x))`."""
+
+    def __init__(self, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
+        norm = dict(epsilon=config.norm_epsilon, compute=compute, rngs=rngs)
+        self.residual_dropout = config.residual_dropout
+        self.attention_norm = rms_norm(config.dim, **norm)
+        self.attention = Attention(
+            config.dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            use_bias=False,
+            kernel_init=INIT,
+            compute=compute,
+            rngs=rngs,
+        )
+        self.ffn_norm = rms_norm(config.dim, **norm)
+        self.ffn = SwiGlu(config.dim, config.ffn_dim, kernel_init=INIT, compute=compute, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        rope: Rope,
+        mask: Bool[Array, "..."],
+        *,
+        rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Run on a whole sequence; a key turns dropout on."""
+        rng1, rng2 = (None, None) if rng is None else jax.random.split(rng)
+        attended = self.attention(self.attention_norm(x), query_rope=rope, key_rope=rope, mask=mask)
+        x = x + dropout(attended, self.residual_dropout, rng1)
+        return x + dropout(self.ffn(self.ffn_norm(x)), self.residual_dropout, rng2)
+
+    def extend(
+        self,
+        x: Float[Array, "B N D"],
+        cache: KVCache,
+        position: Int[Array, ""] | int,
+        rope: Rope,
+        mask: Bool[Array, "..."],
+    ) -> tuple[Float[Array, "B N D"], KVCache]:
+        """Run on N new tokens at `position` of a cache of M slots; mask [N, M] or [B, 1, N, M]."""
+        h = self.attention_norm(x)
+        new = self.attention.keys_values(h, rope)
+        cache = KVCache(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), position, axis=2)
+                for old, rows in zip(cache, new, strict=True)
+            )
+        )
+        x = x + self.attention.attend(self.attention.queries(h, rope), cache, mask)
+        return x + self.ffn(self.ffn_norm(x)), cache
+
+
+class CaptionProjection(nnx.Module):
+    """Caption features to condition tokens; `null_caption` is fixed, not trained."""
+
+    def __init__(self, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
+        shape = (config.condition_tokens, config.caption_dim)
+        self.null_caption = nnx.Param(
+            nnx.initializers.normal(config.caption_dim**-0.5)(rngs.params(), shape)
+        )
+        bias_free = dict(use_bias=False, kernel_init=INIT, compute=compute, rngs=rngs)
+        self.hidden = linear(config.caption_dim, config.dim, **bias_free)
+        self.out = linear(config.dim, config.dim, **bias_free)
+
+    def __call__(self, captions: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        return self.out(jax.nn.gelu(self.hidden(captions), approximate=True))
+
+    def null(self) -> Float[Array, "T F"]:
+        return jax.lax.stop_gradient(self.null_caption[...])
+
+
+class Llama(nnx.Module):
+    """Autoregressive transformer over image tokens."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, compute: Compute | None = None):
+        self.compute = compute = compute or Compute()
+        self.config = config
+        table = dict(init=INIT, compute=compute, rngs=rngs)
+        if config.caption_dim is None:
+            self.condition_embed = embedding(config.num_classes + 1, config.dim, **table)
+        else:
+            self.condition_embed = CaptionProjection(config, compute=compute, rngs=rngs)
+        self.token_embed = embedding(config.vocab_size, config.dim, **table)
+        self.stack = Stack(
+            lambda block_rngs: LlamaBlock(config, compute=compute, rngs=block_rngs),
+            config.num_layers,
+            compute=compute,
+            rngs=rngs,
+        )
+        self.norm = rms_norm(config.dim, epsilon=config.norm_epsilon, compute=compute, rngs=rngs)
+        self.output = nnx.Linear(
+            config.dim,
+            config.vocab_size,
+            use_bias=False,
+            dtype=compute.jnp_dtype,
+            preferred_element_type=jnp.float32,
+            kernel_init=nnx.initializers.zeros,
+            rngs=rngs,
+        )
+
+    def embed_condition(
+        self, condition: Int[Array, " B"] | Float[Array, "B T F"]
+    ) -> Float[Array, "B T D"]:
+        """Embed labels [B] in 0 .. num_classes (the null class), or captions [B, T, F]."""
+        if self.config.caption_dim is None:
+            return self.condition_embed(condition)[:, None]
+        return self.condition_embed(condition)
+
+    def null_condition(self, batch_size: int) -> Array:
+        """Return `batch_size` null labels, or null captions."""
+        if self.config.caption_dim is None:
+            return jnp.full((batch_size,), self.config.num_classes, jnp.int32)
+        null = self.condition_embed.null()
+        return jnp.broadcast_to(null, (batch_size, *null.shape))
+
+    def drop_condition(self, condition: Array, draws: Float[Array, " B"]) -> Array:
+        """Replace the conditions whose uniform draw is below `label_dropout` by the null one."""
+        null = self.null_condition(len(condition)).astype(condition.dtype)
+        dropped = (draws < self.config.label_dropout).reshape(-1, *(1,) * (condition.ndim - 1))
+        return jnp.where(dropped, null, condition)
+
+    def logits(
+        self,
+        condition: Int[Array, " B"] | Float[Array, "B T F"],
+        indices: Int[Array, "B N"],
+        *,
+        mask: Bool[Array, "B S S"] | None = None,
+        rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B S V"]:
+        """Teacher-forced logits at all S = T + N positions, float32.
+
+        Args:
+            condition: labels or captions.
+            indices: image tokens.
+            mask: True may attend; None is causal.
+            rng: turns dropout on.
+        """
+        rng_tokens, rng_blocks = (None, None) if rng is None else jax.random.split(rng)
+        x = jnp.concatenate([self.embed_condition(condition), self.token_embed(indices)], axis=1)
+        x = dropout(x, self.config.token_dropout, rng_tokens)
+        length = x.shape[1]
+        mask = causal_mask(length, length) if mask is None else mask[:, None]
+        x = self.stack(x, self.rope()[:length], mask, rng=rng_blocks)
+        return self.output(self.norm(x)).astype(jnp.float32)
+
+    def rope(self) -> Rope:
+        """Table of all positions of the sequence."""
+        length = self.config.condition_tokens + self.config.num_tokens
+        return rope_1d(length, self.config.head_dim, self.config.rope_base)
+
+    def empty_caches(self, batch_size: int) -> tuple[KVCache, ...]:
+        """One cache of no slots per layer."""
+        heads = self.config.num_kv_heads or self.config.num_heads
+        empty = jnp.zeros((batch_size, heads, 0, self.config.head_dim), self.compute.jnp_dtype)
+        return (KVCache(empty, empty),) * self.config.num_layers
+
+    def extend(
+        self,
+        x: Float[Array, "B N D"],
+        caches: tuple[KVCache, ...],
+        position: Int[Array, ""] | int,
+        key_mask: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
+        """Run N embedded tokens at `position`; return the last one's logits and the caches.
+
+        Needs a model with unstacked layers (`Compute(stacked=False)`).
+
+        Args:
+            x: embedded tokens.
+            caches: one per layer, with M slots of which the first `position` are filled.
+            position: of the first new token, counted from the first condition token.
+            key_mask: False for slots that no other token may attend to (padded captions).
+        """
+        num_new, num_slots = x.shape[1], caches[0].keys.shape[2]
+        mask = cache_mask(position, num_new, num_slots, key_mask)
+        rope = Rope(
+            *(jax.lax.dynamic_slice_in_dim(table, position, num_new) for table in self.rope())
+        )
+        extended = []
+        for block, cache in zip(self.stack.blocks, caches, strict=True):
+            x, cache = block.extend(x, cache, position, rope, mask)
+            extended.append(cache)
+        return self.output(self.norm(x[:, -1])).astype(jnp.float32), tuple(extended)
+
+
+def cache_mask(
+    position: Int[Array, ""] | int,
+    num_new: int,
+    num_slots: int,
+    key_mask: Bool[Array, "B S"] | None = None,
+) -> Bool[Array, "N M"] | Bool[Array, "B 1 N M"]:
+    """Mask of N new tokens at `position` over all slots: causal, and what `key_mask` leaves.
+
+    A token always attends to itself, so that padded condition tokens have a softmax too.
+    """
+    slots = jnp.arange(num_slots)
+    positions = position + jnp.arange(num_new)[:, None]
+    mask = slots <= positions
+    if key_mask is None:
+        return mask
+    mask = (mask & key_mask[:, None, :num_slots]) | (slots == positions)
+    return mask[:, None]

@@ -1,0 +1,240 @@
+"""Sampling with both D-AR models: labels -> tokens, tokens -> image, and the two interleaved.
+
+Each group of tokens conditions one step of the flow decoder, so image and tokens grow together:
+after group g the solver takes the steps whose windows are complete, and the jump to t = 1 from
+there is a preview (D-AR section 3.4). All functions take one key per image and are deterministic
+given it; they run compiled programs and never wait for the device.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
+from dar_jax.flow import solvers
+from dar_jax.flow.path import interpolate
+from dar_jax.flow.times import shifted_grid
+from dar_jax.models.dar.llama import Llama
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.sampling import autoregressive
+from dar_jax.sampling.logits import SamplingConfig
+
+NOISE_STREAM = 2**31 - 1
+"""Folded into an image's key for its initial noise; token n folds in n."""
+
+
+class Preview(NamedTuple):
+    """An image after some of the tokens.
+
+    Attributes:
+        step: denoising steps taken.
+        num_tokens: tokens known.
+        images: float32 [B, H, W, 3], nominally in [-1, 1] (not clipped).
+        indices: int32 [B, num_tokens].
+    """
+
+    step: int
+    num_tokens: int
+    images: Array
+    indices: Array
+
+
+def initial_noise(rngs: PRNGKeys, size: tuple[int, int]) -> Float[Array, "B H W 3"]:
+    """Draw every image's noise from its own key."""
+
+    def draw(rng: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(rng, NOISE_STREAM), (*size, 3))
+
+    return jax.vmap(draw)(rngs)
+
+
+def steps_of_groups(config: TokenizerConfig, num_steps: int, num_groups: int) -> int:
+    """Number of leading steps whose windows lie within the first `num_groups` groups.
+
+    Raises:
+        ValueError: no such number of groups, or not even the first step's window is complete.
+    """
+    if not 1 <= num_groups <= config.num_groups:
+        raise ValueError(f"num_groups={num_groups} must be in 1..{config.num_groups}")
+    known = _boundaries(config)[num_groups - 1]
+    return sum(start + config.window <= known for start in step_starts(config, num_steps))
+
+
+def decode_indices(
+    model: FunctionalModel[Tokenizer],
+    params: Params,
+    indices: Int[Array, "B N"],
+    noise: Float[Array, "B H W 3"],
+    *,
+    solver: str = "adams_bashforth2",
+    num_steps: int | None = None,
+    start_step: int = 0,
+    start_image: Float[Array, "B H W 3"] | None = None,
+) -> solvers.Solution:
+    """Decode tokens to images in [-1, 1] (not clipped), with the preview after every step.
+
+    Args:
+        model: the tokenizer.
+        params: its parameters.
+        indices: all N tokens, or a prefix that covers the windows of all steps.
+        noise: initial noise, which also sets the size.
+        solver: see `flow.solvers`.
+        num_steps: steps of the grid; None takes the model's.
+        start_step: first step that is taken, e.g. for editing an image (SDEdit).
+        start_image: where `start_step` starts from, noised to its time; None is pure noise.
+    """
+    config = model.config
+    num_steps = num_steps or config.num_steps
+    times = shifted_grid(num_steps, config.decoder.time_shift)[start_step:]
+    starts = step_starts(config, num_steps)[start_step:]
+    tokenizer = model.bind(params)
+    x = noise
+    if start_image is not None:
+        t = jnp.full(len(noise), times[0])
+        x = interpolate(start_image * config.decoder.data_std, noise, t)
+    if not starts:
+        return solvers.Solution(x / config.decoder.data_std, x[None][:0])
+    condition = tokenizer.condition_from_indices(indices)
+    windows = jnp.stack([condition[:, start : start + config.window] for start in starts])
+
+    def velocity(x: Array, t: Array, window: Array) -> Array:
+        return tokenizer.velocity(x, t, window).velocity
+
+    solution = solvers.integrate(velocity, x, times, windows, solver=solver)
+    return jax.tree.map(lambda leaf: leaf / config.decoder.data_std, solution)
+
+
+def generate_indices(
+    model: FunctionalModel[Llama],
+    params: Params,
+    condition: Array,
+    rngs: PRNGKeys,
+    scales: Float[np.ndarray, " N"],
+    *,
+    sampling: SamplingConfig,
+    prefix: Int[Array, "B K"] | None = None,
+    boundaries: tuple[int, ...] | None = None,
+    key_mask: Array | None = None,
+) -> Iterator[Int[Array, "B n"]]:
+    """Yield the tokens so far after every group.
+
+    Args:
+        model: the prior, unstacked.
+        params: its unstacked parameters.
+        condition: labels [B] or captions [B, T, F].
+        rngs: one key per image.
+        scales: guidance scale of every token (`sampling.logits.guidance_schedule`).
+        sampling: how tokens are drawn.
+        prefix: tokens to start from.
+        boundaries: token counts to yield at; None yields all N tokens at once.
+        key_mask: False for padded condition tokens, [B, T]; see `caption_key_mask`.
+    """
+    guided = bool(np.any(scales != 1))
+    decoder = autoregressive.Decoder(model, model.config.condition_tokens, sampling, guided)
+    if prefix is None:
+        prefix = jnp.zeros((len(condition), 0), jnp.int32)
+    if key_mask is not None:
+        key_mask = caption_key_mask(decoder.rows(key_mask), model.config.num_tokens)
+    yield from autoregressive.generate(
+        decoder,
+        params,
+        embed_rows(model, params, condition, guided=guided),
+        prefix,
+        rngs,
+        scales,
+        boundaries=boundaries or (model.config.num_tokens,),
+        key_mask=key_mask,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "guided"))
+def embed_rows(
+    model: FunctionalModel[Llama], params: Params, condition: Array, *, guided: bool
+) -> Float[Array, "R T D"]:
+    """Embed the conditions, followed by as many null conditions if guided."""
+    prior = model.bind(params)
+    if guided:
+        null = prior.null_condition(len(condition)).astype(condition.dtype)
+        condition = jnp.concatenate([condition, null])
+    return prior.embed_condition(condition)
+
+
+def caption_key_mask(valid: Array, num_tokens: int) -> Array:
+    """Extend the validity of T condition tokens [B, T] to all T + num_tokens slots."""
+    valid = valid.astype(bool)
+    return jnp.concatenate([valid, jnp.ones((len(valid), num_tokens), bool)], axis=1)
+
+
+def stream(
+    prior: FunctionalModel[Llama],
+    prior_params: Params,
+    tokenizer: FunctionalModel[Tokenizer],
+    tokenizer_params: Params,
+    condition: Array,
+    rngs: PRNGKeys,
+    scales: Float[np.ndarray, " N"],
+    *,
+    sampling: SamplingConfig,
+    solver: str = "adams_bashforth2",
+    prefix: Int[Array, "B K"] | None = None,
+) -> Iterator[Preview]:
+    """Yield a preview after every group of tokens; the last one is the image.
+
+    The arguments are those of `generate_indices` and `decode_indices`.
+    """
+    config = tokenizer.config
+    state = solvers.start(initial_noise(rngs, (config.image_size,) * 2))
+    times = shifted_grid(config.num_steps, config.decoder.time_shift)
+    table = solvers.coefficients(solver, config.num_steps)
+    groups = generate_indices(
+        prior,
+        prior_params,
+        condition,
+        rngs,
+        scales,
+        sampling=sampling,
+        prefix=prefix,
+        boundaries=_boundaries(config),
+    )
+    starts, step = step_starts(config, config.num_steps), 0
+    for indices in groups:
+        num_tokens = indices.shape[1]
+        image = None
+        while step < config.num_steps and starts[step] + config.window <= num_tokens:
+            window = indices[:, : starts[step] + config.window]
+            state, image = _flow_step(
+                tokenizer, tokenizer_params, state, window, times[step : step + 2], table[step]
+            )
+            step += 1
+        if image is not None:
+            yield Preview(step, num_tokens, image, indices)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _flow_step(
+    model: FunctionalModel[Tokenizer],
+    params: Params,
+    state: solvers.SolverState,
+    indices: Int[Array, "B n"],
+    times: Float[Array, "2"],
+    coefficients: Float[Array, "2"],
+) -> tuple[solvers.SolverState, Float[Array, "B H W 3"]]:
+    """Advance one step on the last window of `indices`; return the state and the preview."""
+    tokenizer, config = model.bind(params), model.config
+    window = tokenizer.condition_from_indices(indices)[:, -config.window :]
+
+    def velocity(x: Array, t: Array, window: Array) -> Array:
+        return tokenizer.velocity(x, t, window).velocity
+
+    state, preview = solvers.step(velocity, state, times[0], times[1], window, coefficients)
+    return state, preview / config.decoder.data_std
+
+
+def _boundaries(config: TokenizerConfig) -> tuple[int, ...]:
+    """Number of tokens after each group; all N after the last."""
+    return tuple(config.num_tokens * (g + 1) // config.num_groups for g in range(config.num_groups))

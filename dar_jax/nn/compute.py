@@ -1,0 +1,38 @@
+"""How a model is computed, as opposed to what it is: none of this changes its parameters."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "blocks", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Execution choices of every model.
+
+    Attributes:
+        dtype: of matrix multiplications and activations; parameters stay float32, and norms,
+            softmax, losses and the flow state are float32 in any case.
+        remat: what the backward pass recomputes: `none`, whole `blocks`, or all but `dots`
+            (matrix products are kept).
+        unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
+        stacked: hold the repeated blocks as one block with a leading layer axis. Decoding wants
+            them apart, see `stack.unstack`.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: bool = False
+    stacked: bool = True
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
+
+    @property
+    def jnp_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)

@@ -1,0 +1,117 @@
+"""Norms, MLPs and dropout."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dar_jax.common.typing import Array, Float, PRNGKeyArray
+from dar_jax.nn.compute import Compute
+
+LAYER_NORM_EPSILON = 1e-6
+BLOCK_INIT = nnx.initializers.truncated_normal(stddev=0.02)
+FRAMEWORK_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""PyTorch's default for linear layers, U(+-1/sqrt(fan_in)), where the reference leaves it."""
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    compute: Compute,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    kernel_init: Callable = BLOCK_INIT,
+) -> nnx.Linear:
+    """A linear layer in the compute dtype; the bias starts at zero."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=compute.jnp_dtype,
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )
+
+
+def affine_layer_norm(dim: int, *, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm with scale and bias; statistics in float32."""
+    return nnx.LayerNorm(
+        dim,
+        epsilon=LAYER_NORM_EPSILON,
+        dtype=compute.jnp_dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses what parity needs
+        rngs=rngs,
+    )
+
+
+def layer_norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Parameter-free layer norm, computed in float32."""
+    centred = x.astype(jnp.float32)
+    centred -= jnp.mean(centred, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
+
+
+def rms_norm(dim: int, *, epsilon: float, compute: Compute, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Root-mean-square norm with scale; statistics in float32."""
+    return nnx.RMSNorm(dim, epsilon=epsilon, dtype=compute.jnp_dtype, rngs=rngs)
+
+
+def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
+    """Dropout with an explicit key; no key means evaluation."""
+    if rng is None or rate == 0.0:
+        return x
+    return nnx.Dropout(rate, deterministic=False)(x, rngs=rng)
+
+
+class Mlp(nnx.Module):
+    """Linear, activation, linear; both with bias."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        out_dim: int | None = None,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.up = linear(dim, hidden_dim, compute=compute, rngs=rngs)
+        self.down = linear(hidden_dim, out_dim or dim, compute=compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Array:
+        return self.down(self.activation(self.up(x)))
+
+
+class SwiGlu(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` without biases (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        compute: Compute,
+        rngs: nnx.Rngs,
+        kernel_init: Callable = BLOCK_INIT,
+    ):
+        def projection(features_in: int, features_out: int) -> nnx.Linear:
+            return linear(
+                features_in,
+                features_out,
+                use_bias=False,
+                kernel_init=kernel_init,
+                compute=compute,
+                rngs=rngs,
+            )
+
+        self.gate = projection(dim, hidden_dim)
+        self.up = projection(dim, hidden_dim)
+        self.down = projection(hidden_dim, dim)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,104 @@
+"""Repeated blocks: one set of stacked parameters, scanned and optionally rematerialised."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from dar_jax.common.typing import Array, Params, PRNGKeyArray
+from dar_jax.nn.compute import Compute
+
+BLOCKS = "blocks"
+"""Path component under which stacked parameters lie; their leading axis is the layer."""
+
+
+class Stack(nnx.Module):
+    """`depth` equal blocks applied in turn.
+
+    With `compute.stacked` the parameters of all blocks are stacked along a leading layer axis and
+    the blocks run in a `jax.lax.scan`; otherwise they are a list.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        depth: int,
+        *,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.depth = depth
+        self.compute = compute
+        keys = jax.random.split(rngs.params(), depth) if depth else ()
+        if not depth:
+            self.blocks = None
+        elif compute.stacked:
+            self.blocks = jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
+        else:
+            self.blocks = nnx.List([make_block(nnx.Rngs(key)) for key in keys])
+
+    def __call__(
+        self,
+        x: Array,
+        *args,
+        rng: PRNGKeyArray | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        **kwargs,
+    ) -> Array:
+        """Apply the blocks `start` to `stop` to x; the other arguments go to every block.
+
+        Args:
+            x: input of the first block.
+            rng: split into one key per block (its keyword argument `rng`); None passes none.
+            start: index of the first block that runs.
+            stop: index after the last block that runs; None runs to the end.
+        """
+        layers = range(self.depth)[start:stop]
+        if not layers:
+            return x
+        rngs = None if rng is None else jax.random.split(rng, self.depth)[start:stop]
+        if not self.compute.stacked:
+            for i, layer in enumerate(layers):
+                randomness = {} if rngs is None else {"rng": rngs[i]}
+                x = self.blocks[layer](x, *args, **kwargs, **randomness)
+            return x
+
+        graphdef, stacked = nnx.split(self.blocks)
+        if len(layers) != self.depth:
+            stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
+
+        def body(x, layer):
+            params, layer_rng = layer
+            randomness = {} if layer_rng is None else {"rng": layer_rng}
+            return nnx.merge(graphdef, params)(x, *args, **kwargs, **randomness), None
+
+        body = self._rematerialised(body)
+        return jax.lax.scan(body, x, (stacked, rngs), unroll=self.compute.unroll)[0]
+
+    def _rematerialised(self, body: Callable) -> Callable:
+        match self.compute.remat:
+            case "none":
+                return body
+            case "blocks":
+                policy = None
+            case "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # prevent_cse is only needed outside of loops.
+        return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def unstack(params: Params) -> Params:
+    """Split every stacked `blocks` subtree [layers, ...] into one subtree per layer.
+
+    The result fits a model built with `Compute(stacked=False)`. Slicing stacked weights inside a
+    decoding loop would copy all of them for every token.
+    """
+    result = {}
+    for name, value in params.items():
+        if name == BLOCKS:
+            depth = jax.tree.leaves(value)[0].shape[0]
+            result[name] = {i: jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(depth)}
+        else:
+            result[name] = unstack(value) if isinstance(value, dict) else value
+    return result

@@ -1,0 +1,347 @@
+"""The Python API: load a model directory; encode, decode, generate, stream."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.common.config import build
+from dar_jax.common.model_dir import load_model
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.models.dar import sampler
+from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.stack import unstack
+from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+
+Guidance = float | tuple[float, float]
+"""One scale for all tokens, or the first and last of a linear ramp; 1 is no guidance."""
+
+
+class Generated(NamedTuple):
+    """`images` float32 [B, H, W, 3] in [-1, 1] (clipped); `indices` int32 [B, N]."""
+
+    images: Array
+    indices: Array
+
+
+class TokenizerPipeline:
+    """Images to indices and back."""
+
+    def __init__(
+        self,
+        model: FunctionalModel[Tokenizer],
+        params: Params,
+        *,
+        class_names: Sequence[str] = (),
+    ):
+        self.model = model
+        self.config: TokenizerConfig = model.config
+        self.params = jax.device_put(params)
+        self.class_names = tuple(class_names)
+
+    def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B N"]:
+        """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be [B, H, W, 3], got shape {tuple(images.shape)}")
+        return _encode(self.model, self.params, jnp.asarray(images))
+
+    def decode(
+        self,
+        indices: Int[Array | np.ndarray, "B n"],
+        *,
+        rng: PRNGKeyArray | None = None,
+        noise: Float[Array | np.ndarray, "B H W 3"] | None = None,
+        solver: str = "adams_bashforth2",
+        num_groups: int | None = None,
+        num_steps: int | None = None,
+        start_step: int = 0,
+        start_image: Float[Array | np.ndarray, "B H W 3"] | None = None,
+    ) -> Float[Array, "B H W 3"]:
+        """Decode indices to images, nominally in [-1, 1] (not clipped).
+
+        Args:
+            indices: all N tokens; with `num_groups`, at least those of the groups.
+            rng: key of the initial noise; image i draws from `fold_in(rng, i)`.
+            noise: initial noise instead of `rng`; also sets the size.
+            solver: "adams_bashforth2" or "euler".
+            num_groups: decode from the first groups only: a preview.
+            num_steps: denoising steps instead of the model's.
+            start_step: first step that is taken.
+            start_image: image that the run starts from at `start_step`, noised to its time.
+
+        Raises:
+            ValueError: indices out of the codebook, too few of them, or no `rng` and no `noise`.
+        """
+        config = self.config
+        num_groups = num_groups or config.num_groups
+        num_steps = num_steps or config.num_steps
+        num_run = sampler.steps_of_groups(config, num_steps, num_groups)
+        needed = config.num_tokens * num_groups // config.num_groups
+        if indices.shape[1] < needed:
+            raise ValueError(f"indices hold {indices.shape[1]} tokens, {needed} are needed")
+        _check_range("indices", indices, config.codebook_size)
+        if noise is None:
+            rngs = image_keys(_require_rng(rng), len(indices))
+            noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
+        solution = _decode(
+            self.model,
+            self.params,
+            jnp.asarray(indices),
+            jnp.asarray(noise),
+            solver=solver,
+            num_steps=num_steps,
+            start_step=start_step,
+            start_image=start_image,
+        )
+        if num_run == num_steps:
+            return solution.x
+        return solution.previews[num_run - 1 - start_step]
+
+
+class PriorPipeline:
+    """Class labels (or captions) to indices."""
+
+    def __init__(self, model: FunctionalModel[Llama], params: Params):
+        self.model = model
+        self.config: LlamaConfig = model.config
+        self.params = jax.device_put(params)
+
+    @functools.cached_property
+    def unstacked_params(self) -> Params:
+        """Per-layer parameters in the compute dtype, made once: what decoding reads."""
+        cast = jax.tree.map(lambda leaf: leaf.astype(self.model.compute.dtype), self.params)
+        return unstack(cast)
+
+    def logits(
+        self, labels: Array | np.ndarray, indices: Int[Array | np.ndarray, "B n"]
+    ) -> Float[Array, "B n V"]:
+        """Teacher-forced logits: position i predicts token i from the tokens before it.
+
+        Args:
+            labels: class labels [B] in 0 .. num_classes, or captions [B, T, F].
+            indices: image tokens; the last one is not looked at.
+        """
+        return _logits(self.model, self.params, jnp.asarray(labels), jnp.asarray(indices))
+
+    def generate_indices(
+        self,
+        labels: Array | np.ndarray,
+        *,
+        rng: PRNGKeyArray | None = None,
+        guidance_scale: Guidance = 1.0,
+        guidance_interval: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix: Int[Array | np.ndarray, "B K"] | None = None,
+        caption_mask: Array | np.ndarray | None = None,
+    ) -> Int[Array, "B N"]:
+        """Generate all tokens of one image per label.
+
+        Args:
+            labels: class labels [B], or captions [B, T, F].
+            rng: key; image i draws from `fold_in(rng, i)`. Not needed at temperature 0.
+            guidance_scale: see `Guidance`.
+            guidance_interval: see `sampling.logits.guidance_schedule`.
+            temperature: 0 is greedy.
+            top_k: 0 is off.
+            top_p: 1 is off.
+            prefix: first tokens, kept as they are.
+            caption_mask: False for padded caption tokens [B, T].
+        """
+        config = self.config
+        labels = check_labels(labels, config)
+        groups = sampler.generate_indices(
+            self.model.unstacked(),
+            self.unstacked_params,
+            labels,
+            _keys(rng, len(labels), temperature),
+            guidance_schedule(guidance_scale, config.num_tokens, interval=guidance_interval),
+            sampling=SamplingConfig(temperature, top_k, top_p),
+            prefix=check_prefix(prefix, len(labels), config),
+            key_mask=None if caption_mask is None else jnp.asarray(caption_mask),
+        )
+        return list(groups)[-1]
+
+
+class DarPipeline:
+    """A prior and its tokenizer: class labels to images."""
+
+    def __init__(
+        self,
+        prior: PriorPipeline,
+        tokenizer: TokenizerPipeline,
+        *,
+        class_names: Sequence[str] = (),
+    ):
+        self.prior = prior
+        self.tokenizer = tokenizer
+        self.class_names = tuple(class_names)
+
+    def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
+        """Generate one image per label; the options are those of `stream`."""
+        for preview in self.stream(labels, **options):
+            last = preview
+        return Generated(last.images, last.indices)
+
+    def stream(
+        self,
+        labels: Array | np.ndarray | Sequence[int],
+        *,
+        rng: PRNGKeyArray,
+        guidance_scale: Guidance = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix: Int[Array | np.ndarray, "B K"] | None = None,
+        solver: str = "adams_bashforth2",
+        first_index: int = 0,
+    ) -> Iterator[sampler.Preview]:
+        """Yield a preview after every group of tokens; the last one is the image.
+
+        Args:
+            labels: class labels [B].
+            rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
+            guidance_scale: see `Guidance`.
+            temperature: 0 is greedy.
+            top_k: 0 is off.
+            top_p: 1 is off.
+            prefix: first tokens [B, K], kept as they are: they fix the layout.
+            solver: of the flow decoder.
+            first_index: of the first image, where a large set is made in batches.
+
+        Raises:
+            ValueError: a label, prefix or sampling parameter out of range.
+        """
+        config = self.prior.config
+        labels = check_labels(labels, config)
+        previews = sampler.stream(
+            self.prior.model.unstacked(),
+            self.prior.unstacked_params,
+            self.tokenizer.model,
+            self.tokenizer.params,
+            labels,
+            image_keys(_require_rng(rng), len(labels), first_index),
+            guidance_schedule(guidance_scale, config.num_tokens),
+            sampling=SamplingConfig(temperature, top_k, top_p),
+            solver=solver,
+            prefix=check_prefix(prefix, len(labels), config),
+        )
+        for preview in previews:
+            yield preview._replace(images=jnp.clip(preview.images, -1.0, 1.0))
+
+
+Pipeline = TokenizerPipeline | DarPipeline
+
+
+def from_pretrained(path: str, *, compute: Compute | None = None) -> Pipeline:
+    """Load a model directory; its kind is read from `config.json`.
+
+    Args:
+        path: directory with `config.json` and `model.safetensors`; a prior's directory holds its
+            tokenizer in the subdirectory `tokenizer`.
+        compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
+
+    Raises:
+        ValueError: no such directory, an unknown kind, or weights that do not fit the config.
+    """
+    loaded, params = load_model(path)
+    compute, kind = compute or Compute(), loaded["kind"]
+    class_names = loaded.get("class_names", ())
+    if kind == "dar_tokenizer":
+        model = FunctionalModel(Tokenizer, build(TokenizerConfig, loaded["model"], path), compute)
+        return TokenizerPipeline(model, params, class_names=class_names)
+    if kind == "dar_prior":
+        model = FunctionalModel(Llama, build(LlamaConfig, loaded["model"], path), compute)
+        tokenizer = from_pretrained(f"{path}/tokenizer", compute=compute)
+        return DarPipeline(PriorPipeline(model, params), tokenizer, class_names=class_names)
+    raise ValueError(f"{path}: unknown kind {kind!r}; known are dar_tokenizer, dar_prior")
+
+
+def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
+    """One key per image index, whatever the batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(num_images))
+
+
+def check_labels(labels: Any, config: LlamaConfig) -> Array:
+    """Return labels (or captions) as an array.
+
+    Raises:
+        ValueError: a label that is no class.
+    """
+    labels = jnp.asarray(labels)
+    if config.caption_dim is None:
+        _check_range("labels", labels, config.num_classes + 1)
+    return labels
+
+
+def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | None:
+    """Return the prefix as an array.
+
+    Raises:
+        ValueError: another batch size, N or more tokens, or a token out of the codebook.
+    """
+    if prefix is None:
+        return None
+    prefix = jnp.asarray(prefix, jnp.int32)
+    if prefix.ndim != 2 or len(prefix) != batch_size or prefix.shape[1] >= config.num_tokens:
+        raise ValueError(
+            f"prefix has shape {prefix.shape}, expected ({batch_size}, K) with "
+            f"K < {config.num_tokens}"
+        )
+    _check_range("prefix", prefix, config.vocab_size)
+    return prefix
+
+
+def _check_range(name: str, values: Any, stop: int) -> None:
+    values = np.asarray(values)
+    wrong = values[(values < 0) | (values >= stop)]
+    if wrong.size:
+        raise ValueError(f"{name}: {wrong.flat[0]} is out of range, expected 0..{stop - 1}")
+
+
+def _require_rng(rng: PRNGKeyArray | None) -> PRNGKeyArray:
+    if rng is None:
+        raise ValueError("rng is missing: pass rng=jax.random.key(seed)")
+    return rng
+
+
+def _keys(rng: PRNGKeyArray | None, num_images: int, temperature: float) -> PRNGKeys:
+    # Greedy decoding draws nothing.
+    rng = jax.random.key(0) if temperature == 0 and rng is None else _require_rng(rng)
+    return image_keys(rng, num_images)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: FunctionalModel[Tokenizer], params: Params, images: Array) -> Array:
+    return model.bind(params).encode(images).indices
+
+
+@functools.partial(jax.jit, static_argnames=("model", "solver", "num_steps", "start_step"))
+def _decode(model, params, indices, noise, *, solver, num_steps, start_step, start_image):
+    return sampler.decode_indices(
+        model,
+        params,
+        indices,
+        noise,
+        solver=solver,
+        num_steps=num_steps,
+        start_step=start_step,
+        start_image=start_image,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: FunctionalModel[Llama], params: Params, labels: Array, indices: Array) -> Array:
+    logits = model.bind(params).logits(labels, indices[:, :-1])
+    return logits[:, model.config.condition_tokens - 1 :]

@@ -1,0 +1,111 @@
+"""From logits to a token: temperature, top-k, top-p; and the guidance scale of every position."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.common.typing import Array, Float, Int, PRNGKeys
+
+MIN_TEMPERATURE = 1e-5
+MIN_LINEAR_START = 1.001
+"""A linear schedule "from 1" starts here: the reference decides by the first scale whether the
+unconditional branch runs at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn from guided logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens (and ties); 0 keeps all.
+        top_p: keep the most likely tokens up to this total probability; 1 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1] (1 is off)")
+
+
+def guidance_schedule(
+    guidance_scale: float | tuple[float, float],
+    num_tokens: int,
+    *,
+    interval: int | None = None,
+) -> Float[np.ndarray, " N"]:
+    """Guidance scale of each of `num_tokens` positions, float32.
+
+    Args:
+        guidance_scale: one constant scale, or (first, last) of a linear ramp.
+        num_tokens: number of positions.
+        interval: positions after `interval + 1` are not guided (reference: `cfg_interval`, which
+            counts decoding steps, the first of which makes the second token).
+
+    Raises:
+        ValueError: a scale below 1: guidance extrapolates away from the unconditional logits.
+    """
+    first, last = (
+        guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale, guidance_scale)
+    )
+    if min(first, last) < 1:
+        raise ValueError(f"guidance_scale={guidance_scale} must be at least 1 (1 is no guidance)")
+    if first == 1 and last > 1:
+        first = MIN_LINEAR_START
+    scales = np.linspace(first, last, num_tokens, dtype=np.float32)
+    if interval is not None:
+        scales[interval + 2 :] = 1.0
+    return scales
+
+
+def guide(
+    conditional: Float[Array, "B V"], unconditional: Float[Array, "B V"], scale: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Return `unconditional + scale * (conditional - unconditional)` (Ho & Salimans 2022)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def filter_logits(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> Array:
+    """Set the logits that top-k, then top-p, remove to -inf.
+
+    Everything equal to the k-th largest value stays. Top-p keeps tokens, in falling order, until
+    their total probability exceeds p, always including the one that crosses and at least one.
+    """
+    if top_k > 0:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1.0:
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        ordered = jnp.take_along_axis(logits, order, axis=-1)
+        cumulative = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        removed = jnp.concatenate(
+            [jnp.zeros_like(cumulative[:, :1], bool), cumulative[:, :-1] > top_p], axis=-1
+        )
+        ranks = jnp.argsort(order, axis=-1)
+        logits = jnp.where(jnp.take_along_axis(removed, ranks, axis=-1), -jnp.inf, logits)
+    return logits
+
+
+def scale_and_filter(logits: Float[Array, "B V"], config: SamplingConfig) -> Array:
+    """Logits of the distribution that tokens are drawn from."""
+    logits = logits / max(config.temperature, MIN_TEMPERATURE)
+    return filter_logits(logits, top_k=config.top_k, top_p=config.top_p)
+
+
+def sample_token(
+    rngs: PRNGKeys, logits: Float[Array, "B V"], config: SamplingConfig
+) -> Int[Array, " B"]:
+    """Draw one token per row with the row's own key; temperature 0 takes the arg-max."""
+    if config.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = scale_and_filter(logits, config)
+    return jax.vmap(jax.random.categorical)(rngs, logits).astype(jnp.int32)

@@ -1,0 +1,37 @@
+"""Tasks by name."""
+
+import ml_collections
+
+from dar_jax.common.config import build as build_config
+from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.tasks.base import Task
+from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
+
+TASKS = ("dar_tokenizer", "dar_prior")
+
+
+def build(config: ml_collections.ConfigDict) -> Task:
+    """Build the task that `config.task` names from its blocks.
+
+    Raises:
+        ValueError: an unknown task, or a block that it refuses.
+    """
+    compute = build_config(Compute, config.compute.to_dict(), "config.compute")
+    match config.task:
+        case "dar_tokenizer":
+            model = build_config(TokenizerConfig, config.model.to_dict(), "config.model")
+            if model.image_size != config.data.image_size:
+                raise ValueError(
+                    f"config.data.image_size={config.data.image_size} must equal "
+                    f"config.model.image_size={model.image_size}"
+                )
+            loss = build_config(TokenizerLossConfig, config.loss.to_dict(), "config.loss")
+            return DarTokenizerTask(model, loss, compute)
+        case "dar_prior":
+            model = build_config(LlamaConfig, config.model.to_dict(), "config.model")
+            return DarPriorTask(model, config.tokenizer, compute)
+        case _:
+            raise ValueError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")

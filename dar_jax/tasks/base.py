@@ -1,0 +1,45 @@
+"""What the trainer asks of a task. Tasks draw all randomness and pass it in to the models."""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from clu import metrics
+
+from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a batch, a loss and a picture are; pure functions of the parameters.
+
+    A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}`.
+    """
+
+    kind: str
+    """Name in the model directory's `config.json`."""
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        """Draw the trained parameters."""
+
+    def frozen(self) -> Params:
+        """Parameters of the nets that are used but not trained; an argument of every step."""
+
+    def loss(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the scalar loss (mean over the batch) and what the metrics are made from."""
+
+    def metrics(self) -> dict[str, type[metrics.Metric]]:
+        """Metric classes by name, fed with the outputs of `loss`."""
+
+    def pictures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, np.ndarray]:
+        """Draw uint8 [H, W, 3] pictures from averaged parameters and a held-out batch."""
+
+    def model_config(self) -> dict[str, Any]:
+        """The architecture as JSON types, for the model directory."""
+
+    def companions(self) -> dict[str, str]:
+        """Model directories that the exported one must hold, by subdirectory name."""

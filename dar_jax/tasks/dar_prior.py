@@ -1,0 +1,110 @@
+"""Training the D-AR prior: next-token prediction over the codes of a frozen tokenizer.
+
+indices = encode(image)                              frozen tokenizer, no gradient
+label -> null label with probability label_dropout   for classifier-free guidance
+loss = mean cross-entropy of logits(label, indices[:-1]) against indices
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics
+
+from dar_jax.common import image as images
+from dar_jax.common.config import build
+from dar_jax.common.model_dir import load_model
+from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
+from dar_jax.models.dar import sampler
+from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.stack import unstack
+from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+
+NUM_PICTURES = 10
+PICTURE_GUIDANCE = 2.0
+
+
+class DarPriorTask:
+    """See the module's docstring."""
+
+    kind = "dar_prior"
+
+    def __init__(self, config: LlamaConfig, tokenizer: str, compute: Compute):
+        """Load the tokenizer from its model directory.
+
+        Raises:
+            ValueError: it cannot be read, is no tokenizer, or does not fit the prior.
+        """
+        loaded, self._tokenizer_params = load_model(tokenizer)
+        if loaded["kind"] != "dar_tokenizer":
+            raise ValueError(f"{tokenizer} holds a {loaded['kind']}, expected a dar_tokenizer")
+        tokenizer_config = build(TokenizerConfig, loaded["model"], tokenizer)
+        for ours, theirs in (("vocab_size", "codebook_size"), ("num_tokens", "num_tokens")):
+            expected = getattr(tokenizer_config, theirs)
+            if getattr(config, ours) != expected:
+                raise ValueError(
+                    f"config.model.{ours}={getattr(config, ours)}, but the tokenizer in "
+                    f"{tokenizer} has {theirs}={expected}"
+                )
+        self.model = FunctionalModel(Llama, config, compute)
+        self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, compute)
+        self._tokenizer_path = tokenizer
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        return self.model.init(rng)
+
+    def frozen(self) -> Params:
+        return {"tokenizer": self._tokenizer_params}
+
+    def loss(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        image = images.to_float(batch["pixels"])
+        indices = self.tokenizer.bind(frozen["tokenizer"]).encode(image).indices
+        rng_label, rng_dropout = jax.random.split(rng)
+        prior = self.model.bind(params)
+        labels = prior.drop_condition(
+            batch["label"], jax.random.uniform(rng_label, batch["label"].shape)
+        )
+        logits = prior.logits(labels, indices[:, :-1], rng=rng_dropout)
+        logits = logits[:, self.model.config.condition_tokens - 1 :]
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, indices))
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == indices)
+        return loss, {"token_accuracy": accuracy}
+
+    def metrics(self) -> dict[str, type[metrics.Metric]]:
+        return {"token_accuracy": metrics.Average.from_output("token_accuracy")}
+
+    def pictures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, np.ndarray]:
+        """Rows: samples of the first classes; columns: the previews after each group."""
+        del batch
+        config = self.model.config
+        labels = jnp.arange(NUM_PICTURES) % config.num_classes
+        stream = sampler.stream(
+            self.model.unstacked(),
+            unstack(params),
+            self.tokenizer,
+            frozen["tokenizer"],
+            labels,
+            jax.random.split(rng, len(labels)),
+            guidance_schedule(PICTURE_GUIDANCE, config.num_tokens),
+            sampling=SamplingConfig(),
+        )
+        strip = np.stack([images.to_pixels(preview.images) for preview in stream])
+        rows = einops.rearrange(strip, "columns b h w c -> (b columns) h w c")
+        return {"samples": images.grid(rows, columns=len(strip))}
+
+    def model_config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.model.config)
+
+    def companions(self) -> dict[str, str]:
+        return {"tokenizer": self._tokenizer_path}

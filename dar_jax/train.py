@@ -1,0 +1,283 @@
+"""The training loop: one for every task.
+
+    task, mesh, state (resumed or initialised) -> batch -> step -> metrics -> checkpoint -> export
+
+The metrics of a step are fetched after the next one was dispatched, so that the device never
+waits for the host. Everything that a configuration can get wrong fails before the first write.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from clu import metrics as clu_metrics
+from clu import parameter_overview
+
+from dar_jax import tasks
+from dar_jax.common import config as config_lib
+from dar_jax.common import model_dir
+from dar_jax.data import pipeline, sources
+from dar_jax.tasks.base import Task
+from dar_jax.training import checkpoint, metrics, sharding
+from dar_jax.training import state as state_lib
+from dar_jax.training import step as step_lib
+from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from dar_jax.training.state import TrainState
+
+NUM_PICTURES = 16
+"""Held-out pictures given to `task.pictures`."""
+UNBOUND_BLOCKS = ("train", "mesh", "compute", "sample", "evaluate")
+"""Blocks that may change between a checkpoint and the run that resumes from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and rhythm of a run; all counts are steps."""
+
+    steps: int = 10_000
+    log_every: int = 100
+    checkpoint_every: int = 1_000
+    keep_checkpoints: int = 3
+    image_every: int = 1_000
+    """0: no pictures."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} is not a multiple of log_every "
+                f"{self.log_every}, so a resumed run could not repeat its averages"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The blocks of the configuration that the loop itself reads."""
+
+    data: sources.DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: sharding.MeshConfig
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same over one run."""
+
+    task: Task
+    settings: Settings
+    mesh: jax.sharding.Mesh
+    workdir: pathlib.Path
+    iterator: grain.DatasetIterator
+    checkpoints: checkpoint.Checkpoints
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Build the task that the configuration names and train it."""
+    train(config, workdir, tasks.build(config))
+
+
+def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
+    """Train to `config.train.steps`, resuming from the latest checkpoint, and export the model.
+
+    Raises:
+        ValueError: the configuration or the workdir cannot be used, or the loss stopped being
+            finite.
+    """
+    settings = parse(config)
+    mesh = sharding.make_mesh(settings.mesh)
+    sharding.check_batch_size(settings.data.batch_size, mesh)
+    iterator = pipeline.train_iterator(settings.data, settings.seed)
+    abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
+    directory = open_workdir(workdir)
+    checkpoints = checkpoint.Checkpoints(
+        directory / "checkpoints", _bound_config(config), settings.train.keep_checkpoints
+    )
+    run = Run(task, settings, mesh, directory, iterator, checkpoints)
+    try:
+        _describe(run, config, abstract)
+        state = _fit(run, _restore_or_create(run, abstract))
+    finally:
+        checkpoints.close()
+        iterator.close()
+    _export(run, state)
+
+
+def parse(config: ml_collections.ConfigDict) -> Settings:
+    """Turn the loop's blocks into dataclasses; an absent block keeps its defaults."""
+
+    def block(cls: type, name: str) -> Any:
+        return config_lib.build(cls, config.to_dict().get(name, {}), f"config.{name}")
+
+    return Settings(
+        data=block(sources.DataConfig, "data"),
+        optimizer=block(OptimizerConfig, "optimizer"),
+        train=block(TrainConfig, "train"),
+        mesh=block(sharding.MeshConfig, "mesh"),
+        seed=config.seed,
+    )
+
+
+def open_workdir(workdir: str) -> pathlib.Path:
+    """Return the absolute path of `workdir`, made if it is missing."""
+    if not workdir:
+        raise ValueError("workdir is empty; name a directory with --workdir=DIR")
+    path = pathlib.Path(workdir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot use workdir {path}: {error.strerror}; choose another") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"cannot use workdir {path}: no permission to write it; choose another")
+    return path
+
+
+def _bound_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {name: v for name, v in config.to_dict().items() if name not in UNBOUND_BLOCKS}
+
+
+def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState) -> None:
+    overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
+    logging.info("Config:\n%s", config)
+    logging.info("Parameters:\n%s", overview)
+    logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
+    if jax.process_index() == 0:
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        (run.workdir / "config.json").write_text(text)
+
+
+def _restore_or_create(run: Run, abstract: TrainState) -> TrainState:
+    if run.checkpoints.latest_step is not None:
+        return run.checkpoints.restore(abstract, run.iterator)
+    rng = jax.random.key(run.settings.seed)
+    return state_lib.create_state(run.task, run.settings.optimizer, rng, mesh=run.mesh)
+
+
+def _fit(run: Run, state: TrainState) -> TrainState:
+    config = run.settings.train
+    first_step = int(state.step)
+    if first_step >= config.steps:
+        logging.info(
+            "%s is trained: step %d of %d; raise config.train.steps to go on",
+            run.workdir,
+            first_step,
+            config.steps,
+        )
+        return state
+    writer = metrics.Writer(run.workdir, first_step, config.steps)
+    try:
+        return _loop(run, state, first_step, writer=writer)
+    finally:
+        writer.close()
+
+
+def _loop(run: Run, state: TrainState, first_step: int, *, writer: metrics.Writer) -> TrainState:
+    config = run.settings.train
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    train_step = step_lib.make_train_step(run.task, run.settings.optimizer, shardings)
+    frozen = run.task.frozen()
+    frozen = jax.device_put(frozen, sharding.fsdp_sharding(frozen, run.mesh))
+    report = _Report(run, writer)
+    for step in range(first_step + 1, config.steps + 1):
+        batch = sharding.put_batch(next(run.iterator), run.mesh)
+        with jax.transfer_guard("disallow"):
+            state, update = train_step(state, batch, frozen)
+        report.push(step, update)
+        if _is_due(step, config.checkpoint_every, config.steps):
+            report.flush()
+            run.checkpoints.save(state, step, run.iterator)
+            report.restart_clock(step)
+        if _is_due(step, config.image_every, config.steps):
+            report.flush()
+            writer.pictures(step, _pictures(run, state, frozen))
+            report.restart_clock(step)
+    return state
+
+
+def _is_due(step: int, every: int, last_step: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+def _pictures(run: Run, state: TrainState, frozen: Any) -> dict[str, np.ndarray]:
+    """The task's pictures of the first held-out images, with the same draws every time.
+
+    Everything is replicated, so that the task can read its results on every process.
+    """
+    batch = next(pipeline.eval_batches(run.settings.data, "test"))
+    batch = {name: values[:NUM_PICTURES] for name, values in batch.items()}
+    params, batch, frozen = jax.device_put(
+        (state.eval_params, batch, frozen), sharding.replicated(run.mesh)
+    )
+    return run.task.pictures(params, batch, jax.random.key(run.settings.seed), frozen)
+
+
+def _export(run: Run, state: TrainState) -> None:
+    """Write the model directory with the averaged parameters."""
+    params = jax.device_put(state.eval_params, sharding.replicated(run.mesh))
+    if jax.process_index() != 0:
+        return
+    source = sources.load_source(run.settings.data, "test")
+    extra = {"class_names": source.class_names, "step": int(state.step)}
+    directory = run.workdir / "model"
+    model_dir.save_model(
+        directory,
+        run.task.kind,
+        run.task.model_config(),
+        params,
+        extra,
+        companions=run.task.companions(),
+    )
+    logging.info("Wrote the model directory %s", directory)
+
+
+class _Report:
+    """Checks, averages and writes the metrics of each step, one step late."""
+
+    def __init__(self, run: Run, writer: metrics.Writer):
+        self._run = run
+        self._writer = writer
+        self._interval = metrics.Interval(run.settings.data.batch_size)
+        self._schedule = learning_rate_schedule(run.settings.optimizer)
+        self._pending = None
+
+    def push(self, step: int, update: clu_metrics.Collection) -> None:
+        """Take the metrics of the step just dispatched and handle those of the one before."""
+        self.flush()
+        self._pending = (step, update)
+
+    def flush(self) -> None:
+        """Wait for the pending step and handle its metrics."""
+        if self._pending is None:
+            return
+        step, update = self._pending
+        self._pending = None
+        update = jax.device_get(update)
+        self._check_finite(step, update)
+        self._interval.add(step, update)
+        config = self._run.settings.train
+        if _is_due(step, config.log_every, config.steps):
+            rate = {"train/learning_rate": float(self._schedule(step - 1))}
+            self._writer.scalars(step, {**self._interval.take(step), **rate})
+
+    def restart_clock(self, step: int) -> None:
+        self._interval.restart_clock(step)
+
+    def _check_finite(self, step: int, update: clu_metrics.Collection) -> None:
+        loss, norm = float(update.loss.compute()), float(update.grad_norm.compute())
+        if np.isfinite(loss) and np.isfinite(norm):
+            return
+        raise ValueError(
+            f"step {step}: loss {loss}, gradient norm {norm}; "
+            f"{self._run.checkpoints.describe_latest()}; "
+            "lower optimizer.learning_rate in a new workdir"
+        )

@@ -1,0 +1,133 @@
+"""What a step reports, how steps are averaged, and where the figures are written."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import tensorboardX
+from absl import logging
+from clu import metrics as clu_metrics
+from PIL import Image
+
+from dar_jax.common.typing import UInt8
+from dar_jax.tasks.base import Task
+
+
+def collection(task: Task) -> type[clu_metrics.Collection]:
+    """Return the collection of the task's metrics, the total loss and the gradient norm."""
+    return clu_metrics.Collection.create(
+        loss=clu_metrics.Average.from_output("loss"),
+        grad_norm=clu_metrics.Average.from_output("grad_norm"),
+        **task.metrics(),
+    )
+
+
+class Interval:
+    """Metrics averaged since the last `take`, with the throughput of the same steps.
+
+    The clock starts when the first step is done, so that compilation does not count.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._metrics = None
+        self._start = None
+
+    def add(self, step: int, update: clu_metrics.Collection) -> None:
+        """Merge the metrics of one finished step, fetched to the host."""
+        self._metrics = update if self._metrics is None else self._metrics.merge(update)
+        if self._start is None:
+            self.restart_clock(step)
+
+    def take(self, step: int) -> dict[str, float]:
+        """Return the averages under their logged names and begin anew."""
+        values = {f"train/{name}": float(v) for name, v in self._metrics.compute().items()}
+        start_step, start_time = self._start
+        if step > start_step:
+            rate = (step - start_step) / (time.monotonic() - start_time)
+            values["perf/steps_per_second"] = rate
+            values["perf/images_per_second"] = rate * self._batch_size
+        self._metrics = None
+        self.restart_clock(step)
+        return values
+
+    def restart_clock(self, step: int) -> None:
+        """Measure throughput from here on: pictures and saving are not training."""
+        self._start = (step, time.monotonic())
+
+
+class Writer:
+    """Writes to the log, `metrics.jsonl`, TensorBoard events and `images/`; process 0 only."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
+        """Drop what an interrupted run wrote after `first_step`, the step it resumes from."""
+        self._num_steps = num_steps
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._images = workdir / "images"
+        self._images.mkdir(exist_ok=True)
+        self._path = workdir / "metrics.jsonl"
+        cut_lines(self._path, first_step)
+        # The suffix tells apart files begun in the same second, which is all their names say.
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir), purge_step=first_step + 1, filename_suffix=f".{first_step}"
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line of figures, e.g. `{"train/loss": 0.5, "perf/steps_per_second": 3}`."""
+        if not self._active:
+            return
+        logging.info("%s", _progress(step, self._num_steps, values))
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
+        """Write each picture to `images/{name}_{step:07d}.png` and to TensorBoard."""
+        if not self._active:
+            return
+        for name, pixels in pictures.items():
+            Image.fromarray(pixels).save(self._images / f"{name}_{step:07d}.png")
+            self._events.add_image(name, pixels, step, dataformats="HWC")
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._active:
+            self._events.close()
+
+
+def cut_lines(path: pathlib.Path, last_step: int) -> None:
+    """Keep the lines of a metrics file up to `last_step`, so that a resumed curve has no doubles.
+
+    A last line that a killed run left half-written is dropped as well.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _progress(step: int, num_steps: int, values: Mapping[str, float]) -> str:
+    train = [
+        f"{name.removeprefix('train/')} {value:.4g}"
+        for name, value in values.items()
+        if name.startswith("train/")
+    ]
+    parts = [f"step {step}/{num_steps}", *train]
+    if "perf/steps_per_second" in values:
+        rate = values["perf/steps_per_second"]
+        left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) / rate))
+        images = values["perf/images_per_second"]
+        parts += [f"{rate:.3g} steps/s", f"{images:.4g} images/s", f"{left} left"]
+    return " | ".join(parts)

@@ -1,0 +1,84 @@
+"""AdamW with warm-up, linear decay, clipping and weight decay on matrices only.
+
+    rate(step) = learning_rate * min(1, step / warmup_steps)
+    then, if decay_end > 0, linear to final_learning_rate from decay_start to decay_end, and flat
+
+`step` is 0-based (the number of completed updates), so with warm-up the first update has rate 0,
+as in the D-AR training scripts. The tokenizer's recipe warms up and stays constant; the prior's
+is constant up to 300k and linear up to 360k.
+"""
+
+import dataclasses
+
+import jax
+import optax
+
+from dar_jax.common.typing import Params
+from dar_jax.training import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer of one run; the defaults are the D-AR tokenizer's (spec: script values)."""
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 500
+    decay_start: int = 0
+    decay_end: int = 0
+    """0: the rate stays constant after the warm-up."""
+    final_learning_rate: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; larger ones are scaled down to it."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the parameters, updated every step; 0: no average."""
+
+    def __post_init__(self):
+        if self.decay_end and not self.warmup_steps <= self.decay_start < self.decay_end:
+            raise ValueError(
+                f"decay from step {self.decay_start} to {self.decay_end} must start after the "
+                f"{self.warmup_steps} warm-up steps and before its end"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay} is not in [0, 1); 0 turns it off")
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Return the function from the number of completed updates to the learning rate."""
+    peak = config.learning_rate
+    rate = optax.constant_schedule(peak)
+    if config.warmup_steps:
+        rate = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    if not config.decay_end:
+        return rate
+    decay_steps = config.decay_end - config.decay_start
+    decay = optax.linear_schedule(peak, config.final_learning_rate, decay_steps)
+    return optax.join_schedules([rate, decay], [config.decay_start])
+
+
+def weight_decay_mask(params: Params) -> Params:
+    """Return the tree of booleans that is true for matrices: weights of two or more dimensions.
+
+    The layer axis of stacked blocks does not count: a stacked bias [layers, D] is not a matrix.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim - sharding.layer_axes(path) >= 2, params
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return clipping by global norm followed by AdamW (decay scaled by the learning rate)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=weight_decay_mask,
+        ),
+    )

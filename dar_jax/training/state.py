@@ -1,0 +1,70 @@
+"""The train state: everything that a step reads and writes, and all that a checkpoint holds
+besides the position in the data."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dar_jax.common.typing import Params, PRNGKeyArray
+from dar_jax.tasks.base import Task
+from dar_jax.training import sharding
+from dar_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State after `step` completed updates; parameters and their average are float32.
+
+    The fields are `Any` because the same structure also holds shapes, shardings and whatever
+    placeholders `jax.jit` maps over it.
+    """
+
+    step: Any
+    """int32 scalar."""
+    params: Any
+    ema_params: Any
+    """As `params`, or None where no average is kept."""
+    opt_state: Any
+    rng: Any
+    """Typed key of the run; a step draws from `fold_in(rng, step)`, so it never changes."""
+
+    @property
+    def eval_params(self) -> Params:
+        """The averaged parameters, or the parameters where no average is kept."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def abstract_state(task: Task, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Return the `TrainState` of `ShapeDtypeStruct`s with shardings; nothing is computed."""
+    shapes = jax.eval_shape(_creator(task, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.fsdp_sharding(shapes, mesh),
+    )
+
+
+def create_state(
+    task: Task, config: OptimizerConfig, rng: PRNGKeyArray, *, mesh: Mesh
+) -> TrainState:
+    """Initialise the whole state in one program, each array directly in its shards."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, config, mesh))
+    return jax.jit(_creator(task, config), out_shardings=shardings)(rng)
+
+
+def _creator(task: Task, config: OptimizerConfig):
+    def create(rng: PRNGKeyArray) -> TrainState:
+        init_rng, step_rng = jax.random.split(rng)
+        params = task.init(init_rng)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params=params if config.ema_decay else None,
+            opt_state=make_optimizer(config).init(params),
+            rng=step_rng,
+        )
+
+    return create

@@ -1,0 +1,46 @@
+"""Package dar_jax: sequential diffusion tokenizers and autoregressive image models in JAX."""
+
+import setuptools
+
+QUICKSTART = ["mlxtend", "scikit-learn"]
+
+setuptools.setup(
+    name="dar-jax",
+    version="0.1.0",
+    description="D-AR image tokenizers and autoregressive priors in JAX",
+    license="MIT",
+    packages=setuptools.find_packages(include=["dar_jax", "dar_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "clu",
+        "einops",
+        "flax>=0.12",
+        "grain",
+        "jax>=0.10",
+        "jaxtyping",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint>=0.12",
+        "pillow",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets",
+    ],
+    extras_require={
+        "quickstart": QUICKSTART,
+        "test": [
+            *QUICKSTART,
+            "beartype",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+        ],
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "convert": ["torch"],
+        "demo": ["gradio"],
+    },
+)

@@ -1,0 +1,75 @@
+"""Input pipeline: order, epochs, shards, restoring."""
+
+import jax
+import numpy as np
+import pytest
+
+from dar_jax.data import pipeline, sources
+from dar_jax.data.sources import DataConfig
+
+CONFIG = DataConfig(source="synthetic", image_size=4, batch_size=64)
+BATCHES_PER_EPOCH = sources.SYNTHETIC_SIZE // CONFIG.batch_size
+
+
+def _take(iterator, count):
+    return [next(iterator)["pixels"] for _ in range(count)]
+
+
+def _keys(batches):
+    return [picture.tobytes() for batch in batches for picture in batch]
+
+
+def test_batches_have_the_contracted_types():
+    batch = next(pipeline.train_iterator(CONFIG, seed=0))
+    assert batch["pixels"].shape == (64, 4, 4, 3) and batch["pixels"].dtype == np.uint8
+    assert batch["label"].shape == (64,) and batch["label"].dtype == np.int32
+
+
+def test_every_epoch_visits_each_picture_once_in_a_new_order():
+    iterator = pipeline.train_iterator(CONFIG, seed=0)
+    first = _keys(_take(iterator, BATCHES_PER_EPOCH))
+    second = _keys(_take(iterator, BATCHES_PER_EPOCH))
+    assert len(set(first)) == sources.SYNTHETIC_SIZE
+    assert set(first) == set(second) and first != second
+
+
+def test_order_depends_on_the_seed_alone():
+    first, again, other = (
+        _keys(_take(pipeline.train_iterator(CONFIG, seed), 3)) for seed in (1, 1, 2)
+    )
+    assert first == again and first != other
+
+
+def test_restored_iterator_continues_where_it_was():
+    iterator = pipeline.train_iterator(CONFIG, seed=0)
+    _take(iterator, 5)
+    state = iterator.get_state()
+    expected = _take(iterator, BATCHES_PER_EPOCH)
+    fresh = pipeline.train_iterator(CONFIG, seed=0)
+    fresh.set_state(state)
+    np.testing.assert_array_equal(_take(fresh, BATCHES_PER_EPOCH), expected)
+
+
+def test_processes_read_disjoint_shards(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shards = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        batches = _take(pipeline.train_iterator(CONFIG, seed=0), BATCHES_PER_EPOCH)
+        assert batches[0].shape[0] == CONFIG.batch_size // 2
+        shards.append(set(_keys(batches)))
+    assert len(shards[0] | shards[1]) == sources.SYNTHETIC_SIZE and not shards[0] & shards[1]
+
+
+def test_batch_that_does_not_divide_over_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match="batch_size 64 .* 3 processes; use a multiple of 3"):
+        pipeline.train_iterator(CONFIG, seed=0)
+
+
+def test_eval_batches_cover_the_split_in_order_with_a_short_last_one():
+    config = DataConfig(source="synthetic", image_size=4, batch_size=100)
+    batches = [batch["pixels"] for batch in pipeline.eval_batches(config, "test")]
+    assert len(batches[-1]) == sources.SYNTHETIC_SIZE % 100
+    expected = sources.load_source(config, "test").pixels
+    np.testing.assert_array_equal(np.concatenate(batches), expected)

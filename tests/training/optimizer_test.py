@@ -1,0 +1,74 @@
+"""Learning-rate rows of the reference, weight-decay groups, clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    weight_decay_mask,
+)
+from tests.golden import fixtures
+
+TOKENIZER = OptimizerConfig(learning_rate=2e-4, warmup_steps=500)
+PRIOR = OptimizerConfig(
+    learning_rate=1e-4,
+    warmup_steps=0,
+    decay_start=300_000,
+    decay_end=360_000,
+    final_learning_rate=1e-5,
+)
+
+
+@pytest.mark.parametrize(("row", "config"), [("lr_tokenizer", TOKENIZER), ("lr_ar", PRIOR)])
+def test_learning_rate_equals_the_reference(row, config):
+    golden = fixtures.Compare("dar/schedules")
+    rates = jax.vmap(learning_rate_schedule(config))(golden.arrays["lr_steps"])
+    golden.check(row, rates * jnp.ones(len(golden.arrays["lr_steps"])))
+
+
+def _params():
+    return {
+        "blocks": {
+            "mlp": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5))},
+            "norm": {"scale": jnp.ones((3, 4))},
+        },
+        "head": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
+    }
+
+
+def test_weight_decay_touches_matrices_only():
+    mask = weight_decay_mask(_params())
+    assert mask == {
+        "blocks": {"mlp": {"kernel": True, "bias": False}, "norm": {"scale": False}},
+        "head": {"kernel": True, "bias": False},
+    }
+
+
+def test_update_without_gradient_is_weight_decay_alone():
+    params = _params()
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(config)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    expected = jax.tree.map(lambda matrix: -0.05 if matrix else 0.0, weight_decay_mask(params))
+    jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=1e-6), updates, expected)
+
+
+def test_gradient_is_clipped_to_the_global_norm():
+    params = {"kernel": jnp.zeros((2, 2))}
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0))
+    state = optimizer.init(params)
+    small, _ = optimizer.update({"kernel": jnp.full((2, 2), 0.5)}, state, params)
+    large, _ = optimizer.update({"kernel": jnp.full((2, 2), 50.0)}, state, params)
+    np.testing.assert_allclose(small["kernel"], large["kernel"], rtol=1e-5)
+
+
+def test_decay_that_ends_before_it_starts_is_refused():
+    with pytest.raises(ValueError, match="decay from step 10 to 5"):
+        OptimizerConfig(warmup_steps=0, decay_start=10, decay_end=5)
+    with pytest.raises(ValueError, match=r"ema_decay 1\.0"):
+        OptimizerConfig(ema_decay=1.0)

@@ -1,0 +1,92 @@
+"""The train step: EMA, randomness, and the same numbers on one device as on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.training import sharding
+from dar_jax.training.optimizer import OptimizerConfig
+from dar_jax.training.sharding import MeshConfig
+from dar_jax.training.state import abstract_state, create_state
+from dar_jax.training.step import make_train_step
+from tests.training.toy_task import ToyTask
+
+MESH_RTOL = 2e-5
+"""Sums over shards are ordered differently from sums on one device."""
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, ema_decay=0.9)
+
+
+def _batches(count):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        pixels = rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+        yield {"pixels": pixels, "label": np.zeros(16, np.int32)}
+
+
+def _run(mesh, optimizer=OPTIMIZER, steps=3):
+    """Return the states (as NumPy) before and after each step, the losses, the last state."""
+    task = ToyTask()
+    state = create_state(task, optimizer, jax.random.key(0), mesh=mesh)
+    step = make_train_step(task, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
+    fetch = lambda state: jax.device_get(state.replace(rng=None))  # noqa: E731
+    states, losses = [fetch(state)], []
+    for batch in _batches(steps):
+        frozen = jax.device_put(task.frozen(), sharding.replicated(mesh))
+        state, metrics = step(state, sharding.put_batch(batch, mesh), frozen)
+        states.append(fetch(state))
+        losses.append(float(metrics.loss.compute()))
+    return states, losses, state
+
+
+def _one_device():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def one_device_run():
+    return _run(_one_device())
+
+
+def test_fsdp_on_eight_devices_equals_one_device(one_device_run):
+    one_states, one_losses, _ = one_device_run
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    states, losses, state = _run(mesh)
+    np.testing.assert_allclose(losses, one_losses, rtol=MESH_RTOL)
+    first_moments = [run[1].opt_state[1][0].mu["blocks"]["kernel"] for run in (states, one_states)]
+    np.testing.assert_allclose(*first_moments, rtol=1e-3, atol=1e-7)
+    for tree in (state.params, state.ema_params, state.opt_state[1][0].mu):
+        assert tree["blocks"]["kernel"].addressable_shards[0].data.shape == (2, 128, 64)
+    announced = abstract_state(ToyTask(), OPTIMIZER, mesh)
+    jax.tree.map(_assert_same_sharding, state, announced)
+
+
+def _assert_same_sharding(leaf, like):
+    assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim), (leaf.sharding, like.sharding)
+
+
+def test_ema_follows_the_parameters_from_the_first_step(one_device_run):
+    states, _, _ = one_device_run
+    np.testing.assert_array_equal(
+        states[0].ema_params["input"]["kernel"], states[0].params["input"]["kernel"]
+    )
+    average = states[0].params["input"]["kernel"]
+    for state in states[1:]:
+        average = 0.9 * average + 0.1 * state.params["input"]["kernel"]
+        np.testing.assert_allclose(state.ema_params["input"]["kernel"], average, atol=1e-6)
+        assert state.eval_params is state.ema_params
+
+
+def test_every_step_draws_anew_and_counts_also_without_ema():
+    task = ToyTask()
+    optimizer = OptimizerConfig(learning_rate=0.0, warmup_steps=0, ema_decay=0.0)
+    mesh = _one_device()
+    state = create_state(task, optimizer, jax.random.key(0), mesh=mesh)
+    step = make_train_step(task, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
+    batch = sharding.put_batch(next(_batches(1)), mesh)
+    state, first = step(state, batch, task.frozen())
+    state, second = step(state, batch, task.frozen())
+    assert int(state.step) == 2
+    assert state.ema_params is None and state.eval_params is state.params
+    assert float(first.loss.compute()) != float(second.loss.compute())
+    assert jnp.isfinite(first.grad_norm.compute())

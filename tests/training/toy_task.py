@@ -1,0 +1,76 @@
+"""A task of a few thousand parameters with everything that the training loop looks at."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
+
+from dar_jax.common import image as image_lib
+from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
+
+LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyTask:
+    """Denoise pictures with a residual MLP whose blocks are stacked and scanned."""
+
+    image_size: int = 8
+    width: int = 128
+    nan_from_label: int | None = None
+    """Make the loss NaN for every batch that holds this label."""
+
+    kind = "toy"
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        size = self.image_size**2 * 3
+        rngs = jax.random.split(rng, 3)
+        normal = lambda rng, *shape: 0.1 * jax.random.normal(rng, shape)  # noqa: E731
+        return {
+            "input": {"kernel": normal(rngs[0], size, self.width), "bias": jnp.zeros(self.width)},
+            "blocks": {
+                "kernel": normal(rngs[1], LAYERS, self.width, self.width),
+                "bias": jnp.zeros((LAYERS, self.width)),
+            },
+            "output": {"kernel": normal(rngs[2], self.width, size)},
+        }
+
+    def frozen(self) -> Params:
+        return {"scale": np.ones((), np.float32)}
+
+    def loss(
+        self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        data = image_lib.to_float(batch["pixels"])
+        noisy = data + 0.1 * jax.random.normal(rng, data.shape)
+        error = jnp.mean((self.reconstruct(params, noisy) - data) ** 2) * frozen["scale"]
+        if self.nan_from_label is not None:
+            bad = jnp.any(batch["label"] == self.nan_from_label)
+            error = jnp.where(bad, jnp.nan, error)
+        return error, {"mse": error}
+
+    def reconstruct(
+        self, params: Params, image: Float[Array, "B H W 3"]
+    ) -> Float[Array, "B H W 3"]:
+        x = image.reshape(len(image), -1) @ params["input"]["kernel"] + params["input"]["bias"]
+        body = lambda x, layer: (x + jax.nn.gelu(x @ layer["kernel"] + layer["bias"]), None)  # noqa: E731
+        x, _ = jax.lax.scan(body, x, params["blocks"])
+        return (x @ params["output"]["kernel"]).reshape(image.shape)
+
+    def metrics(self) -> dict[str, type[metrics.Metric]]:
+        return {"mse": metrics.Average.from_output("mse")}
+
+    def pictures(
+        self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, np.ndarray]:
+        data = image_lib.to_float(batch["pixels"])
+        pixels = image_lib.to_pixels(self.reconstruct(params, data))
+        return {"reconstruction": image_lib.grid(np.asarray(pixels), columns=4)}
+
+    def model_config(self) -> dict[str, int]:
+        return {"image_size": self.image_size, "width": self.width}
+
+    def companions(self) -> dict[str, str]:
+        return {}
