@@ -32,15 +32,16 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
             codebook_size=CODEBOOK_SIZE,
             code_dim=8,
             max_tokens=NUM_TOKENS,
-            encoder=EncoderConfig(patch_size=8, dim=128, depth=3, head_dim=32),
-            condition=ConditionConfig(dim=128, depth=2, head_dim=32),
+            encoder=EncoderConfig(patch_size=8, dim=128, depth=2, head_dim=32),
+            condition=ConditionConfig(dim=128, depth=1, head_dim=32),
             decoder=FlowDecoderConfig(
                 patch_size=4, dim=96, depth=4, head_dim=32, feature_layer=None
             ),
         )
     )
     config.loss = common.block(TokenizerLossConfig())
-    config.data.batch_size = 64
+    config.compute.unroll = True
+    config.data.batch_size = 32
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.99
@@ -62,7 +63,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
             num_classes=10,
         )
     )
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.05

@@ -51,8 +51,7 @@ class TokenizerPipeline:
         Raises:
             ValueError: another shape.
         """
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be [B, H, W, 3], got shape {tuple(images.shape)}")
+        _check_images("images", images, (None, None, None))
         return _encode(self.model, self.params, jnp.asarray(images))
 
     def decode(
@@ -80,19 +79,20 @@ class TokenizerPipeline:
             start_image: image that the run starts from at `start_step`, noised to its time.
 
         Raises:
-            ValueError: indices out of the codebook, too few of them, or no `rng` and no `noise`.
+            ValueError: indices out of the codebook, too few or too many of them, no such steps
+                or groups, noise or image of another shape, or no `rng` and no `noise`.
         """
         config = self.config
-        num_groups = num_groups or config.num_groups
-        num_steps = num_steps or config.num_steps
-        num_run = sampler.steps_of_groups(config, num_steps, num_groups)
-        needed = config.num_tokens * num_groups // config.num_groups
-        if indices.shape[1] < needed:
-            raise ValueError(f"indices hold {indices.shape[1]} tokens, {needed} are needed")
-        _check_range("indices", indices, config.codebook_size)
+        num_groups = config.num_groups if num_groups is None else num_groups
+        num_steps = config.num_steps if num_steps is None else num_steps
+        stop_step = _stop_step(config, num_steps, num_groups, start_step)
+        _check_indices(indices, config, num_groups)
         if noise is None:
             rngs = image_keys(_require_rng(rng), len(indices))
             noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
+        _check_images("noise", noise, (len(indices), None, None))
+        if start_image is not None:
+            _check_images("start_image", start_image, noise.shape[:3])
         solution = _decode(
             self.model,
             self.params,
@@ -101,11 +101,10 @@ class TokenizerPipeline:
             solver=solver,
             num_steps=num_steps,
             start_step=start_step,
+            stop_step=stop_step,
             start_image=start_image,
         )
-        if num_run == num_steps:
-            return solution.x
-        return solution.previews[num_run - 1 - start_step]
+        return solution.x if stop_step == num_steps else solution.previews[-1]
 
 
 class PriorPipeline:
@@ -277,11 +276,16 @@ def check_labels(labels: Any, config: LlamaConfig) -> Array:
     """Return labels (or captions) as an array.
 
     Raises:
-        ValueError: a label that is no class.
+        ValueError: another shape, or a label that is no class.
     """
     labels = jnp.asarray(labels)
     if config.caption_dim is None:
+        if labels.ndim != 1:
+            raise ValueError(f"labels have shape {labels.shape}, expected (B,)")
         _check_range("labels", labels, config.num_classes + 1)
+    elif labels.shape[1:] != (config.condition_tokens, config.caption_dim):
+        expected = f"(B, {config.condition_tokens}, {config.caption_dim})"
+        raise ValueError(f"captions have shape {labels.shape}, expected {expected}")
     return labels
 
 
@@ -301,6 +305,42 @@ def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | N
         )
     _check_range("prefix", prefix, config.vocab_size)
     return prefix
+
+
+def _check_images(name: str, images: Any, expected: tuple[int | None, ...]) -> None:
+    """Check [B, H, W, 3]; None in `expected` is any size."""
+    expected = (*expected, 3)
+    fits = len(images.shape) == 4 and all(
+        size in (None, actual) for size, actual in zip(expected, images.shape, strict=True)
+    )
+    if not fits:
+        names = (
+            axis if size is None else str(size) for axis, size in zip("BHWC", expected, strict=True)
+        )
+        shape = tuple(images.shape)
+        raise ValueError(f"{name} must have shape [{', '.join(names)}], got {shape}")
+
+
+def _check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> None:
+    """Check [B, n] with at least the tokens of the groups."""
+    needed = config.num_tokens * num_groups // config.num_groups
+    if len(indices.shape) != 2 or not needed <= indices.shape[1] <= config.num_tokens:
+        raise ValueError(
+            f"indices have shape {tuple(indices.shape)}, expected [B, n] with n from {needed} "
+            f"to {config.num_tokens}"
+        )
+    _check_range("indices", indices, config.codebook_size)
+
+
+def _stop_step(config: TokenizerConfig, num_steps: int, num_groups: int, start_step: int) -> int:
+    """Return the number of steps that the groups suffice for, if any are left to take."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    stop_step = sampler.steps_of_groups(config, num_steps, num_groups)
+    last = num_steps if stop_step == num_steps else stop_step - 1
+    if not 0 <= start_step <= last:
+        raise ValueError(f"start_step={start_step} must be in 0..{last}")
+    return stop_step
 
 
 def _check_range(name: str, values: Any, stop: int) -> None:
@@ -327,18 +367,11 @@ def _encode(model: FunctionalModel[Tokenizer], params: Params, images: Array) ->
     return model.bind(params).encode(images).indices
 
 
-@functools.partial(jax.jit, static_argnames=("model", "solver", "num_steps", "start_step"))
-def _decode(model, params, indices, noise, *, solver, num_steps, start_step, start_image):
-    return sampler.decode_indices(
-        model,
-        params,
-        indices,
-        noise,
-        solver=solver,
-        num_steps=num_steps,
-        start_step=start_step,
-        start_image=start_image,
-    )
+@functools.partial(
+    jax.jit, static_argnames=("model", "solver", "num_steps", "start_step", "stop_step")
+)
+def _decode(model, params, indices, noise, **options):
+    return sampler.decode_indices(model, params, indices, noise, **options)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -5,24 +5,31 @@
 A model that needs another one, as a prior its tokenizer, holds that one's directory inside.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dar_jax.common import tree
+from dar_jax.common import hub, tree
 from dar_jax.common.typing import Params
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+TOKENIZER_NAME = "tokenizer"
+"""Subdirectory of a prior's model directory that holds its tokenizer's."""
+WORKDIR_NAME = "model"
+"""Subdirectory of a workdir that holds the model directory."""
+MAX_LISTED = 5
 
 
 def save_model(
@@ -63,19 +70,115 @@ def save_model(
         shutil.rmtree(temporary)
 
 
+def locate(path: str | os.PathLike) -> pathlib.Path:
+    """Find a model directory.
+
+    Args:
+        path: the model directory, a workdir that has one, or `hf://owner/name[/directory]`, which
+            is downloaded.
+
+    Raises:
+        ValueError: the download failed.
+    """
+    if hub.is_address(path):
+        names = [CONFIG_NAME, WEIGHTS_NAME]
+        names += [f"{TOKENIZER_NAME}/{name}" for name in names]
+        return pathlib.Path(hub.download_directory(str(path), names))
+    inner = pathlib.Path(path) / WORKDIR_NAME
+    return inner if inner.is_dir() else pathlib.Path(path)
+
+
 def load_model(directory: str | os.PathLike) -> tuple[dict[str, Any], Params]:
     """Read a model directory: its config and its parameters as NumPy arrays.
 
     Raises:
         ValueError: it is missing, unreadable or incomplete.
     """
-    source = pathlib.Path(directory)
+    config = load_config(directory)
+    with _open_weights(directory) as file:
+        return config, tree.unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def load_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """Read the `config.json` of a model directory.
+
+    Raises:
+        ValueError: it is missing or unreadable.
+    """
     try:
-        config = json.loads((source / CONFIG_NAME).read_text())
-        arrays = safetensors.numpy.load_file(source / WEIGHTS_NAME)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        config = json.loads((pathlib.Path(directory) / CONFIG_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(directory, error) from error
+    if not (
+        isinstance(config, dict) and isinstance(config.get("model"), dict) and "kind" in config
+    ):
+        raise _unreadable(directory, f"{CONFIG_NAME} has no kind and model")
+    return config
+
+
+def load_params(
+    directory: str | os.PathLike, like: Params, shardings: Params | None = None
+) -> Params:
+    """Read the parameters of a model directory one by one.
+
+    Args:
+        directory: the model directory.
+        like: names, shapes and dtypes that they must have (dtypes are converted).
+        shardings: of every parameter; each device then gets its own part of it, and nothing holds
+            a whole model. None returns NumPy arrays.
+
+    Raises:
+        ValueError: the directory is unreadable, or its parameters are others than `like`.
+    """
+    leaves = tree.flatten(like)
+    flat_shardings = {} if shardings is None else tree.flatten(shardings)
+    with _open_weights(directory) as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        _check_fit(directory, leaves, tensors)
+        return tree.unflatten(
+            {n: _read(tensors[n], leaf, flat_shardings.get(n)) for n, leaf in leaves.items()}
+        )
+
+
+def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return tensor[index].astype(leaf.dtype, copy=False)
+
+    if sharding is None:
+        return part((slice(None),) * len(leaf.shape))
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _check_fit(
+    directory: str | os.PathLike, leaves: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    expected = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
         raise ValueError(
-            f"{source} is not a readable model directory ({error}); pass the one that training "
-            "writes to WORKDIR/model or that convert writes"
-        ) from error
-    return config, tree.unflatten(arrays)
+            f"{directory}: the weights do not fit the config: {'; '.join(wrong[:MAX_LISTED])}{more}"
+        )
+
+
+@contextlib.contextmanager
+def _open_weights(directory: str | os.PathLike) -> Iterator[safetensors.safe_open]:
+    try:
+        with safetensors.safe_open(
+            pathlib.Path(directory) / WEIGHTS_NAME, framework="numpy"
+        ) as file:
+            yield file
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(directory, error) from error
+
+
+def _unreadable(directory: str | os.PathLike, reason: Exception | str) -> ValueError:
+    return ValueError(
+        f"{directory} is not a readable model directory ({reason}); pass the one that training "
+        "and convert write to WORKDIR/model"
+    )

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt8
 
 Params = dict[str, Any]
 """A plain nested dict of arrays: the parameters of one module."""
 
-PRNGKeys = PRNGKeyArray
-"""One typed key per image, shape [B]."""
+PRNGKeys = Key[Array, " B"]
+"""One typed key per image."""
 
 __all__ = [
     "Any",

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dar_jax.common.typing import Array, Bool, Float
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.layers import BLOCK_INIT, affine_layer_norm, linear
+from dar_jax.nn.layers import affine_layer_norm, block_init, linear
 from dar_jax.nn.rope import Rope, apply_rope
 
 
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
         use_bias: bool = True,
-        kernel_init=BLOCK_INIT,
+        kernel_init=block_init,
         compute: Compute,
         rngs: nnx.Rngs,
     ):

@@ -5,14 +5,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from dar_jax.common.typing import Array, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 
 LAYER_NORM_EPSILON = 1e-6
-BLOCK_INIT = nnx.initializers.truncated_normal(stddev=0.02)
+REFERENCE_STD, REFERENCE_WIDTH = 0.02, 768
 FRAMEWORK_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default for linear layers, U(+-1/sqrt(fan_in)), where the reference leaves it."""
+
+
+def block_init(rng: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Draw a kernel [in, out]: truncated normal with the reference's std of 0.02 at its width, 768.
+
+    The std grows as the width falls, so that narrow models start with outputs of the same size;
+    at 0.02, a block of width 128 would start a dozen times weaker.
+    """
+    stddev = REFERENCE_STD * (REFERENCE_WIDTH / min(shape)) ** 0.5
+    return nnx.initializers.truncated_normal(stddev)(rng, shape, dtype)
 
 
 def linear(
@@ -22,7 +33,7 @@ def linear(
     compute: Compute,
     rngs: nnx.Rngs,
     use_bias: bool = True,
-    kernel_init: Callable = BLOCK_INIT,
+    kernel_init: Callable = block_init,
 ) -> nnx.Linear:
     """A linear layer in the compute dtype; the bias starts at zero."""
     return nnx.Linear(
@@ -97,7 +108,7 @@ class SwiGlu(nnx.Module):
         *,
         compute: Compute,
         rngs: nnx.Rngs,
-        kernel_init: Callable = BLOCK_INIT,
+        kernel_init: Callable = block_init,
     ):
         def projection(features_in: int, features_out: int) -> nnx.Linear:
             return linear(

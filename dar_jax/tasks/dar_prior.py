@@ -46,13 +46,7 @@ class DarPriorTask:
         if loaded["kind"] != "dar_tokenizer":
             raise ValueError(f"{tokenizer} holds a {loaded['kind']}, expected a dar_tokenizer")
         tokenizer_config = build(TokenizerConfig, loaded["model"], tokenizer)
-        for ours, theirs in (("vocab_size", "codebook_size"), ("num_tokens", "num_tokens")):
-            expected = getattr(tokenizer_config, theirs)
-            if getattr(config, ours) != expected:
-                raise ValueError(
-                    f"config.model.{ours}={getattr(config, ours)}, but the tokenizer in "
-                    f"{tokenizer} has {theirs}={expected}"
-                )
+        sampler.check_pair(config, tokenizer_config, tokenizer)
         self.model = FunctionalModel(Llama, config, compute)
         self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, compute)
         self._tokenizer_path = tokenizer

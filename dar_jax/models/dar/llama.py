@@ -16,7 +16,6 @@ from flax import nnx
 from dar_jax.common.typing import Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.nn.attention import Attention, KVCache, causal_mask
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.embeddings import embedding
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
 from dar_jax.nn.rope import Rope, rope_1d
 from dar_jax.nn.stack import Stack
@@ -178,12 +177,12 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, compute: Compute | None = None):
         self.compute = compute = compute or Compute()
         self.config = config
-        table = dict(init=INIT, compute=compute, rngs=rngs)
+        table = dict(dtype=compute.jnp_dtype, embedding_init=INIT, rngs=rngs)
         if config.caption_dim is None:
-            self.condition_embed = embedding(config.num_classes + 1, config.dim, **table)
+            self.condition_embed = nnx.Embed(config.num_classes + 1, config.dim, **table)
         else:
             self.condition_embed = CaptionProjection(config, compute=compute, rngs=rngs)
-        self.token_embed = embedding(config.vocab_size, config.dim, **table)
+        self.token_embed = nnx.Embed(config.vocab_size, config.dim, **table)
         self.stack = Stack(
             lambda block_rngs: LlamaBlock(config, compute=compute, rngs=block_rngs),
             config.num_layers,

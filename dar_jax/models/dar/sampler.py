@@ -18,7 +18,7 @@ from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
-from dar_jax.models.dar.llama import Llama
+from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.sampling import autoregressive
@@ -62,7 +62,13 @@ def steps_of_groups(config: TokenizerConfig, num_steps: int, num_groups: int) ->
     if not 1 <= num_groups <= config.num_groups:
         raise ValueError(f"num_groups={num_groups} must be in 1..{config.num_groups}")
     known = _boundaries(config)[num_groups - 1]
-    return sum(start + config.window <= known for start in step_starts(config, num_steps))
+    complete = sum(start + config.window <= known for start in step_starts(config, num_steps))
+    if complete == 0:
+        raise ValueError(
+            f"num_groups={num_groups} gives {known} tokens, but the first step needs "
+            f"{config.window}: use more groups"
+        )
+    return complete
 
 
 def decode_indices(
@@ -74,6 +80,7 @@ def decode_indices(
     solver: str = "adams_bashforth2",
     num_steps: int | None = None,
     start_step: int = 0,
+    stop_step: int | None = None,
     start_image: Float[Array, "B H W 3"] | None = None,
 ) -> solvers.Solution:
     """Decode tokens to images in [-1, 1] (not clipped), with the preview after every step.
@@ -86,12 +93,14 @@ def decode_indices(
         solver: see `flow.solvers`.
         num_steps: steps of the grid; None takes the model's.
         start_step: first step that is taken, e.g. for editing an image (SDEdit).
+        stop_step: step after the last one that is taken; None runs to the end.
         start_image: where `start_step` starts from, noised to its time; None is pure noise.
     """
     config = model.config
     num_steps = num_steps or config.num_steps
-    times = shifted_grid(num_steps, config.decoder.time_shift)[start_step:]
-    starts = step_starts(config, num_steps)[start_step:]
+    stop_step = num_steps if stop_step is None else stop_step
+    times = shifted_grid(num_steps, config.decoder.time_shift)[start_step : stop_step + 1]
+    starts = step_starts(config, num_steps)[start_step:stop_step]
     tokenizer = model.bind(params)
     x = noise
     if start_image is not None:
@@ -146,7 +155,7 @@ def generate_indices(
         embed_rows(model, params, condition, guided=guided),
         prefix,
         rngs,
-        scales,
+        jnp.asarray(scales),
         boundaries=boundaries or (model.config.num_tokens,),
         key_mask=key_mask,
     )
@@ -233,6 +242,16 @@ def _flow_step(
 
     state, preview = solvers.step(velocity, state, times[0], times[1], window, coefficients)
     return state, preview / config.decoder.data_std
+
+
+def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> None:
+    """Raise ValueError unless the prior was made for tokens such as the tokenizer's (at `where`)."""
+    for ours, theirs in (("vocab_size", "codebook_size"), ("num_tokens", "num_tokens")):
+        value, expected = getattr(prior, ours), getattr(tokenizer, theirs)
+        if value != expected:
+            raise ValueError(
+                f"config.model.{ours}={value}, but the tokenizer in {where} has {theirs}={expected}"
+            )
 
 
 def _boundaries(config: TokenizerConfig) -> tuple[int, ...]:

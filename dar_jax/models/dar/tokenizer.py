@@ -24,9 +24,11 @@ from dar_jax.models.dar.encoder import Encoder, EncoderConfig
 from dar_jax.models.dar.quantizer import Quantized, Quantizer
 from dar_jax.nn.attention import causal_mask
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.layers import BLOCK_INIT, FRAMEWORK_INIT, layer_norm, linear
+from dar_jax.nn.layers import FRAMEWORK_INIT, layer_norm, linear
 from dar_jax.nn.stack import Stack
 from dar_jax.nn.transformer import TransformerBlock
+
+POSITION_INIT = nnx.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ class ConditionLayers(nnx.Module):
             compute=compute,
             rngs=rngs,
         )
-        self.position_table = nnx.Param(BLOCK_INIT(rngs.params(), (max_tokens, config.dim)))
+        self.position_table = nnx.Param(POSITION_INIT(rngs.params(), (max_tokens, config.dim)))
         self.stack = Stack(
             lambda block_rngs: TransformerBlock(
                 config.dim, config.dim // config.head_dim, compute=compute, rngs=block_rngs

@@ -1,0 +1,1 @@
+"""`--mode=convert`: official checkpoints to model directories, and back."""
