@@ -33,14 +33,17 @@ setuptools.setup(
         "test": [
             *QUICKSTART,
             "beartype",
+            "huggingface_hub",
             "pytest",
             "pytest-xdist",
             "ruff",
             "tensorboard",
+            "torch==2.13.0; python_version < '3.12'",
         ],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "convert": ["torch"],
+        "hub": ["huggingface_hub"],
         "demo": ["gradio"],
     },
 )

@@ -4,6 +4,7 @@ import dataclasses
 
 import ml_collections
 
+from dar_jax.convert.command import ConvertConfig
 from dar_jax.data.sources import DataConfig
 from dar_jax.evaluate import EvaluateConfig
 from dar_jax.nn.compute import Compute
@@ -30,6 +31,7 @@ def base() -> ml_collections.ConfigDict:
             mesh=block(MeshConfig()),
             sample=block(SampleConfig()),
             evaluate=block(EvaluateConfig()),
+            convert=block(ConvertConfig()),
         )
     )
 

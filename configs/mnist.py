@@ -30,22 +30,33 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
             num_groups=8,
             num_steps=8,
             codebook_size=CODEBOOK_SIZE,
-            code_dim=8,
+            code_dim=4,
             max_tokens=NUM_TOKENS,
-            encoder=EncoderConfig(patch_size=8, dim=128, depth=2, head_dim=32),
-            condition=ConditionConfig(dim=128, depth=1, head_dim=32),
+            encoder=EncoderConfig(patch_size=8, dim=96, depth=2, head_dim=32),
+            condition=ConditionConfig(dim=64, depth=1, head_dim=32),
             decoder=FlowDecoderConfig(
-                patch_size=4, dim=96, depth=4, head_dim=32, feature_layer=None
+                patch_size=4, dim=64, depth=3, head_dim=16, rope_base=100.0, feature_layer=None
             ),
         )
     )
-    config.loss = common.block(TokenizerLossConfig())
+    # A few thousand steps are too short for the codebook to fill by itself.
+    config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.compute.unroll = True
     config.data.batch_size = 32
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 100
-    config.optimizer.ema_decay = 0.99
-    config.train.update(steps=1500, log_every=50, checkpoint_every=250, image_every=250)
+    short_schedule(config, steps=3000, learning_rate=8e-3)
+
+
+def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate: float) -> None:
+    """Muon with a linear decay to zero: the most out of minutes."""
+    config.optimizer.update(
+        name="muon",
+        learning_rate=learning_rate,
+        warmup_steps=50,
+        decay_start=50,
+        decay_end=steps,
+        ema_decay=0.99,
+    )
+    config.train.update(steps=steps, log_every=50, checkpoint_every=500, image_every=500)
 
 
 def dar(config: ml_collections.ConfigDict) -> None:
@@ -63,12 +74,10 @@ def dar(config: ml_collections.ConfigDict) -> None:
             num_classes=10,
         )
     )
-    config.data.batch_size = 32
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 100
+    config.compute.unroll = True
+    config.data.batch_size = 64
     config.optimizer.weight_decay = 0.05
-    config.optimizer.ema_decay = 0.99
-    config.train.update(steps=1500, log_every=50, checkpoint_every=250, image_every=250)
+    short_schedule(config, steps=1500, learning_rate=4e-3)
 
 
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:

@@ -7,10 +7,11 @@ Modes:
     train     train config.task; run the same command again to resume (default)
     sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz
     evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json
+    convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
 
 Main keys: config.train.steps, config.data.source, config.data.batch_size,
-config.optimizer.learning_rate, config.compute.dtype, config.mesh.shape, config.sample.labels,
-config.sample.guidance_scale, config.sample.seed.
+config.optimizer.learning_rate, config.compute.dtype, config.mesh.fsdp, config.sample.labels,
+config.sample.guidance_scale, config.sample.seed, config.convert.source.
 """
 
 import logging as python_logging
@@ -20,11 +21,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dar_jax import evaluate, sample, train
+from dar_jax.convert import command
 
 MODES = {
     "train": train.train_and_evaluate,
     "sample": sample.sample,
     "evaluate": evaluate.evaluate,
+    "convert": command.convert,
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")

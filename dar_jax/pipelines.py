@@ -1,15 +1,17 @@
 """The Python API: load a model directory; encode, decode, generate, stream."""
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from dar_jax.common import model_dir
 from dar_jax.common.config import build
-from dar_jax.common.model_dir import load_model
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -18,6 +20,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+from dar_jax.training.sharding import fsdp_sharding
 
 Guidance = float | tuple[float, float]
 """One scale for all tokens, or the first and last of a linear ramp; 1 is no guidance."""
@@ -51,7 +54,7 @@ class TokenizerPipeline:
         Raises:
             ValueError: another shape.
         """
-        _check_images("images", images, (None, None, None))
+        _check_shape("images", images, ("B", "H", "W", 3))
         return _encode(self.model, self.params, jnp.asarray(images))
 
     def decode(
@@ -90,9 +93,9 @@ class TokenizerPipeline:
         if noise is None:
             rngs = image_keys(_require_rng(rng), len(indices))
             noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
-        _check_images("noise", noise, (len(indices), None, None))
+        _check_shape("noise", noise, (len(indices), "H", "W", 3))
         if start_image is not None:
-            _check_images("start_image", start_image, noise.shape[:3])
+            _check_shape("start_image", start_image, noise.shape)
         solution = _decode(
             self.model,
             self.params,
@@ -129,8 +132,13 @@ class PriorPipeline:
         Args:
             labels: class labels [B] in 0 .. num_classes, or captions [B, T, F].
             indices: image tokens; the last one is not looked at.
+
+        Raises:
+            ValueError: a label or token out of range, or captions of another shape.
         """
-        return _logits(self.model, self.params, jnp.asarray(labels), jnp.asarray(indices))
+        labels = check_labels(labels, self.config)
+        _check_range("indices", indices, self.config.vocab_size)
+        return _logits(self.model, self.params, labels, jnp.asarray(indices))
 
     def generate_indices(
         self,
@@ -243,28 +251,45 @@ class DarPipeline:
 Pipeline = TokenizerPipeline | DarPipeline
 
 
-def from_pretrained(path: str, *, compute: Compute | None = None) -> Pipeline:
+def from_pretrained(
+    path: str | os.PathLike, *, compute: Compute | None = None, mesh: Mesh | None = None
+) -> Pipeline:
     """Load a model directory; its kind is read from `config.json`.
 
     Args:
-        path: directory with `config.json` and `model.safetensors`; a prior's directory holds its
-            tokenizer in the subdirectory `tokenizer`.
+        path: directory with `config.json` and `model.safetensors` (and a prior's tokenizer), a
+            workdir that holds it as `model`, or `hf://owner/name[/directory]`.
         compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
+        mesh: spread the parameters over these devices; each one reads only its own part.
 
     Raises:
         ValueError: no such directory, an unknown kind, or weights that do not fit the config.
     """
-    loaded, params = load_model(path)
-    compute, kind = compute or Compute(), loaded["kind"]
+    directory = model_dir.locate(path)
+    loaded = model_dir.load_config(directory)
     class_names = loaded.get("class_names", ())
-    if kind == "dar_tokenizer":
-        model = FunctionalModel(Tokenizer, build(TokenizerConfig, loaded["model"], path), compute)
-        return TokenizerPipeline(model, params, class_names=class_names)
-    if kind == "dar_prior":
-        model = FunctionalModel(Llama, build(LlamaConfig, loaded["model"], path), compute)
-        tokenizer = from_pretrained(f"{path}/tokenizer", compute=compute)
-        return DarPipeline(PriorPipeline(model, params), tokenizer, class_names=class_names)
-    raise ValueError(f"{path}: unknown kind {kind!r}; known are dar_tokenizer, dar_prior")
+    match loaded["kind"]:
+        case "dar_tokenizer":
+            loaded_model = _load(Tokenizer, TokenizerConfig, directory, compute, mesh)
+            return TokenizerPipeline(*loaded_model, class_names=class_names)
+        case "dar_prior":
+            nested = model_dir.tokenizer_of(directory)
+            prior = PriorPipeline(*_load(Llama, LlamaConfig, directory, compute, mesh))
+            tokenizer = from_pretrained(nested, compute=compute, mesh=mesh)
+            sampler.check_pair(prior.config, tokenizer.config, str(nested))
+            return DarPipeline(prior, tokenizer, class_names=class_names)
+        case kind:
+            raise ValueError(f"{path}: unknown kind {kind!r}; known: dar_tokenizer, dar_prior")
+
+
+def _load(
+    cls: type, config_class: type, path: os.PathLike, compute: Compute | None, mesh: Mesh | None
+) -> tuple[FunctionalModel, Params]:
+    config = build(config_class, model_dir.load_config(path)["model"], str(path))
+    model = FunctionalModel(cls, config, compute or Compute())
+    like = model.abstract_params()
+    shardings = None if mesh is None else fsdp_sharding(like, mesh)
+    return model, model_dir.load_params(path, like, shardings)
 
 
 def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
@@ -280,12 +305,10 @@ def check_labels(labels: Any, config: LlamaConfig) -> Array:
     """
     labels = jnp.asarray(labels)
     if config.caption_dim is None:
-        if labels.ndim != 1:
-            raise ValueError(f"labels have shape {labels.shape}, expected (B,)")
+        _check_shape("labels", labels, ("B",))
         _check_range("labels", labels, config.num_classes + 1)
-    elif labels.shape[1:] != (config.condition_tokens, config.caption_dim):
-        expected = f"(B, {config.condition_tokens}, {config.caption_dim})"
-        raise ValueError(f"captions have shape {labels.shape}, expected {expected}")
+    else:
+        _check_shape("captions", labels, ("B", config.condition_tokens, config.caption_dim))
     return labels
 
 
@@ -298,36 +321,33 @@ def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | N
     if prefix is None:
         return None
     prefix = jnp.asarray(prefix, jnp.int32)
-    if prefix.ndim != 2 or len(prefix) != batch_size or prefix.shape[1] >= config.num_tokens:
+    _check_shape("prefix", prefix, (batch_size, "K"))
+    if prefix.shape[1] >= config.num_tokens:
         raise ValueError(
-            f"prefix has shape {prefix.shape}, expected ({batch_size}, K) with "
-            f"K < {config.num_tokens}"
+            f"prefix holds {prefix.shape[1]} tokens, expected fewer than {config.num_tokens}"
         )
     _check_range("prefix", prefix, config.vocab_size)
     return prefix
 
 
-def _check_images(name: str, images: Any, expected: tuple[int | None, ...]) -> None:
-    """Check [B, H, W, 3]; None in `expected` is any size."""
-    expected = (*expected, 3)
-    fits = len(images.shape) == 4 and all(
-        size in (None, actual) for size, actual in zip(expected, images.shape, strict=True)
+def _check_shape(name: str, array: Any, expected: Sequence[int | str]) -> None:
+    """Check every axis against its size; a letter stands for any size."""
+    shape = tuple(array.shape)
+    fits = len(shape) == len(expected) and all(
+        size == wanted or isinstance(wanted, str)
+        for size, wanted in zip(shape, expected, strict=True)
     )
     if not fits:
-        names = (
-            axis if size is None else str(size) for axis, size in zip("BHWC", expected, strict=True)
-        )
-        shape = tuple(images.shape)
-        raise ValueError(f"{name} must have shape [{', '.join(names)}], got {shape}")
+        raise ValueError(f"{name} has shape {shape}, expected ({', '.join(map(str, expected))})")
 
 
 def _check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> None:
-    """Check [B, n] with at least the tokens of the groups."""
+    """Check [B, n] with the tokens of the groups, and the codebook."""
+    _check_shape("indices", indices, ("B", "n"))
     needed = config.num_tokens * num_groups // config.num_groups
-    if len(indices.shape) != 2 or not needed <= indices.shape[1] <= config.num_tokens:
+    if not needed <= indices.shape[1] <= config.num_tokens:
         raise ValueError(
-            f"indices have shape {tuple(indices.shape)}, expected [B, n] with n from {needed} "
-            f"to {config.num_tokens}"
+            f"indices hold {indices.shape[1]} tokens, expected {needed} to {config.num_tokens}"
         )
     _check_range("indices", indices, config.codebook_size)
 

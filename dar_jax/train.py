@@ -33,7 +33,7 @@ from dar_jax.training.state import TrainState
 
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
-UNBOUND_BLOCKS = ("train", "mesh", "compute", "sample", "evaluate")
+UNBOUND_BLOCKS = ("train", "mesh", "compute", "sample", "evaluate", "convert")
 """Blocks that may change between a checkpoint and the run that resumes from it."""
 
 

@@ -63,7 +63,10 @@ def test_training_reports_progress_and_writes_pictures(trained):
     lines = [json.loads(line) for line in (root / "dar/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert np.isfinite([line["train/loss"] for line in lines]).all()
-    for picture in ("tokenizer/images/reconstruction_0000002.png", "dar/images/samples_0000002.png"):
+    for picture in (
+        "tokenizer/images/reconstruction_0000002.png",
+        "dar/images/samples_0000002.png",
+    ):
         assert np.asarray(Image.open(root / picture)).std() > 0
 
 

@@ -50,9 +50,13 @@ def _value(annotation: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: expected a block of keys, got {value!r}")
         return build(annotation, value, where)
-    if isinstance(value, list | tuple):
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
         return tuple(value)
     if annotation is float and type(value) is int:
         return float(value)

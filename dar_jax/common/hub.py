@@ -54,6 +54,7 @@ def _split(address: str) -> tuple[str, str]:
 def _download(function: str, address: str, **arguments: Any) -> str:
     try:
         import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise ValueError(
             f"{address} needs huggingface_hub, which is not installed; "
@@ -61,7 +62,7 @@ def _download(function: str, address: str, **arguments: Any) -> str:
         ) from error
     try:
         return getattr(huggingface_hub, function)(**arguments)
-    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+    except (OSError, ValueError, EntryNotFoundError) as error:
         # Every failure of the network or the server is an OSError in old and new clients.
         reason = " ".join(str(error).split())
         raise ValueError(

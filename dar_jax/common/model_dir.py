@@ -99,11 +99,11 @@ def load_model(directory: str | os.PathLike) -> tuple[dict[str, Any], Params]:
         return config, tree.unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-def load_config(directory: str | os.PathLike) -> dict[str, Any]:
+def load_config(directory: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
     """Read the `config.json` of a model directory.
 
     Raises:
-        ValueError: it is missing or unreadable.
+        ValueError: it is missing, unreadable or not of the kind that is asked for.
     """
     try:
         config = json.loads((pathlib.Path(directory) / CONFIG_NAME).read_text())
@@ -113,7 +113,25 @@ def load_config(directory: str | os.PathLike) -> dict[str, Any]:
         isinstance(config, dict) and isinstance(config.get("model"), dict) and "kind" in config
     ):
         raise _unreadable(directory, f"{CONFIG_NAME} has no kind and model")
+    if kind not in (None, config["kind"]):
+        raise ValueError(f"{directory} holds a {config['kind']}, expected a {kind}")
     return config
+
+
+def tokenizer_of(directory: str | os.PathLike) -> pathlib.Path:
+    """Return the model directory of a prior's tokenizer.
+
+    Raises:
+        ValueError: the prior was written without one, or it is something else.
+    """
+    nested = pathlib.Path(directory) / TOKENIZER_NAME
+    if not nested.is_dir():
+        raise ValueError(
+            f"{directory} holds a prior without its tokenizer: put the tokenizer's model "
+            f"directory at {nested}, or convert again with --config.tokenizer=DIR"
+        )
+    load_config(nested, "dar_tokenizer")
+    return nested
 
 
 def load_params(

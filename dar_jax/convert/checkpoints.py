@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
     """What a file holds.
 
     Attributes:
-        state_dict: arrays under the reference's names; half precision is widened to float32.
+        state_dict: arrays under the reference's names, float32 whatever the file's precision.
         container: entry of the file that held the state dict; empty if the file is nothing else.
         config: the reference's config, where the file carries it, as plain data.
     """
@@ -94,15 +94,15 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _widen(array: np.ndarray) -> np.ndarray:
-    is_half = array.dtype in (np.float16, ml_dtypes.bfloat16)
-    return array.astype(np.float32) if is_half else array
+    is_floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(np.float32, copy=False) if is_floating else array
 
 
 def _read_torch(path: pathlib.Path) -> Checkpoint:
     loaded = _unpickle(path)
-    container = next((name for name in CONTAINERS if loaded.get(name)), "")
+    container = next((name for name in CONTAINERS if isinstance(loaded.get(name), dict)), "")
     tensors = loaded[container] if container else loaded
-    if not (isinstance(tensors, Mapping) and all(map(_is_tensor, tensors.values()))):
+    if not all(map(_is_tensor, tensors.values())):
         found = ", ".join(map(str, list(tensors)[:MAX_LISTED]))
         raise ValueError(
             f"{path} holds no state dict by itself or under {', '.join(CONTAINERS)}; found {found}"

@@ -1,1 +1,161 @@
-"""`--mode=convert`: official checkpoints to model directories, and back."""
+"""`--mode=convert`: an official checkpoint to a model directory, or a model directory back."""
+
+import dataclasses
+import fnmatch
+import pathlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import ml_collections
+import safetensors
+from absl import logging
+
+from dar_jax.common import model_dir
+from dar_jax.common.config import build
+from dar_jax.common.tree import num_parameters
+from dar_jax.common.typing import Params
+from dar_jax.convert import dar
+from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint, write_safetensors
+from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.sampler import check_pair
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.nn.functional import FunctionalModel
+
+DIRECTIONS = ("jax", "torch")
+MAX_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What is converted.
+
+    Attributes:
+        source: an official checkpoint, `.pt` or `.safetensors`, as a path or
+            `hf://owner/name/file`; towards torch a model directory, where empty is WORKDIR/model.
+        to: "jax" writes the model directory WORKDIR/model, "torch" writes WORKDIR/KIND.safetensors
+            under the reference's names.
+    """
+
+    source: str = ""
+    to: str = "jax"
+
+    def __post_init__(self):
+        if self.to not in DIRECTIONS:
+            raise ValueError(f"to={self.to!r} must be one of {', '.join(DIRECTIONS)}")
+
+
+def convert(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Convert `config.convert.source`; nothing is written unless all of it fits.
+
+    Raises:
+        ValueError: the source cannot be read or does not fit the model, or the workdir cannot be
+            written.
+    """
+    settings = build(ConvertConfig, config.convert.to_dict(), "config.convert")
+    if settings.to == "torch":
+        to_torch(settings.source or workdir, pathlib.Path(workdir))
+    else:
+        to_jax(settings.source, config, pathlib.Path(workdir))
+
+
+def to_jax(source: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Write the model directory of an official checkpoint."""
+    if not source:
+        raise ValueError("config.convert.source is empty: name a path or hf://owner/name/file")
+    checkpoint = read_checkpoint(source)
+    companions = {}
+    match config.task:
+        case "dar_tokenizer":
+            with _errors_name(source):
+                model, params = _tokenizer(checkpoint, config)
+            _report(checkpoint, dar.UNUSED_TOKENIZER_KEYS)
+        case "dar_prior":
+            model = build(LlamaConfig, config.model.to_dict(), "config.model")
+            with _errors_name(source):
+                params = dar.prior_params(checkpoint.state_dict, model)
+            _report(checkpoint, dar.UNUSED_PRIOR_KEYS)
+            companions = _companions(config.tokenizer, model)
+        case _:
+            raise ValueError(f"config.task={config.task!r} has no official checkpoints")
+    directory = workdir / model_dir.WORKDIR_NAME
+    with _writing(directory):
+        model_dir.save_model(
+            directory, config.task, dataclasses.asdict(model), params, {}, companions=companions
+        )
+    logging.info("Wrote %s with %d parameters", directory, num_parameters(params))
+
+
+def to_torch(source: str, workdir: pathlib.Path) -> None:
+    """Write a model directory as a state dict under the reference's names."""
+    directory = model_dir.locate(source)
+    loaded = model_dir.load_config(directory)
+    match loaded["kind"]:
+        case "dar_tokenizer":
+            model = build(TokenizerConfig, loaded["model"], str(directory))
+            like = FunctionalModel(Tokenizer, model).abstract_params()
+            state_dict = dar.tokenizer_state_dict(model_dir.load_params(directory, like), model)
+        case "dar_prior":
+            model = build(LlamaConfig, loaded["model"], str(directory))
+            like = FunctionalModel(Llama, model).abstract_params()
+            state_dict = dar.prior_state_dict(model_dir.load_params(directory, like), model)
+        case kind:
+            raise ValueError(f"{directory}: {kind!r} has no counterpart in the reference")
+    path = workdir / f"{loaded['kind']}.safetensors"
+    with _writing(path):
+        write_safetensors(path, state_dict)
+    logging.info("Wrote %s with %d tensors", path, len(state_dict))
+
+
+def _tokenizer(
+    checkpoint: Checkpoint, config: ml_collections.ConfigDict
+) -> tuple[TokenizerConfig, Params]:
+    """The config that the file carries counts, not the one that is given."""
+    if checkpoint.config is None:
+        model = build(TokenizerConfig, config.model.to_dict(), "config.model")
+    else:
+        model = dar.tokenizer_config(checkpoint.config)
+        logging.info("Taking the model's config from the checkpoint")
+    return model, dar.tokenizer_params(checkpoint.state_dict, model)
+
+
+def _companions(path: str, prior: LlamaConfig) -> dict[str, pathlib.Path]:
+    """The tokenizer that the prior's model directory will hold, if there is one yet."""
+    directory = model_dir.locate(path)
+    if not directory.is_dir():
+        logging.warning(
+            "There is no tokenizer in %s: before sampling, convert again with "
+            "--config.tokenizer=DIR, or put its model directory at WORKDIR/model/%s",
+            path,
+            model_dir.TOKENIZER_NAME,
+        )
+        return {}
+    loaded = model_dir.load_config(directory, "dar_tokenizer")
+    check_pair(prior, build(TokenizerConfig, loaded["model"], str(directory)), str(directory))
+    return {model_dir.TOKENIZER_NAME: directory}
+
+
+def _report(checkpoint: Checkpoint, unused: Sequence[str]) -> None:
+    """Log where the weights were and which tensors were left out."""
+    names = checkpoint.state_dict
+    left_out = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in unused)]
+    logging.info("Read %d tensors from %s", len(names), checkpoint.container or "the file")
+    if left_out:
+        first = ", ".join(left_out[:MAX_LISTED])
+        logging.info("Left out %d tensors that are no parameters: %s", len(left_out), first)
+
+
+@contextmanager
+def _errors_name(source: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+@contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"cannot write {path} ({error}); choose another workdir") from error

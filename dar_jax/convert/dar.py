@@ -6,6 +6,8 @@ The tables follow the state dicts of the reference's `VQModel` (tokenizer) and `
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from dar_jax.common.typing import Any, Params
 from dar_jax.convert.rules import (
     POINTWISE,
@@ -18,6 +20,7 @@ from dar_jax.convert.rules import (
     split,
     tensor,
     to_params,
+    to_state_dict,
     under,
 )
 from dar_jax.models.dar.decoder import FlowDecoderConfig
@@ -36,7 +39,10 @@ ROPE_BASE = 10000
 MULTIPLE_OF = 256
 DEFAULT_FEATURE_LAYER = 8
 """The reference's default `repa_layer`; its head exists even where this is past the last block."""
-UNUSED_TOKENIZER_KEYS = ("quantize.codebook_used",)
+CODEBOOK_QUEUE = "quantize.codebook_used"
+"""Recently used codes, a statistic of training."""
+CODEBOOK_QUEUE_LENGTH = 65536
+UNUSED_TOKENIZER_KEYS = (CODEBOOK_QUEUE,)
 UNUSED_PRIOR_KEYS = ("freqs_cis", "layers.*.attention.kv_cache.*")
 
 
@@ -89,6 +95,38 @@ def prior_params(state_dict: Mapping[str, Any], config: LlamaConfig) -> Params:
     return to_params(prior_rules(config), state_dict, like, ignored=UNUSED_PRIOR_KEYS)
 
 
+def tokenizer_state_dict(params: Params, config: TokenizerConfig) -> dict[str, Any]:
+    """Convert tokenizer parameters to a state dict that the reference loads strictly.
+
+    Raises:
+        ValueError: a size that the reference has fixed at another value.
+    """
+    fixed = {
+        "max_tokens": (config.max_tokens, TABLE_ROWS),
+        "encoder.head_dim": (config.encoder.head_dim, HEAD_DIM),
+        "encoder.query_rank": (config.encoder.query_rank or QUERY_RANK, QUERY_RANK),
+        "condition.head_dim": (config.condition.head_dim, HEAD_DIM),
+        "decoder.head_dim": (config.decoder.head_dim, HEAD_DIM),
+        "decoder.feature_dim": (config.decoder.feature_dim, FlowDecoderConfig.feature_dim),
+        "decoder.feature_hidden_dim": (
+            config.decoder.feature_hidden_dim,
+            FlowDecoderConfig.feature_hidden_dim,
+        ),
+    }
+    for name, (value, expected) in fixed.items():
+        if value != expected:
+            raise ValueError(f"the reference cannot hold {name}={value}, only {expected}")
+    if config.decoder.feature_layer is None:
+        raise ValueError("the reference cannot hold decoder.feature_layer=None: it has that head")
+    state_dict = to_state_dict(tokenizer_rules(config), params)
+    return {**state_dict, CODEBOOK_QUEUE: np.zeros(CODEBOOK_QUEUE_LENGTH, np.float32)}
+
+
+def prior_state_dict(params: Params, config: LlamaConfig) -> dict[str, Any]:
+    """Convert prior parameters to a state dict that the reference loads strictly."""
+    return to_state_dict(prior_rules(config), params)
+
+
 def tokenizer_config(
     config: Mapping[str, Any], *, image_size: int | None = None
 ) -> TokenizerConfig:
@@ -127,6 +165,8 @@ def tokenizer_config(
         )
     except KeyError as error:
         raise ValueError(f"reference config lacks the key {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"reference config holds a value of another type ({error})") from error
 
 
 def flow_decoder_config(config: Mapping[str, Any]) -> FlowDecoderConfig:

@@ -39,7 +39,7 @@ def test_dot_product_attention_equals_a_loop(kv_heads, masked):
         mask = np.array(jax.random.bernoulli(jax.random.key(0), 0.5, mask.shape))
         mask[:, :, 0] = True
     given = jnp.asarray(mask)[:, None] if masked else None
-    out = dot_product_attention(q, k, v, given)
+    out = jax.jit(dot_product_attention)(q, k, v, given)
     np.testing.assert_allclose(out, loop_over_heads(q, k, v, mask), atol=ATOL)
 
 

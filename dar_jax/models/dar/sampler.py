@@ -245,7 +245,7 @@ def _flow_step(
 
 
 def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> None:
-    """Raise ValueError unless the prior was made for tokens such as the tokenizer's (at `where`)."""
+    """Raise ValueError unless the prior fits the tokens of the tokenizer at `where`."""
     for ours, theirs in (("vocab_size", "codebook_size"), ("num_tokens", "num_tokens")):
         value, expected = getattr(prior, ours), getattr(tokenizer, theirs)
         if value != expected:

@@ -74,9 +74,7 @@ def cached_logits(model, params, condition, tokens, key_mask=None):
 
     def body(caches, inputs):
         token, position = inputs
-        logits, caches = prior.extend(
-            prior.token_embed(token[:, None]), caches, position, key_mask
-        )
+        logits, caches = prior.extend(prior.token_embed(token[:, None]), caches, position, key_mask)
         return caches, logits
 
     positions = jnp.arange(x.shape[1], num_slots)

@@ -59,9 +59,7 @@ def check_windows(golden):
         starts.append([table_row(all_starts[steps], length) for steps in VARIANTS])
         times.append([table_row(all_times[steps], length) for steps in VARIANTS])
         train_starts.append(window_start(train_time, config))
-    golden.check_all(
-        decode_start_query=starts, decode_time=times, train_start_query=train_starts
-    )
+    golden.check_all(decode_start_query=starts, decode_time=times, train_start_query=train_starts)
 
 
 def check_times(golden):

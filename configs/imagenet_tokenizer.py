@@ -1,0 +1,40 @@
+"""D-AR tokenizer v1 (307M parameters) on ImageNet 256x256: the released model, exactly.
+
+    python -m dar_jax.main --config=configs/imagenet_tokenizer.py --workdir=runs/imagenet/tokenizer
+
+The official weights instead of training:
+
+    python -m dar_jax.main --config=configs/imagenet_tokenizer.py --mode=convert \
+        --config.convert.source=D-AR-tokenizer_v1.pt --workdir=runs/imagenet/tokenizer
+
+Published (arXiv:2505.23660): rFID 1.52 on the 50,000 validation images, 8 steps of
+Adams-Bashforth 2; trained for 210,000 steps of 1024 images, 5 days on 16 A100. The published
+loss has two more terms than are trained here: 0.5 LPIPS and 0.5 alignment to DINOv2-B.
+"""
+
+import ml_collections
+
+from configs import common
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.base()
+    config.task = "dar_tokenizer"
+    config.model = common.block(TokenizerConfig(tokens_per_step=32))
+    config.loss = common.block(TokenizerLossConfig())
+    config.compute.update(dtype="bfloat16", remat="blocks")
+    config.mesh.update(data=1, fsdp=-1)
+    config.data.update(source="imagenet2012", image_size=256, batch_size=1024)
+    config.optimizer.update(
+        learning_rate=2e-4,
+        warmup_steps=500,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        ema_decay=0.999,
+    )
+    config.train.update(steps=210_000, image_every=5_000)
+    return config

@@ -1,0 +1,120 @@
+"""Every config in every variant: its blocks build, and its model has the published size."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from configs import imagenet_dar, imagenet_tokenizer, mnist
+from dar_jax import tasks, train
+from dar_jax.common import model_dir
+from dar_jax.common.config import build
+from dar_jax.common.tree import num_parameters
+from dar_jax.convert import dar
+from dar_jax.convert.command import ConvertConfig
+from dar_jax.evaluate import EvaluateConfig
+from dar_jax.models.dar.llama import SIZES
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.sample import SampleConfig
+from dar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+CONFIGS = {
+    "mnist:tokenizer": lambda: mnist.get_config("tokenizer"),
+    "mnist:dar": lambda: mnist.get_config("dar"),
+    "imagenet_tokenizer": imagenet_tokenizer.get_config,
+    **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
+}
+PARAMETERS = {
+    "imagenet_tokenizer": 307_444_672,
+    "imagenet_dar:b": 110_888_448,
+    "imagenet_dar:l": 342_910_976,
+    "imagenet_dar:xl": 774_699_520,
+    "imagenet_dar:xxl": 1_410_972_672,
+    "imagenet_dar:xxxl": 3_893_027_840,
+    "imagenet_dar:1b": 1_199_616_000,
+    "imagenet_dar:3b": 3_096_659_200,
+    "imagenet_dar:7b": 6_614_589_440,
+}
+"""Counts of the reference's modules."""
+RELEASED_TOKENIZER = {
+    "model": {
+        "encoder_patch_size": 16,
+        "encoder_dim": 768,
+        "decoder_dim": 768,
+        "num_encoder_layers": 8,
+        "num_decoder_layers": 8,
+        "vq_dim": 8,
+        "vq_codebook_size": 16384,
+        "vq_enable": True,
+        "num_denoising_steps": 8,
+        "num_query_groups": 8,
+        "num_all_queries": 256,
+        "queries_per_step": 32,
+        "query_low_rank": True,
+        "diff_decoder": {
+            "in_dim": 3,
+            "out_dim": 3,
+            "dim": 768,
+            "cond_dim": 768,
+            "patch_size": 8,
+            "depth": 12,
+            "data_std": 0.6,
+            "time_shift": 2,
+            "mlp_head": False,
+            "share_time_encoding": False,
+        },
+    }
+}
+
+
+def task_of(config, directory):
+    """The config's task; a prior gets a tokenizer that holds a config and no weights."""
+    if config.task == "dar_prior":
+        source = mnist if config.model.num_classes == 10 else imagenet_tokenizer
+        tokenizer = source.get_config(*["tokenizer"] * (source is mnist))
+        config.tokenizer = str(directory / "tokenizer")
+        model_dir.save_model(config.tokenizer, tokenizer.task, tokenizer.model.to_dict(), {}, {})
+    return tasks.build(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_block_builds(name, tmp_path):
+    config = CONFIGS[name]()
+    settings = train.parse(config)
+    for cls, block in (
+        (SampleConfig, "sample"),
+        (EvaluateConfig, "evaluate"),
+        (ConvertConfig, "convert"),
+    ):
+        build(cls, config[block].to_dict(), block)
+    task = task_of(config, tmp_path)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert task.kind == config.task
+    assert jax.eval_shape(make_optimizer(settings.optimizer).init, params)
+    if name in PARAMETERS:
+        assert num_parameters(params) == PARAMETERS[name]
+
+
+def test_released_tokenizer_is_the_default():
+    config = imagenet_tokenizer.get_config()
+    model = build(TokenizerConfig, config.model.to_dict(), "model")
+    assert model == dar.tokenizer_config(RELEASED_TOKENIZER)
+    assert dataclasses.replace(model, tokens_per_step=None) == TokenizerConfig()
+
+
+def test_published_recipes():
+    """Batch, length and rates; the optimizer tests cover the schedules themselves."""
+    tokenizer = train.parse(imagenet_tokenizer.get_config())
+    assert (tokenizer.data.batch_size, tokenizer.train.steps) == (1024, 210_000)
+    assert tokenizer.optimizer.ema_decay == 0.999
+    prior = train.parse(imagenet_dar.get_config("xl"))
+    assert (prior.data.batch_size, prior.train.steps) == (1024, 360_000)
+    assert (prior.optimizer.weight_decay, prior.optimizer.ema_decay) == (0.05, 0.0)
+    rate = learning_rate_schedule(prior.optimizer)
+    steps = [0, 300_000, 330_000, 360_000]
+    assert [float(rate(s)) for s in steps] == pytest.approx([4e-4, 4e-4, 2.05e-4, 1e-5])
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match=r"unknown config variant 'xs'; available: b, l, xl"):
+        imagenet_dar.get_config("xs")

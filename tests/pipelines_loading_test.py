@@ -1,0 +1,172 @@
+"""`from_pretrained`: where it looks, what it refuses, and loading onto a mesh."""
+
+import dataclasses
+import json
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.common import model_dir
+from dar_jax.nn.compute import Compute
+from dar_jax.pipelines import DarPipeline, from_pretrained
+from dar_jax.training.sharding import MIN_SHARDED_SIZE, MeshConfig, make_mesh
+from tests.golden import models
+
+TOKENIZER, PRIOR = "dar/tokenizer_tiny", "dar/gpt_tiny"
+CLASS_NAMES = ("cat", "dog")
+OPTIONS = dict(guidance_scale=2.0, temperature=0.0)
+ROUNDING = 1e-4  # a partitioned matrix product sums in another order; images are in [-1, 1]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A workdir with a prior and its tokenizer."""
+    path = tmp_path_factory.mktemp("workdir")
+    for folder, kind, load, companions in (
+        (TOKENIZER, "dar_tokenizer", models.tokenizer, {}),
+        (PRIOR, "dar_prior", models.prior, {"tokenizer": path / "dar_tokenizer"}),
+    ):
+        model, params = load(folder)
+        config = dataclasses.asdict(model.config)
+        extra = {"class_names": CLASS_NAMES}
+        model_dir.save_model(path / kind, kind, config, params, extra, companions=companions)
+    (path / "dar_prior").rename(path / "model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def generated(workdir):
+    pipeline = from_pretrained(workdir / "model")
+    return pipeline.generate([1, 2], rng=jax.random.key(3), **OPTIONS)
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    """A prior's model directory to spoil."""
+    config, params = model_dir.load_model(workdir / "model")
+    companions = {"tokenizer": workdir / "dar_tokenizer"}
+    path = tmp_path / "copy"
+    model_dir.save_model(path, "dar_prior", config["model"], params, {}, companions=companions)
+    return path
+
+
+def test_workdir_stands_for_its_model(workdir):
+    pipeline = from_pretrained(str(workdir))
+    assert isinstance(pipeline, DarPipeline)
+    assert pipeline.class_names == pipeline.tokenizer.class_names == CLASS_NAMES
+
+
+def test_hub_repository_is_loaded(workdir, monkeypatch):
+    asked = []
+
+    def download(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        return str(workdir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    pipeline = from_pretrained("hf://owner/name/model")
+    assert isinstance(pipeline, DarPipeline)
+    names = ["config.json", "model.safetensors"]
+    names += [f"tokenizer/{name}" for name in names]
+    assert asked == [("owner/name", [f"model/{name}" for name in names])]
+
+
+def test_mesh_holds_every_parameter_in_parts(workdir, generated):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    pipeline = from_pretrained(workdir, mesh=mesh)
+    expected = (models.prior(PRIOR)[1], models.tokenizer(TOKENIZER)[1])
+    leaves = jax.tree.leaves((pipeline.prior.params, pipeline.tokenizer.params))
+    for leaf, array in zip(leaves, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(leaf, array)
+        assert len(leaf.sharding.device_set) == mesh.size
+        if leaf.size >= MIN_SHARDED_SIZE:
+            assert leaf.addressable_shards[0].data.size == leaf.size // mesh.shape["fsdp"]
+
+    out = pipeline.generate([1, 2], rng=jax.random.key(3), **OPTIONS)
+    np.testing.assert_array_equal(out.indices, generated.indices)
+    np.testing.assert_allclose(out.images, generated.images, atol=ROUNDING)
+
+
+def test_each_device_reads_its_own_part_only(workdir, monkeypatch):
+    """No process reads a whole parameter that it shards, so none holds the model twice."""
+    sizes = []
+    make_array = jax.make_array_from_callback
+
+    def record(shape, sharding, callback):
+        def counted(index):
+            part = callback(index)
+            sizes.append((part.size, int(np.prod(shape))))
+            return part
+
+        return make_array(shape, sharding, counted)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", record)
+    from_pretrained(workdir, mesh=make_mesh(MeshConfig(data=1, fsdp=8)))
+    assert sizes
+    assert all(part * 8 == whole for part, whole in sizes if whole >= MIN_SHARDED_SIZE)
+
+
+def test_compute_dtype_is_an_argument(workdir, generated):
+    pipeline = from_pretrained(workdir, compute=Compute(dtype="bfloat16"))
+    assert (
+        pipeline.prior.model.compute.dtype == pipeline.tokenizer.model.compute.dtype == "bfloat16"
+    )
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(pipeline.tokenizer.params))
+    out = pipeline.generate([1, 2], rng=jax.random.key(3), **OPTIONS)
+    assert out.images.shape == generated.images.shape and jnp.isfinite(out.images).all()
+
+
+def test_half_precision_directory_is_widened(workdir, copy):
+    config, params = model_dir.load_model(copy)
+    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params)
+    companions = {"tokenizer": workdir / "dar_tokenizer"}
+    model_dir.save_model(copy, "dar_prior", config["model"], half, {}, companions=companions)
+    loaded = jax.tree.leaves(from_pretrained(copy).prior.params)
+    for array, expected in zip(loaded, jax.tree.leaves(half), strict=True):
+        assert array.dtype == jnp.float32
+        np.testing.assert_array_equal(array, expected.astype(np.float32))
+
+
+def spoil(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    config.update(changes)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: spoil(p, kind="vqgan"), "unknown kind 'vqgan'; known: dar_tokenizer, dar_prior"),
+        (lambda p: spoil(p, model=3), r"not a readable model directory .*no kind and model"),
+        (lambda p: (p / "config.json").write_text("[]"), "no kind and model"),
+        (lambda p: spoil(p, model={"depth": 3}), "unknown key 'depth'"),
+        (
+            lambda p: spoil(p, model={"num_layers": 2, "dim": 64, "num_heads": 2, "ffn_dim": 192}),
+            r"weights do not fit the config: .*condition_embed/embedding is .* and \d+ more",
+        ),
+        (
+            lambda p: (p / "model.safetensors").write_bytes(b"cut"),
+            "copy is not a readable model directory",
+        ),
+        (lambda p: (p / "tokenizer" / "config.json").unlink(), "not a readable model directory"),
+        (
+            lambda p: spoil(p / "tokenizer", kind="dar_prior"),
+            "tokenizer holds a dar_prior, expected a dar_tokenizer",
+        ),
+    ],
+)
+def test_damage_is_one_line(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ValueError, match=message) as caught:
+        from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_of_another_prior_is_refused(copy):
+    config = json.loads((copy / "tokenizer" / "config.json").read_text())
+    spoil(copy / "tokenizer", model={**config["model"], "num_tokens": 32})
+    with pytest.raises(ValueError, match=r"num_tokens=16, but the tokenizer in .* num_tokens=32"):
+        from_pretrained(copy)

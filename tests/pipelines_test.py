@@ -1,0 +1,231 @@
+"""The Python API: streaming, previews, model directories, and what it says to bad input."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from dar_jax import pipelines
+from dar_jax.common.model_dir import save_model
+from dar_jax.models.dar.sampler import initial_noise
+from dar_jax.nn.compute import Compute
+from dar_jax.pipelines import DarPipeline, PriorPipeline, TokenizerPipeline, from_pretrained
+from tests.golden import fixtures, models
+
+LABELS = (3, 1)
+NUM_GROUPS, VOCAB, NUM_CLASSES = 4, 64, 10
+ROUNDING = 1e-4  # one compiled step at a time against a compiled loop; images reach 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TokenizerPipeline(*models.tokenizer("dar/tokenizer_tiny"))
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return PriorPipeline(*models.prior("dar/gpt_tiny"))
+
+
+@pytest.fixture(scope="module")
+def captions_prior():
+    return PriorPipeline(*models.prior("dar/gpt_t2i_tiny"))
+
+
+@pytest.fixture(scope="module")
+def dar(prior, tokenizer):
+    return DarPipeline(prior, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def previews(dar):
+    return list(dar.stream(LABELS, rng=jax.random.key(0), guidance_scale=2.0))
+
+
+@pytest.fixture
+def unchecked():
+    """No shape checks, as in production: the pipelines' own messages come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_stream_yields_every_group(previews):
+    assert [preview.step for preview in previews] == [1, 2, 3, 4]
+    assert [preview.num_tokens for preview in previews] == [4, 8, 12, 16]
+    for preview in previews:
+        assert preview.images.shape == (2, 32, 32, 3)
+        assert np.max(np.abs(preview.images)) <= 1.0
+        final = previews[-1].indices[:, : preview.num_tokens]
+        np.testing.assert_array_equal(preview.indices, final)
+
+
+def test_generate_is_the_end_of_the_stream(dar, previews):
+    images, indices = dar.generate(LABELS, rng=jax.random.key(0), guidance_scale=2.0)
+    np.testing.assert_array_equal(images, previews[-1].images)
+    np.testing.assert_array_equal(indices, previews[-1].indices)
+
+
+def test_previews_are_decoded_prefixes(tokenizer, previews):
+    for group in (2, NUM_GROUPS):
+        decoded = tokenizer.decode(previews[-1].indices, rng=jax.random.key(0), num_groups=group)
+        expected = np.clip(decoded, -1, 1)
+        np.testing.assert_allclose(previews[group - 1].images, expected, atol=ROUNDING)
+
+
+def test_stream_draws_the_tokens_of_generate_indices(prior, previews):
+    indices = prior.generate_indices(jnp.array(LABELS), rng=jax.random.key(0), guidance_scale=2.0)
+    np.testing.assert_array_equal(previews[-1].indices, indices)
+
+
+def test_later_images_of_a_set_are_those_of_an_earlier_batch(dar, previews):
+    options = dict(rng=jax.random.key(0), guidance_scale=2.0)
+    images, indices = dar.generate((LABELS[1], 7), first_index=1, **options)
+    np.testing.assert_array_equal(indices[0], previews[-1].indices[1])
+    np.testing.assert_allclose(images[0], previews[-1].images[1], atol=ROUNDING)
+
+
+def test_prefix_fixes_the_first_tokens(dar, previews):
+    prefix = previews[1].indices
+    images, indices = dar.generate(LABELS, rng=jax.random.key(0), guidance_scale=2.0, prefix=prefix)
+    np.testing.assert_array_equal(indices, previews[-1].indices)
+    np.testing.assert_allclose(images, previews[-1].images, atol=ROUNDING)
+
+
+def test_greedy_needs_no_key(prior):
+    generate = functools.partial(prior.generate_indices, np.array(LABELS), temperature=0.0)
+    np.testing.assert_array_equal(generate(), generate(rng=jax.random.key(5)))
+
+
+def test_logits_are_teacher_forced(prior):
+    golden = fixtures.Compare("dar/gpt_tiny", "io_forward")
+    golden.check("eval_logits", prior.logits(golden.arrays["labels"], golden.arrays["tokens"]))
+
+
+def test_caption_logits_are_teacher_forced(captions_prior):
+    golden = fixtures.Compare("dar/gpt_t2i_tiny", "io_forward")
+    captions, tokens = golden.arrays["caption"], golden.arrays["tokens"]
+    golden.check("logits_nomask", captions_prior.logits(captions, tokens))
+
+
+def test_decode_draws_each_image_from_its_own_key(tokenizer, previews):
+    rng, indices = jax.random.key(7), previews[-1].indices
+    noise = initial_noise(pipelines.image_keys(rng, 2), (32, 32))
+    decoded = tokenizer.decode(indices, rng=rng)
+    np.testing.assert_array_equal(decoded, tokenizer.decode(indices, noise=noise))
+
+
+def test_model_directories_load(dar, tokenizer, prior, tmp_path):
+    names = {"class_names": [str(label) for label in range(NUM_CLASSES)]}
+    config = dataclasses.asdict(prior.config)
+    save_model(tmp_path / "prior", "dar_prior", config, prior.params, names)
+    config = dataclasses.asdict(tokenizer.config)
+    save_model(tmp_path / "prior/tokenizer", "dar_tokenizer", config, tokenizer.params, {})
+    loaded = from_pretrained(tmp_path / "prior", compute=Compute(remat="blocks"))
+    assert loaded.class_names == tuple("0123456789")
+    assert loaded.prior.model.compute == Compute(remat="blocks")
+    assert (loaded.prior.config, loaded.tokenizer.config) == (prior.config, tokenizer.config)
+    jax.tree.map(np.testing.assert_array_equal, loaded.prior.params, prior.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.tokenizer.params, tokenizer.params)
+    assert isinstance(from_pretrained(str(tmp_path / "prior/tokenizer")), TokenizerPipeline)
+
+
+def test_unknown_kind_is_refused(tmp_path):
+    save_model(tmp_path / "model", "gan", {"dim": 1}, {"a": np.zeros(1)}, {})
+    with pytest.raises(ValueError, match="unknown kind 'gan'"):
+        from_pretrained(tmp_path / "model")
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (ones(32, 32, 3), r"images has shape \(32, 32, 3\), expected \(B, H, W, 3\)"),
+        (ones(1, 3, 32, 32), r"images has shape \(1, 3, 32, 32\)"),
+        (ones(1, 32, 36, 3), "image of 32x36 pixels"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_encode_refuses(tokenizer, images, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("indices", "options", "message"),
+    [
+        (zeros(2, 16) + VOCAB, {}, "indices: 64 is out of range, expected 0..63"),
+        (zeros(2, 16) - 1, {}, "indices: -1 is out of range"),
+        (zeros(16), {}, r"indices has shape \(16,\)"),
+        (zeros(2, 7), {}, "indices hold 7 tokens, expected 16 to 16"),
+        (zeros(2, 17), {}, "indices hold 17 tokens"),
+        (zeros(2, 7), {"num_groups": 2}, "indices hold 7 tokens, expected 8 to 16"),
+        (zeros(2, 16), {"num_groups": 0}, "num_groups=0 must be in 1..4"),
+        (zeros(2, 16), {"num_groups": 5}, "num_groups=5 must be in 1..4"),
+        (zeros(2, 16), {"num_steps": 0}, "num_steps=0 must be at least 1"),
+        (zeros(2, 16), {"start_step": 5}, "start_step=5 must be in 0..4"),
+        (zeros(2, 16), {"start_step": -1}, "start_step=-1 must be in 0..4"),
+        (zeros(2, 16), {"start_step": 2, "num_groups": 2}, "start_step=2 must be in 0..1"),
+        (zeros(2, 16), {"rng": None}, "rng is missing"),
+        (zeros(2, 16), {"noise": ones(1, 32, 32, 3)}, r"noise has shape \(1, 32, 32, 3\)"),
+        (zeros(2, 16), {"noise": ones(2, 33, 32, 3)}, "image of 33x32 pixels"),
+        (zeros(2, 16), {"start_image": ones(2, 8, 8, 3)}, r"start_image has shape \(2, 8, 8, 3\)"),
+        (zeros(2, 16), {"solver": "heun"}, "solver 'heun'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_decode_refuses(tokenizer, indices, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode(indices, **({"rng": jax.random.key(0)} | options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([0, 11], {}, "labels: 11 is out of range, expected 0..10"),
+        ([-1], {}, "labels: -1 is out of range"),
+        ([[1]], {}, r"labels has shape \(1, 1\)"),
+        ([1, 2], {"prefix": zeros(1, 4)}, r"prefix has shape \(1, 4\), expected \(2, K\)"),
+        ([1], {"prefix": zeros(4)}, r"prefix has shape \(4,\)"),
+        ([1], {"prefix": zeros(1, 16)}, "prefix holds 16 tokens, expected fewer than 16"),
+        ([1], {"prefix": zeros(1, 4) + VOCAB}, "prefix: 64 is out of range"),
+        ([1], {"rng": None}, "rng is missing"),
+        ([1], {"guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
+        ([1], {"temperature": -1.0}, "temperature=-1.0"),
+        ([1], {"top_k": -1}, "top_k=-1"),
+        ([1], {"top_p": 0.0}, "top_p=0.0"),
+        ([1], {"solver": "heun"}, "solver 'heun'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_generate_refuses(dar, labels, options, message):
+    options = {"rng": jax.random.key(0)} | options
+    with pytest.raises(ValueError, match=message):
+        dar.generate(labels, **options)
+    if "solver" not in options:
+        with pytest.raises(ValueError, match=message):
+            dar.prior.generate_indices(labels, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_captions_of_another_shape_are_refused(captions_prior):
+    with pytest.raises(ValueError, match=r"captions has shape \(1, 4, 24\), expected \(B, 5, 24\)"):
+        captions_prior.generate_indices(ones(1, 4, 24), rng=jax.random.key(0))
+
+
+def test_logits_refuse_tokens_out_of_range(prior):
+    with pytest.raises(ValueError, match="indices: 64 is out of range"):
+        prior.logits(zeros(1), zeros(1, 16) + VOCAB)
+    with pytest.raises(ValueError, match="labels: 11 is out of range"):
+        prior.logits(zeros(1) + 11, zeros(1, 16))

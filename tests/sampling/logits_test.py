@@ -1,0 +1,97 @@
+"""Filters against the reference; drawing tokens; guidance schedules."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.sampling.logits import (
+    SamplingConfig,
+    filter_logits,
+    guidance_schedule,
+    guide,
+    sample_token,
+    scale_and_filter,
+)
+from tests.golden import fixtures
+
+NUM_DRAWS = 20_000
+
+
+def keys(num):
+    return jax.random.split(jax.random.key(0), num)
+
+
+def test_filters_equal_the_reference():
+    with fixtures.Compare("dar/sampling_filters") as golden:
+        logits, tied = (jnp.asarray(golden.arrays[name]) for name in ("logits", "tied_logits"))
+        for name in golden.spec:
+            if match := re.fullmatch(r"filtered_k(\d+)_p([\d.]+)", name):
+                top_k, top_p = int(match[1]), float(match[2])
+                golden.check(name, filter_logits(logits, top_k=top_k, top_p=top_p))
+            elif match := re.fullmatch(r"tied_k(\d+)", name):
+                golden.check(name, filter_logits(tied, top_k=int(match[1]), top_p=1.0))
+            elif match := re.fullmatch(r"probs_(T([\d.]+)_k(\d+)_p([\d.]+))", name):
+                config = SamplingConfig(float(match[2]), int(match[3]), float(match[4]))
+                probs = jax.nn.softmax(scale_and_filter(logits, config), axis=-1)
+                golden.check(name, probs)
+                greedy = sample_token(keys(len(logits)), logits, SamplingConfig(temperature=0.0))
+                golden.check(f"greedy_{match[1]}", greedy[:, None])
+
+
+def test_draws_follow_the_filtered_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    config = SamplingConfig(temperature=0.5, top_k=3)
+    rows = jnp.broadcast_to(logits, (NUM_DRAWS, 4))
+    tokens = jax.jit(sample_token, static_argnums=2)(keys(NUM_DRAWS), rows, config)
+    weights = np.array([0.5, 0.3, 0.15, 0.0]) ** 2
+    shares = np.bincount(tokens, minlength=4) / NUM_DRAWS
+    np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.015)
+
+
+def test_a_draw_depends_on_its_own_key_only():
+    logits = jax.random.normal(jax.random.key(1), (6, 50))
+    rngs = keys(6)
+    tokens = sample_token(rngs, logits, SamplingConfig())
+    np.testing.assert_array_equal(sample_token(rngs[3:], logits[3:], SamplingConfig()), tokens[3:])
+    assert tokens.dtype == jnp.int32
+
+
+def test_temperature_zero_is_greedy():
+    logits = jax.random.normal(jax.random.key(1), (6, 50))
+    tokens = sample_token(keys(6), logits, SamplingConfig(temperature=0.0, top_k=5))
+    np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=-1))
+
+
+def test_guide_extrapolates_from_the_unconditional_logits():
+    conditional, unconditional = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 3.0]])
+    scales = jnp.array([0.0, 1.0, 3.0])
+    guided = [guide(conditional, unconditional, scale)[0] for scale in scales]
+    np.testing.assert_array_equal(guided, [[0, 3], [1, 2], [3, 0]])
+
+
+def test_interval_ends_guidance():
+    schedule = guidance_schedule(3.0, 8, interval=2)
+    np.testing.assert_array_equal(schedule, [3, 3, 3, 3, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("scale", [0.5, (3.0, 0.5), (0.5, 3.0)])
+def test_guidance_below_one_is_refused(scale):
+    with pytest.raises(ValueError, match=re.escape(f"guidance_scale={scale} must be at least 1")):
+        guidance_schedule(scale, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(temperature=-1.0), "temperature=-1.0 must be at least 0"),
+        (dict(top_k=-1), "top_k=-1 must be at least 0"),
+        (dict(top_p=0.0), "top_p=0.0 must be in"),
+        (dict(top_p=1.5), "top_p=1.5 must be in"),
+    ],
+)
+def test_sampling_config_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**options)
