@@ -139,9 +139,9 @@ def test_prior_takes_its_tokenizer_along(tmp_path, log):
     config = config_of(PRIOR, source=str(prior))
     config.tokenizer = str(tmp_path / "tokenizer")
     command.convert(config, str(tmp_path / "dar"))
-    dar_pipeline = from_pretrained(tmp_path / "dar" / "model")
-    out = dar_pipeline.generate([1, 2], rng=jax.random.key(0), guidance_scale=2.0)
-    assert out.images.shape == (2, 32, 32, 3)
+    pipeline = from_pretrained(tmp_path / "dar" / "model")
+    assert_same_params(pipeline.prior.params, models.prior(PRIOR)[1])
+    assert_same_params(pipeline.tokenizer.params, models.tokenizer(TOKENIZER)[1])
 
     config.model.num_tokens = 32
     with pytest.raises(ValueError, match="num_tokens=32, but the tokenizer in .* num_tokens=16"):

@@ -1,3 +1,5 @@
+"""The judge of samples on real digits."""
+
 import numpy as np
 
 from dar_jax.data.sources import DataConfig, load_source

@@ -1,3 +1,5 @@
+"""Signal-to-noise ratio of 8-bit images."""
+
 import numpy as np
 import pytest
 

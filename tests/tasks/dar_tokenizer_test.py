@@ -1,3 +1,5 @@
+"""The tokenizer task: loss parts, metrics, pictures, refused configs."""
+
 import dataclasses
 
 import jax

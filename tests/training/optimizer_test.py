@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dar_jax.training.optimizer import (
+    MUON_UPDATE_RMS,
     OptimizerConfig,
     learning_rate_schedule,
     make_optimizer,
@@ -72,3 +73,23 @@ def test_decay_that_ends_before_it_starts_is_refused():
         OptimizerConfig(warmup_steps=0, decay_start=10, decay_end=5)
     with pytest.raises(ValueError, match=r"ema_decay 1\.0"):
         OptimizerConfig(ema_decay=1.0)
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), _params())
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, clip_norm=1e9)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    for kernel in (*updates["blocks"]["mlp"]["kernel"], updates["head"]["kernel"]):
+        values = np.linalg.svd(kernel, compute_uv=False)
+        assert values.max() / values.min() < 2  # the gradient's own ratio is several times larger
+        assert np.sqrt(np.mean(np.square(kernel))) == pytest.approx(MUON_UPDATE_RMS, rel=0.3)
+    bias = updates["blocks"]["mlp"]["bias"] / -np.sign(params["blocks"]["mlp"]["bias"])
+    np.testing.assert_allclose(bias, bias[0, 0], rtol=1e-3)  # Adam's first step is the sign
+    assert bias[0, 0] > 0
+
+
+def test_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="'sgd'"):
+        OptimizerConfig(name="sgd")
