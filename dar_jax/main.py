@@ -47,15 +47,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line, whoever finds it."""
     flags.mark_flags_as_required(["config", "workdir"])
     try:
-        return app.parse_flags_with_usage(argv)
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        return flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         _fail(error)
 
 
 def _fail(error: Exception) -> None:
     """Print one line and exit with status 2."""
-    message = error.args[0] if isinstance(error, KeyError) else str(error)
-    print(f"dar_jax: error: {' '.join(str(message).split())}", file=sys.stderr)
+    message = str(error)
+    if isinstance(error, flags.Error):
+        # A config file that cannot be read comes with its traceback; what matters is its end.
+        message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
+    message = message.replace("\\n", " ").replace("\\'", "'")  # nested KeyErrors
+    print(f"dar_jax: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 

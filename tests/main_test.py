@@ -3,13 +3,16 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from configs import mnist
+from dar_jax import evaluate, main, sample, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_TOKENIZER = [
@@ -91,74 +94,62 @@ def test_sample_mode_writes_grid_strip_and_indices(trained):
     assert strip.width > grid.width  # eight previews against three images
 
 
-MISTAKES = {
-    "unknown key": (
-        ["--config=configs/mnist.py:dar", "--workdir={w}", "--config.data.batchsize=4"],
-        "batch_size",
-    ),
-    "unknown variant": (["--config=configs/mnist.py:cifar", "--workdir={w}"], "'cifar'"),
-    "unknown mode": (
-        ["--config=configs/mnist.py:dar", "--workdir={w}", "--mode=dance"],
-        "dance",
-    ),
-    "no workdir": (["--config=configs/mnist.py:dar"], "workdir"),
-    "no model": (["--config=configs/mnist.py:dar", "--workdir={w}", "--mode=sample"], "{w}/model"),
-    "no tokenizer": (
-        ["--config=configs/mnist.py:dar", "--workdir={w}", "--config.tokenizer={w}/none"],
-        "{w}/none",
-    ),
-    "unknown data": (
-        ["--config=configs/mnist.py:tokenizer", "--workdir={w}", "--config.data.source=imagenot"],
-        "'imagenot'",
-    ),
-    "image size": (
-        ["--config=configs/mnist.py:tokenizer", "--workdir={w}", "--config.data.image_size=28"],
-        "28",
-    ),
+IN_THE_FLAGS = {
+    "unknown key": (["--config.data.batchsize=4"], "batch_size"),
+    "unknown mode": (["--mode=dance"], "dance"),
+    "unknown variant": (["--config=configs/mnist.py:cifar"], "'cifar'"),
     "label": (
-        [
-            "--config=configs/mnist.py:dar",
-            "--workdir={w}",
-            "--mode=sample",
-            "--config.sample.model={r}/dar/model",
-            "--config.sample.labels=(3, 12)",
-        ],
+        ["--mode=sample", "--config.sample.model={r}/dar/model", "--config.sample.labels=(3, 12)"],
         "12",
-    ),
-    "other config": (
-        ["--config=configs/mnist.py:tokenizer", "--workdir={r}/tokenizer"],
-        "model",
     ),
 }
 
 
-@pytest.fixture(scope="module")
-def answers(trained, tmp_path_factory):
-    """What every mistake is answered with; the processes run side by side."""
-    root, _ = trained
-    paths = {name: tmp_path_factory.mktemp("workdir") for name in MISTAKES}
-
-    def answer(name):
-        arguments, expected = MISTAKES[name]
-        filled = [argument.format(w=paths[name], r=root) for argument in arguments]
-        return (*run(*filled), expected.format(w=paths[name]), paths[name])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(MISTAKES, pool.map(answer, MISTAKES), strict=True))
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_one_line_with_status_2_and_writes_nothing(answers, name):
-    status, _, error, expected, workdir = answers[name]
-    lines = error.strip().splitlines()
+@pytest.mark.parametrize("name", IN_THE_FLAGS)
+def test_mistake_on_the_command_line_is_one_line_with_status_2(trained, tmp_path, name):
+    arguments, expected = IN_THE_FLAGS[name]
+    arguments = [argument.format(r=trained[0]) for argument in arguments]
+    status, _, error = run("--config=configs/mnist.py:dar", f"--workdir={tmp_path}", *arguments)
     assert status == 2, error
-    assert expected in lines[-1]
-    assert lines[-1].startswith("dar_jax: error: ")
-    assert "Traceback" not in error
-    assert list(workdir.iterdir()) == []
+    (line,) = error.strip().splitlines()
+    assert line.startswith("dar_jax: error: ")
+    assert expected in line
+    assert list(tmp_path.iterdir()) == []
+
+
+IN_THE_CONFIG = {
+    "no model": ("dar", sample.sample, {}, "{w}"),
+    "no tokenizer": ("dar", train.train_and_evaluate, {"tokenizer": "{w}/none"}, "{w}/none"),
+    "data": ("tokenizer", train.train_and_evaluate, {"data.source": "imagenot"}, "'imagenot'"),
+    "image size": ("tokenizer", train.train_and_evaluate, {"data.image_size": 28}, "28"),
+    "task": ("tokenizer", train.train_and_evaluate, {"task": "dance"}, "'dance'"),
+    "model": ("tokenizer", train.train_and_evaluate, {"model.encoder.dim": 65}, "65"),
+    "dtype": ("tokenizer", train.train_and_evaluate, {"compute.dtype": "int8"}, "'int8'"),
+    "guidance": ("dar", sample.sample, {"sample.guidance_scale": (1.0, 2.0, 3.0)}, "3.0"),
+    "number": ("dar", evaluate.evaluate, {"evaluate.num_images": 0}, "num_images=0"),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_CONFIG)
+def test_mistake_in_the_config_is_one_line_and_writes_nothing(tmp_path, name):
+    variant, mode, changes, expected = IN_THE_CONFIG[name]
+    config = mnist.get_config(variant)
+    config.update_from_flattened_dict(
+        {key: v.format(w=tmp_path) if isinstance(v, str) else v for key, v in changes.items()}
+    )
+    workdir = tmp_path / "workdir"
+    with pytest.raises(ValueError, match=re.escape(expected.format(w=tmp_path))) as caught:
+        mode(config, str(workdir))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not workdir.exists()
+
+
+def test_checkpoint_of_another_config_is_refused(trained):
+    config = mnist.get_config("tokenizer")
+    with pytest.raises(ValueError, match="config"):
+        train.train_and_evaluate(config, str(trained[0] / "tokenizer"))
 
 
 def test_help_names_modes_and_keys():
-    _, output, _ = run("--help")
-    for word in ("train", "sample", "evaluate", "config.sample.guidance_scale"):
-        assert word in output
+    words = ("train", "sample", "evaluate", "convert", "config.sample.guidance_scale")
+    assert all(word in main.__doc__ for word in words)
