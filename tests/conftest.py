@@ -12,3 +12,4 @@ from jaxtyping import install_import_hook
 
 install_import_hook("dar_jax", "beartype.beartype")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
