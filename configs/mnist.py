@@ -35,7 +35,13 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
             encoder=EncoderConfig(patch_size=8, dim=96, depth=2, head_dim=32),
             condition=ConditionConfig(dim=64, depth=1, head_dim=32),
             decoder=FlowDecoderConfig(
-                patch_size=4, dim=64, depth=3, head_dim=16, rope_base=100.0, feature_layer=None
+                patch_size=4,
+                dim=64,
+                depth=3,
+                head_dim=16,
+                rope_base=100.0,  # an 8x8 grid needs short wavelengths
+                time_shift=5.0,  # small pictures show through little noise: stay near the noise
+                feature_layer=None,
             ),
         )
     )
@@ -43,7 +49,7 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
     config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.compute.unroll = True
     config.data.batch_size = 32
-    short_schedule(config, steps=3000, learning_rate=8e-3)
+    short_schedule(config, steps=2500, learning_rate=1e-2)
 
 
 def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate: float) -> None:
@@ -77,7 +83,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.compute.unroll = True
     config.data.batch_size = 64
     config.optimizer.weight_decay = 0.05
-    short_schedule(config, steps=1500, learning_rate=4e-3)
+    short_schedule(config, steps=1000, learning_rate=4e-3)
 
 
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:
