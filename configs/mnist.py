@@ -84,6 +84,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.data.batch_size = 64
     config.optimizer.weight_decay = 0.05
     short_schedule(config, steps=1000, learning_rate=4e-3)
+    config.sample.guidance_scale = (2.0,)
 
 
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:

@@ -147,6 +147,6 @@ def write_pictures(directory: pathlib.Path, previews: np.ndarray, names: list[st
 
 
 def class_name(pipeline: DarPipeline, label: int) -> str:
-    """Name and index of a class."""
-    names = pipeline.class_names
-    return f"{names[label]} ({label})" if label < len(names) else str(label)
+    """Name and index of a class, once if they are the same."""
+    name = pipeline.class_names[label] if label < len(pipeline.class_names) else str(label)
+    return name if name == str(label) else f"{name} ({label})"

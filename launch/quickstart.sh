@@ -28,4 +28,4 @@ run "${dar[@]}"
 run "${dar[@]}" --mode=sample
 run "${dar[@]}" --mode=evaluate
 
-echo "Pictures: $PWD/$runs/dar/images (samples), $PWD/$runs/tokenizer/images (reconstructions)"
+echo "Pictures: $PWD/$runs/dar/samples/{grid,previews}.png and $PWD/$runs/{tokenizer,dar}/images"
