@@ -48,7 +48,9 @@ class DarPriorTask:
         tokenizer_config = build(TokenizerConfig, loaded["model"], tokenizer)
         sampler.check_pair(config, tokenizer_config, tokenizer)
         self.model = FunctionalModel(Llama, config, compute)
-        self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, compute)
+        # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
+        exact = dataclasses.replace(compute, dtype="float32")
+        self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, exact)
         self._tokenizer_path = tokenizer
 
     def init(self, rng: PRNGKeyArray) -> Params:

@@ -120,7 +120,9 @@ def test_released_prior_is_the_default_config():
 def test_prior_ignores_buffers(name):
     folder = "dar/gpt_gqa_tiny"
     config = convert.prior_config(fixtures.load_json(folder, "config"))
-    convert.prior_params(fixtures.load_state_dict(folder) | {name: np.zeros(3)}, config)
+    state_dict = fixtures.load_state_dict(folder)
+    params = convert.prior_params(state_dict | {name: np.zeros(3)}, config)
+    assert_equal(to_state_dict(convert.prior_rules(config), params), state_dict)
 
 
 def test_missing_tensor_is_named():

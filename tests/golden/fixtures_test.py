@@ -65,4 +65,4 @@ def test_recipe_is_stable():
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_folder_lists_its_arrays(name):
     for io_name in fixtures.load_json(f"dar/{name}", "arrays"):
-        fixtures.Compare(f"dar/{name}", io_name)
+        assert fixtures.Compare(f"dar/{name}", io_name).arrays
