@@ -7,7 +7,6 @@ deterministic in `(config, seed)` and its position is saved with every checkpoin
 from collections.abc import Iterator
 
 import grain
-import jax
 import numpy as np
 
 from dar_jax.data.sources import DataConfig, load_source
@@ -17,23 +16,31 @@ READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 only contend for the interpreter."""
 
 
-def train_iterator(config: DataConfig, seed: int) -> grain.DatasetIterator:
-    """Return the endless iterator over this process's part of every global batch.
+def train_iterator(
+    config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)
+) -> grain.DatasetIterator:
+    """Return the endless iterator over one part of every global batch.
 
-    Each epoch is reshuffled and visits every picture of the process's shard once; shards are
-    disjoint. Batches may span two epochs, so none is short.
+    Each epoch is reshuffled and visits every picture once; batches may span two epochs, so none is
+    short. The parts of batch n, one after the other, are the same for any number of parts, and so
+    is the iterator's state: a run may go on with another number of processes.
+
+    Args:
+        config: the data.
+        seed: of the order.
+        part: which part, of how many; see `training.sharding.batch_part`.
 
     Raises:
-        ValueError: see `load_source`; or the batch does not divide over the processes.
+        ValueError: see `load_source`; or the batch does not divide into the parts.
     """
-    index, count = jax.process_index(), jax.process_count()
+    index, count = part
     if config.batch_size % count:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide over {count} processes; "
             f"use a multiple of {count}"
         )
     dataset = grain.MapDataset.source(load_source(config, "train")).seed(seed).shuffle()
-    dataset = dataset[index::count].repeat().batch(config.batch_size // count)
+    dataset = dataset.repeat().batch(config.batch_size // count)[index::count]
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 

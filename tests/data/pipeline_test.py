@@ -1,6 +1,5 @@
 """Input pipeline: order, epochs, shards, restoring."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -50,21 +49,28 @@ def test_restored_iterator_continues_where_it_was():
     np.testing.assert_array_equal(_take(fresh, BATCHES_PER_EPOCH), expected)
 
 
-def test_processes_read_disjoint_shards(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    shards = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        batches = _take(pipeline.train_iterator(CONFIG, seed=0), BATCHES_PER_EPOCH)
-        assert batches[0].shape[0] == CONFIG.batch_size // 2
-        shards.append(set(_keys(batches)))
-    assert len(shards[0] | shards[1]) == sources.SYNTHETIC_SIZE and not shards[0] & shards[1]
+def test_parts_of_a_batch_are_the_same_for_any_number_of_parts():
+    whole = pipeline.train_iterator(CONFIG, seed=0)
+    parts = [pipeline.train_iterator(CONFIG, 0, (index, 4)) for index in range(4)]
+    for _ in range(BATCHES_PER_EPOCH + 2):
+        found = np.concatenate([next(part)["pixels"] for part in parts])
+        np.testing.assert_array_equal(found, next(whole)["pixels"])
 
 
-def test_batch_that_does_not_divide_over_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
+def test_state_restores_into_another_number_of_parts():
+    whole = pipeline.train_iterator(CONFIG, seed=0)
+    _take(whole, BATCHES_PER_EPOCH + 3)
+    halves = [pipeline.train_iterator(CONFIG, 0, (index, 2)) for index in range(2)]
+    for half in halves:
+        half.set_state(whole.get_state())
+    expected = _take(whole, 3)
+    found = [np.concatenate(pair) for pair in zip(*(_take(h, 3) for h in halves), strict=True)]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_batch_that_does_not_divide_over_processes_is_refused():
     with pytest.raises(ValueError, match="batch_size 64 .* 3 processes; use a multiple of 3"):
-        pipeline.train_iterator(CONFIG, seed=0)
+        pipeline.train_iterator(CONFIG, 0, (0, 3))
 
 
 def test_eval_batches_cover_the_split_in_order_with_a_short_last_one():
