@@ -29,6 +29,7 @@ from dar_jax.training import checkpoint, metrics, sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
 
 NUM_PICTURES = 16
@@ -47,9 +48,19 @@ class TrainConfig:
     keep_checkpoints: int = 3
     image_every: int = 1_000
     """0: no pictures."""
+    accumulation: int = 1
+    """Microbatches per step, one after the other: the same step with less memory."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step to record with `jax.profiler` to WORKDIR/profile; empty: none."""
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if self.profile_steps and not (
+            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise ValueError(
+                f"profile_steps {self.profile_steps} must be a first and a last step, e.g. (10, 12)"
+            )
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.checkpoint_every % self.log_every:
@@ -96,7 +107,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
     """
     settings = parse(config)
     mesh = sharding.make_mesh(settings.mesh)
-    sharding.check_batch_size(settings.data.batch_size, mesh)
+    step_lib.check_accumulation(settings.data.batch_size, settings.train.accumulation, mesh)
     iterator = pipeline.train_iterator(settings.data, settings.seed)
     abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
     directory = open_workdir(workdir)
@@ -184,14 +195,19 @@ def _fit(run: Run, state: TrainState) -> TrainState:
 def _loop(run: Run, state: TrainState, first_step: int, *, writer: metrics.Writer) -> TrainState:
     config = run.settings.train
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step = step_lib.make_train_step(run.task, run.settings.optimizer, shardings)
+    train_step = step_lib.make_train_step(
+        run.task, run.settings.optimizer, shardings, accumulation=config.accumulation
+    )
     frozen = run.task.frozen()
     frozen = jax.device_put(frozen, sharding.fsdp_sharding(frozen, run.mesh))
     report = _Report(run, writer)
+    profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
     for step in range(first_step + 1, config.steps + 1):
         batch = sharding.put_batch(next(run.iterator), run.mesh)
+        profile.before(step)
         with jax.transfer_guard("disallow"):
             state, update = train_step(state, batch, frozen)
+        profile.after(step, update)
         report.push(step, update)
         if _is_due(step, config.checkpoint_every, config.steps):
             report.flush()
@@ -201,6 +217,7 @@ def _loop(run: Run, state: TrainState, first_step: int, *, writer: metrics.Write
             report.flush()
             writer.pictures(step, _pictures(run, state, frozen))
             report.restart_clock(step)
+    profile.close()
     return state
 
 
@@ -246,7 +263,9 @@ class _Report:
     def __init__(self, run: Run, writer: metrics.Writer):
         self._run = run
         self._writer = writer
-        self._interval = metrics.Interval(run.settings.data.batch_size)
+        self._interval = metrics.Interval(
+            run.settings.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
+        )
         self._schedule = learning_rate_schedule(run.settings.optimizer)
         self._pending = None
 

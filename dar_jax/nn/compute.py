@@ -17,6 +17,8 @@ class Compute:
             softmax, losses and the flow state are float32 in any case.
         remat: what the backward pass recomputes: `none`, whole `blocks`, or all but `dots`
             (matrix products are kept).
+        loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
+            they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
         unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
         stacked: hold the repeated blocks as one block with a leading layer axis. Decoding wants
             them apart, see `stack.unstack`.
@@ -24,6 +26,7 @@ class Compute:
 
     dtype: str = "float32"
     remat: str = "none"
+    loss_chunks: int = 1
     unroll: bool = False
     stacked: bool = True
 
@@ -32,6 +35,8 @@ class Compute:
             raise ValueError(f"dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
+        if self.loss_chunks < 1:
+            raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

@@ -19,6 +19,10 @@ class Task(Protocol):
     kind: str
     """Name in the model directory's `config.json`."""
 
+    @property
+    def flops_per_image(self) -> float:
+        """Model FLOPs of one training image, forward and backward, without recomputation."""
+
     def init(self, rng: PRNGKeyArray) -> Params:
         """Draw the trained parameters."""
 

@@ -12,14 +12,14 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from clu import metrics
 
 from dar_jax.common import image as images
 from dar_jax.common.config import build
 from dar_jax.common.model_dir import load_model
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
-from dar_jax.models.dar import sampler
+from dar_jax.losses.cross_entropy import token_cross_entropy
+from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
@@ -53,6 +53,12 @@ class DarPriorTask:
         self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, exact)
         self._tokenizer_path = tokenizer
 
+    @property
+    def flops_per_image(self) -> float:
+        """Of the prior and of the tokenizer's encoder in front of it."""
+        encode = work.encode_flops(self.tokenizer.config)
+        return work.prior_train_flops(self.model.config) + encode
+
     def init(self, rng: PRNGKeyArray) -> Params:
         return self.model.init(rng)
 
@@ -69,11 +75,14 @@ class DarPriorTask:
         labels = prior.drop_condition(
             batch["label"], jax.random.uniform(rng_label, batch["label"].shape)
         )
-        logits = prior.logits(labels, indices[:, :-1], rng=rng_dropout)
-        logits = logits[:, self.model.config.condition_tokens - 1 :]
-        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, indices))
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == indices)
-        return loss, {"token_accuracy": accuracy}
+        hidden = prior.hidden(labels, indices[:, :-1], rng=rng_dropout)
+        tokens = token_cross_entropy(
+            prior.head,
+            hidden[:, self.model.config.condition_tokens - 1 :],
+            indices,
+            num_chunks=self.model.compute.loss_chunks,
+        )
+        return tokens.loss, {"token_accuracy": tokens.accuracy}
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         return {"token_accuracy": metrics.Average.from_output("token_accuracy")}

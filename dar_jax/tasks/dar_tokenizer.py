@@ -23,7 +23,7 @@ from dar_jax.common import image as images
 from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
 from dar_jax.flow.path import interpolate, predict_data, velocity
 from dar_jax.flow.times import shift_times
-from dar_jax.models.dar import sampler
+from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.quantizer import (
     Quantized,
     dead_code_rate,
@@ -124,6 +124,10 @@ class DarTokenizerTask:
     def __init__(self, config: TokenizerConfig, loss_config: TokenizerLossConfig, compute: Compute):
         self.model = FunctionalModel(Tokenizer, config, compute)
         self.loss_config = loss_config
+
+    @property
+    def flops_per_image(self) -> float:
+        return work.tokenizer_train_flops(self.model.config)
 
     def init(self, rng: PRNGKeyArray) -> Params:
         return self.model.init(rng)

@@ -4,7 +4,8 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from absl import logging
 from clu import metrics as clu_metrics
 from PIL import Image
 
+from dar_jax.common.chips import chip_of
 from dar_jax.common.typing import UInt8
 from dar_jax.tasks.base import Task
 
@@ -26,14 +28,46 @@ def collection(task: Task) -> type[clu_metrics.Collection]:
     )
 
 
+def performance(
+    seconds_per_step: float,
+    batch_size: int,
+    flops_per_image: float,
+    devices: Sequence[Any],
+) -> dict[str, float]:
+    """Return the speed of a step under its logged names.
+
+    `mfu` (model FLOPs utilisation, Chowdhery et al. 2022) is the share of the devices' bfloat16
+    peak that the model's own FLOPs take; left out for devices whose peak is not known.
+
+    Args:
+        seconds_per_step: wall time of one step.
+        batch_size: images of one step, of all devices.
+        flops_per_image: model FLOPs of one image.
+        devices: all devices that share the batch.
+    """
+    images_per_second = batch_size / seconds_per_step
+    flops_per_device = images_per_second * flops_per_image / len(devices)
+    values = {
+        "perf/seconds_per_step": seconds_per_step,
+        "perf/steps_per_second": 1 / seconds_per_step,
+        "perf/images_per_second": images_per_second,
+        "perf/tflops_per_device": flops_per_device / 1e12,
+    }
+    chip = chip_of(devices)
+    if chip is not None:
+        values["perf/mfu"] = flops_per_device / chip.peak_flops
+    return values
+
+
 class Interval:
-    """Metrics averaged since the last `take`, with the throughput of the same steps.
+    """Metrics averaged since the last `take`, with the speed of the same steps.
 
     The clock starts when the first step is done, so that compilation does not count.
     """
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, flops_per_image: float, devices: Sequence[Any]):
+        """Remember what `performance` needs besides the time."""
+        self._work = (batch_size, flops_per_image, devices)
         self._metrics = None
         self._start = None
 
@@ -48,9 +82,8 @@ class Interval:
         values = {f"train/{name}": float(v) for name, v in self._metrics.compute().items()}
         start_step, start_time = self._start
         if step > start_step:
-            rate = (step - start_step) / (time.monotonic() - start_time)
-            values["perf/steps_per_second"] = rate
-            values["perf/images_per_second"] = rate * self._batch_size
+            seconds = (time.monotonic() - start_time) / (step - start_step)
+            values |= performance(seconds, *self._work)
         self._metrics = None
         self.restart_clock(step)
         return values
@@ -128,6 +161,12 @@ def _progress(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     if "perf/steps_per_second" in values:
         rate = values["perf/steps_per_second"]
         left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) / rate))
-        images = values["perf/images_per_second"]
-        parts += [f"{rate:.3g} steps/s", f"{images:.4g} images/s", f"{left} left"]
+        parts += [
+            f"{values['perf/seconds_per_step']:.3g} s/step",
+            f"{values['perf/images_per_second']:.4g} images/s",
+            f"{values['perf/tflops_per_device']:.3g} TFLOP/s per device",
+        ]
+        if "perf/mfu" in values:
+            parts.append(f"MFU {values['perf/mfu']:.1%}")
+        parts.append(f"{left} left")
     return " | ".join(parts)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def _lines(path):
 def test_interval_averages_and_starts_anew(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    interval = metrics.Interval(batch_size=16)
+    interval = metrics.Interval(16, flops_per_image=3e12, devices=jax.devices()[:4])
     for step, loss in ((1, 1.0), (2, 3.0), (3, 5.0)):
         interval.add(step, _update(loss))
         now[0] += 0.5
@@ -36,12 +38,27 @@ def test_interval_averages_and_starts_anew(monkeypatch):
         "train/loss": 3.0,
         "train/grad_norm": 6.0,
         "train/mse": 9.0,
+        "perf/seconds_per_step": pytest.approx(1.5 / 2),
         "perf/steps_per_second": pytest.approx(2 / 1.5),
         "perf/images_per_second": pytest.approx(16 * 2 / 1.5),
+        "perf/tflops_per_device": pytest.approx(16 * 2 / 1.5 * 3 / 4),
     }
     interval.add(4, _update(7.0))
     interval.restart_clock(4)
     assert interval.take(4) == {"train/loss": 7.0, "train/grad_norm": 14.0, "train/mse": 21.0}
+
+
+def test_performance_of_a_known_chip_has_mfu():
+    devices = [types.SimpleNamespace(device_kind="TPU v5 lite", core_on_chip=0)] * 2
+    values = metrics.performance(0.5, 100, flops_per_image=1e12, devices=devices)
+    assert values["perf/tflops_per_device"] == pytest.approx(100.0)
+    assert values["perf/mfu"] == pytest.approx(100 / 197)
+
+
+def test_performance_counts_cores_as_parts_of_a_chip():
+    devices = [types.SimpleNamespace(device_kind="TPU v4", core_on_chip=i % 2) for i in range(4)]
+    values = metrics.performance(1.0, 4, flops_per_image=55e12, devices=devices)
+    assert values["perf/mfu"] == pytest.approx(55 / (275 / 2))
 
 
 def test_writer_writes_lines_events_and_pictures(tmp_path):
@@ -86,10 +103,16 @@ def test_progress_names_speed_and_time_left(tmp_path, caplog):
             40,
             {
                 "train/loss": math.pi,
+                "perf/seconds_per_step": 2.0,
                 "perf/steps_per_second": 0.5,
                 "perf/images_per_second": 8.0,
+                "perf/tflops_per_device": 12.0,
+                "perf/mfu": 0.456,
             },
         )
         writer.close()
-    expected = "step 40/100 | loss 3.142 | 0.5 steps/s | 8 images/s | 00:02:00 left"
+    expected = (
+        "step 40/100 | loss 3.142 | 2 s/step | 8 images/s | 12 TFLOP/s per device | MFU 45.6% | "
+        "00:02:00 left"
+    )
     assert expected in caplog.messages

@@ -1,15 +1,19 @@
 """The train step: EMA, randomness, and the same numbers on one device as on eight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from dar_jax.common import image as image_lib
 from dar_jax.training import sharding
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.state import abstract_state, create_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.step import accumulate, check_accumulation, make_train_step
 from tests.training.toy_task import ToyTask
 
 MESH_RTOL = 2e-5
@@ -90,3 +94,55 @@ def test_every_step_draws_anew_and_counts_also_without_ema():
     assert state.ema_params is None and state.eval_params is state.params
     assert float(first.loss.compute()) != float(second.loss.compute())
     assert jnp.isfinite(first.grad_norm.compute())
+
+
+class PlainTask(ToyTask):
+    """Without the noise: the loss of a batch is the mean over its images."""
+
+    def loss(self, params, batch, rng, frozen):
+        data = image_lib.to_float(batch["pixels"])
+        error = jnp.mean((self.reconstruct(params, data) - data) ** 2)
+        return error, {"mse": error}
+
+
+def _gradient(accumulation, mesh, task):
+    """The gradient (first moment of Adam, up to a factor) and the metrics of the first step."""
+    optimizer = OptimizerConfig(clip_norm=1e9)
+    state = create_state(task, optimizer, jax.random.key(0), mesh=mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(task, optimizer, shardings, accumulation=accumulation)
+    batch = sharding.put_batch(next(_batches(1)), mesh)
+    state, metrics = step(state, batch, task.frozen())
+    return jax.device_get((optax.tree.get(state.opt_state, "mu"), metrics.compute()))
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_accumulated_gradient_equals_that_of_the_whole_batch(accumulation):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    (whole, whole_metrics), (parts, metrics) = (
+        _gradient(count, mesh, PlainTask()) for count in (1, accumulation)
+    )
+    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(whole))
+    check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * largest)
+    jax.tree.map(check, parts, whole)
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+
+
+def test_microbatches_draw_their_own_randomness():
+    def gradient(batch, rng):
+        return {"mean": jnp.mean(batch["image"])}, {"draw": jax.random.normal(rng)}
+
+    batch = {"image": jnp.arange(4.0)}
+    mean, outputs = accumulate(gradient, batch, jax.random.key(0), 4)
+    assert float(mean["mean"]) == 1.5
+    assert len(np.unique(outputs["draw"])) == 4
+
+
+def test_microbatches_that_do_not_divide_are_refused():
+    mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    check_accumulation(16, 8, mesh)
+    with pytest.raises(ValueError, match="batch_size 16 does not divide into 3 microbatches"):
+        check_accumulation(16, 3, mesh)
+    with pytest.raises(ValueError, match="batch_size 1 does not divide over 2"):
+        check_accumulation(16, 16, mesh)

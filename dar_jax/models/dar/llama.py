@@ -229,7 +229,18 @@ class Llama(nnx.Module):
         mask: Bool[Array, "B S S"] | None = None,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B S V"]:
-        """Teacher-forced logits at all S = T + N positions, float32.
+        """Teacher-forced logits at all S = T + N positions, float32; arguments as of `hidden`."""
+        return self.head(self.hidden(condition, indices, mask=mask, rng=rng))
+
+    def hidden(
+        self,
+        condition: Int[Array, " B"] | Float[Array, "B T F"],
+        indices: Int[Array, "B N"],
+        *,
+        mask: Bool[Array, "B S S"] | None = None,
+        rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Run all S = T + N positions up to the output layer.
 
         Args:
             condition: labels or captions.
@@ -242,8 +253,11 @@ class Llama(nnx.Module):
         x = dropout(x, self.config.token_dropout, rng_tokens)
         length = x.shape[1]
         mask = causal_mask(length, length) if mask is None else mask[:, None]
-        x = self.stack(x, self.rope()[:length], mask, rng=rng_blocks)
-        return self.output(self.norm(x)).astype(jnp.float32)
+        return self.norm(self.stack(x, self.rope()[:length], mask, rng=rng_blocks))
+
+    def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Return the float32 logits of normalised positions."""
+        return self.output(hidden).astype(jnp.float32)
 
     def rope(self) -> Rope:
         """Table of all positions of the sequence."""
@@ -282,7 +296,7 @@ class Llama(nnx.Module):
         for block, cache in zip(self.stack.blocks, caches, strict=True):
             x, cache = block.extend(x, cache, position, rope, mask)
             extended.append(cache)
-        return self.output(self.norm(x[:, -1])).astype(jnp.float32), tuple(extended)
+        return self.head(self.norm(x[:, -1])), tuple(extended)
 
 
 def cache_mask(
