@@ -1,50 +1,203 @@
-"""The input pipeline (grain): shuffled batches for training, ordered ones for evaluation.
+"""The input pipeline (grain): shuffled, augmented batches for training, ordered ones to evaluate.
 
-A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}` in NumPy. The training iterator is
-deterministic in `(config, seed)` and its position is saved with every checkpoint.
+A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}` in NumPy. Training examples form one
+endless sequence: every epoch is a new order of all pictures, and how a picture is cropped is drawn
+from (seed, epoch, picture). Batch n is the sequence's n-th piece of `batch_size` examples, whatever
+number of processes, workers and threads read it; a batch may span two epochs, so none is short and
+no picture is dropped.
+
+A picture that cannot be read is replaced by the next one that can, so that the others keep their
+places.
 """
 
+import dataclasses
+import sys
+import time
 from collections.abc import Iterator
 
 import grain
+import grain.experimental
 import numpy as np
 
-from dar_jax.data.sources import DataConfig, load_source
+from dar_jax.common.typing import Any, UInt8
+from dar_jax.data.base import DataConfig, Source
+from dar_jax.data.decode import CorruptTally, UnreadablePictureError
+from dar_jax.data.sources import load_source
+from dar_jax.data.transforms import CROPS, center_crop, mirror
 
-READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-"""Batches of in-memory pictures: one thread prepares the next while the step runs; more would
-only contend for the interpreter."""
+PREFETCHED_BATCHES = 2
+FLIP_PROBABILITY = 0.5
 
 
-def train_iterator(
-    config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)
-) -> grain.DatasetIterator:
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingExamples:
+    """One part of every batch from `first_batch` on, example by example.
+
+    Attributes:
+        source: of the pictures.
+        order: position in the endless sequence -> index of the picture.
+        config: the data.
+        seed: of the augmentation.
+        part: which part of every batch, of how many.
+        first_batch: number of the batch to begin with.
+        tally: of the unreadable pictures.
+    """
+
+    source: Source
+    order: grain.MapDataset
+    config: DataConfig
+    seed: int
+    part: tuple[int, int]
+    first_batch: int
+    tally: CorruptTally
+
+    @property
+    def part_size(self) -> int:
+        """Examples of one batch."""
+        return self.config.batch_size // self.part[1]
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Return the example `number` of this part."""
+        batch, offset = divmod(number, self.part_size)
+        index, count = self.part
+        position = ((self.first_batch + batch) * count + index) * self.part_size + offset
+        picture = self.order[position]
+        example = self._read(picture)
+        rng = np.random.default_rng([self.seed, position // len(self.source), picture])
+        return {**example, "pixels": augment(example["pixels"], self.config, rng)}
+
+    def _read(self, index: int) -> dict[str, Any]:
+        """Read the picture, or the first readable one after it; the tally ends the search."""
+        while True:
+            try:
+                return self.source[index]
+            except UnreadablePictureError as error:
+                self.tally.add(index, error)
+            index = (index + 1) % len(self.source)
+
+
+def augment(
+    pixels: UInt8[np.ndarray, "_ _ 3"], config: DataConfig, rng: np.random.Generator
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Crop a picture, and mirror it or not, as the config says."""
+    pixels = CROPS[config.crop](pixels, config.image_size, rng)
+    return mirror(pixels) if config.flip and rng.random() < FLIP_PROBABILITY else pixels
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Endless batches; its state is the number of the next one, whoever reads it.
+
+    Attributes:
+        seconds_waited: time spent waiting for batches so far.
+    """
+
+    def __init__(self, examples: TrainingExamples):
+        super().__init__()
+        self._examples = examples
+        self._next = examples.first_batch
+        self._batches = None
+        self.seconds_waited = 0.0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        start = time.monotonic()
+        if self._batches is None:
+            self._batches = self._open()
+        batch = next(self._batches)
+        self._next += 1
+        self.seconds_waited += time.monotonic() - start
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.close()
+        self._next = state["next_index"]
+
+    def start_prefetch(self) -> None:
+        """Nothing to do: reading starts with the first batch."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _open(self) -> grain.DatasetIterator:
+        examples = dataclasses.replace(self._examples, first_batch=self._next)
+        config, size = examples.config, examples.part_size
+        numbers = grain.MapDataset.range(sys.maxsize).map(examples)
+        if not config.num_workers:
+            return _read_ahead(numbers, config.num_threads, size)
+        options = grain.ReadOptions(config.num_threads, max(config.num_threads, 2))
+        workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=1)
+        # Whole batches go round the workers, so that they come in the same order without them.
+        return iter(numbers.batch(size).to_iter_dataset(options).mp_prefetch(workers))
+
+
+def train_iterator(config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)) -> TrainIterator:
     """Return the endless iterator over one part of every global batch.
 
-    Each epoch is reshuffled and visits every picture once; batches may span two epochs, so none is
-    short. The parts of batch n, one after the other, are the same for any number of parts, and so
-    is the iterator's state: a run may go on with another number of processes.
+    The parts of batch n, one after the other, are the same for any number of parts, and so is the
+    iterator's state: a run may go on with another number of processes.
 
     Args:
         config: the data.
-        seed: of the order.
+        seed: of order and augmentation.
         part: which part, of how many; see `training.sharding.batch_part`.
 
     Raises:
-        ValueError: see `load_source`; or the batch does not divide into the parts.
+        ValueError: see `load_source`; the batch does not divide into the parts; or, while reading,
+            too many pictures cannot be read.
     """
-    index, count = part
+    _, count = part
     if config.batch_size % count:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide over {count} processes; "
             f"use a multiple of {count}"
         )
-    dataset = grain.MapDataset.source(load_source(config, "train")).seed(seed).shuffle()
-    dataset = dataset.repeat().batch(config.batch_size // count)[index::count]
-    return iter(dataset.to_iter_dataset(READ_OPTIONS))
+    source = load_source(config, "train")
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    tally = CorruptTally(len(source), config.max_corrupt_fraction)
+    return TrainIterator(TrainingExamples(source, order, config, seed, part, 0, tally))
 
 
-def eval_batches(config: DataConfig, split: str) -> Iterator[dict[str, np.ndarray]]:
-    """Yield every picture of a split once, in a fixed order; the last batch may be short."""
-    dataset = grain.MapDataset.source(load_source(config, split))
-    yield from dataset.batch(config.batch_size).to_iter_dataset(READ_OPTIONS)
+def eval_batches(
+    config: DataConfig, split: str, batch_size: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield every readable picture of a split once, cropped at the centre, in a fixed order.
+
+    Args:
+        config: the data.
+        split: "train" or "test".
+        batch_size: of all batches but the last, which may be short; None is the config's.
+
+    Raises:
+        ValueError: see `load_source`; or too many pictures cannot be read.
+    """
+    source = load_source(config, split)
+    tally = CorruptTally(len(source), config.max_corrupt_fraction)
+
+    def example(index: int) -> dict[str, Any] | None:
+        try:
+            found = source[index]
+        except UnreadablePictureError as error:
+            tally.add(index, error)
+            return None
+        return {**found, "pixels": center_crop(found["pixels"], config.image_size)}
+
+    dataset = grain.MapDataset.range(len(source)).map(example)
+    batches = _read_ahead(dataset, config.num_threads, batch_size or config.batch_size)
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _read_ahead(
+    dataset: grain.MapDataset, num_threads: int, batch_size: int
+) -> grain.DatasetIterator:
+    """Read examples in several threads and batch them in another; None is no example."""
+    options = grain.ReadOptions(num_threads, PREFETCHED_BATCHES * batch_size)
+    batches = dataset.to_iter_dataset(options).batch(batch_size)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))

