@@ -7,7 +7,16 @@ Modes:
     train     train config.task; run the same command again to resume (default)
     sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz
     evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json
+    benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl
+    cache     a data set in the form that training reads fastest -> WORKDIR
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
+    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16, which
+              needs not be at hand ("local": the devices that are) -> WORKDIR/compile.json
+
+Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
+--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1. SIGTERM saves and stops.
+
+JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
 
 Main keys: config.train.steps, config.data.source, config.data.batch_size,
 config.optimizer.learning_rate, config.compute.dtype, config.mesh.fsdp, config.sample.labels,
@@ -20,27 +29,48 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax import evaluate, sample, train
+from dar_jax import benchmark, cache, compile, evaluate, sample, train
 from dar_jax.convert import command
+from dar_jax.training import distributed
 
 MODES = {
     "train": train.train_and_evaluate,
     "sample": sample.sample,
     "evaluate": evaluate.evaluate,
+    "cache": cache.cache,
     "convert": command.convert,
+    "compile": compile.compile_programs,
+    "benchmark": benchmark.benchmark,
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run reads and writes.")
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300.0, "Seconds to wait for other processes.")
 
 
 def main(argv: list[str]) -> None:
     del argv
     try:
+        _join_job()
         MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
     except ValueError as error:
         _fail(error)
+
+
+def _join_job() -> None:
+    """Meet the other processes, if there are any, and make sure that all do the same."""
+    distributed.initialize(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        timeout_s=_JOIN_TIMEOUT.value,
+    )
+    settings = {"mode": _MODE.value, "workdir": _WORKDIR.value}
+    distributed.check_same_everywhere({**settings, "config": _CONFIG.value.to_dict()})
 
 
 def parse_flags(argv: list[str]) -> list[str]:

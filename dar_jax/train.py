@@ -23,18 +23,20 @@ from clu import parameter_overview
 from dar_jax import tasks
 from dar_jax.common import config as config_lib
 from dar_jax.common import model_dir
+from dar_jax.common.typing import Params
 from dar_jax.data import pipeline, sources
 from dar_jax.tasks.base import Task
-from dar_jax.training import checkpoint, metrics, sharding
+from dar_jax.training import checkpoint, distributed, metrics, sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
 
+CHECKPOINTS = "checkpoints"
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
-UNBOUND_BLOCKS = ("train", "mesh", "compute", "sample", "evaluate", "convert")
+UNBOUND_BLOCKS = ("train", "mesh", "compute", "sample", "evaluate", "convert", "benchmark")
 """Blocks that may change between a checkpoint and the run that resumes from it."""
 
 
@@ -46,6 +48,10 @@ class TrainConfig:
     log_every: int = 100
     checkpoint_every: int = 1_000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    """Checkpoints of multiples of this step are kept as well as the latest ones; 0: none."""
+    init_from: str = ""
+    """Model directory (or workdir, or hf:// address) whose parameters a new run starts from."""
     image_every: int = 1_000
     """0: no pictures."""
     accumulation: int = 1
@@ -107,21 +113,29 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
     """
     settings = parse(config)
     mesh = sharding.make_mesh(settings.mesh)
+    sharding.check_heads(task.model_config(), mesh)
     step_lib.check_accumulation(settings.data.batch_size, settings.train.accumulation, mesh)
-    iterator = pipeline.train_iterator(settings.data, settings.seed)
+    part = sharding.batch_part(mesh)
+    iterator = pipeline.train_iterator(settings.data, settings.seed, part)
     abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
+    initial = _initial_params(settings, task, abstract, workdir)
     directory = open_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(
-        directory / "checkpoints", _bound_config(config), settings.train.keep_checkpoints
+        directory / CHECKPOINTS,
+        _bound_config(config),
+        keep=settings.train.keep_checkpoints,
+        keep_every=settings.train.keep_every,
     )
     run = Run(task, settings, mesh, directory, iterator, checkpoints)
     try:
         _describe(run, config, abstract)
-        state = _fit(run, _restore_or_create(run, abstract))
+        state = _fit(run, _restore_or_create(run, abstract, initial))
+        checkpoints.wait()
     finally:
         checkpoints.close()
         iterator.close()
-    _export(run, state)
+    if int(state.step) >= settings.train.steps:
+        _export(run, state)
 
 
 def parse(config: ml_collections.ConfigDict) -> Settings:
@@ -167,11 +181,25 @@ def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState)
         (run.workdir / "config.json").write_text(text)
 
 
-def _restore_or_create(run: Run, abstract: TrainState) -> TrainState:
+def _initial_params(
+    settings: Settings, task: Task, abstract: TrainState, workdir: str
+) -> Params | None:
+    """Load the parameters that a new run starts from, if the configuration names them."""
+    if not settings.train.init_from or checkpoint.has_any(pathlib.Path(workdir) / CHECKPOINTS):
+        return None
+    directory = model_dir.locate(settings.train.init_from)
+    model_dir.load_config(directory, task.kind)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    return model_dir.load_params(directory, abstract.params, shardings)
+
+
+def _restore_or_create(run: Run, abstract: TrainState, initial: Params | None) -> TrainState:
     if run.checkpoints.latest_step is not None:
         return run.checkpoints.restore(abstract, run.iterator)
     rng = jax.random.key(run.settings.seed)
-    return state_lib.create_state(run.task, run.settings.optimizer, rng, mesh=run.mesh)
+    return state_lib.create_state(
+        run.task, run.settings.optimizer, rng, mesh=run.mesh, params=initial
+    )
 
 
 def _fit(run: Run, state: TrainState) -> TrainState:
@@ -187,19 +215,26 @@ def _fit(run: Run, state: TrainState) -> TrainState:
         return state
     writer = metrics.Writer(run.workdir, first_step, config.steps)
     try:
-        return _loop(run, state, first_step, writer=writer)
+        with distributed.PreemptionNotice() as notice:
+            return _loop(run, state, first_step, writer=writer, notice=notice)
     finally:
         writer.close()
 
 
-def _loop(run: Run, state: TrainState, first_step: int, *, writer: metrics.Writer) -> TrainState:
+def _loop(
+    run: Run,
+    state: TrainState,
+    first_step: int,
+    *,
+    writer: metrics.Writer,
+    notice: distributed.PreemptionNotice,
+) -> TrainState:
     config = run.settings.train
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = step_lib.make_train_step(
         run.task, run.settings.optimizer, shardings, accumulation=config.accumulation
     )
-    frozen = run.task.frozen()
-    frozen = jax.device_put(frozen, sharding.fsdp_sharding(frozen, run.mesh))
+    frozen = sharding.put(run.task.frozen(), run.mesh)
     report = _Report(run, writer)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
     for step in range(first_step + 1, config.steps + 1):
@@ -209,10 +244,15 @@ def _loop(run: Run, state: TrainState, first_step: int, *, writer: metrics.Write
             state, update = train_step(state, batch, frozen)
         profile.after(step, update)
         report.push(step, update)
-        if _is_due(step, config.checkpoint_every, config.steps):
+        run.checkpoints.check()
+        preempted = notice.reached(step)
+        if preempted or _is_due(step, config.checkpoint_every, config.steps):
             report.flush()
             run.checkpoints.save(state, step, run.iterator)
             report.restart_clock(step)
+        if preempted:
+            logging.info("Preempted after step %d; run the same command to go on", step)
+            break
         if _is_due(step, config.image_every, config.steps):
             report.flush()
             writer.pictures(step, _pictures(run, state, frozen))
@@ -240,7 +280,7 @@ def _pictures(run: Run, state: TrainState, frozen: Any) -> dict[str, np.ndarray]
 
 def _export(run: Run, state: TrainState) -> None:
     """Write the model directory with the averaged parameters."""
-    params = jax.device_put(state.eval_params, sharding.replicated(run.mesh))
+    params = sharding.fetch(state.eval_params, run.mesh)
     if jax.process_index() != 0:
         return
     source = sources.load_source(run.settings.data, "test")

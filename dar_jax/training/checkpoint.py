@@ -1,34 +1,63 @@
 """Checkpoints of the whole run: train state, position in the data, configuration (Orbax).
 
 Saving is asynchronous and atomic: a step directory appears under its final name only when it is
-complete, so a killed run resumes from the last complete one.
+complete, so a killed run resumes from the last complete one. Nothing in a checkpoint depends on
+the mesh or the number of processes that wrote it.
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint import checkpoint_managers
 
 from dar_jax.common import tree
 from dar_jax.training.state import TrainState
 
 ABSENT = "(absent)"
+SAVE_ERRORS = (OSError, RuntimeError, ValueError)
+"""What the storage layers raise when they cannot write."""
+
+
+def has_any(directory: pathlib.Path) -> bool:
+    """Tell whether a directory, which need not exist, holds a complete checkpoint."""
+    return directory.is_dir() and bool(ocp.utils.checkpoint_steps(directory))
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to the training loop.
+
+    Orbax asks JAX about it from a background thread, with the step that is being saved: that would
+    move this process back in the agreement on the step to stop at.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
     """The checkpoints of one workdir, all made with one configuration."""
 
-    def __init__(self, directory: pathlib.Path, config: Mapping[str, Any], keep: int):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        config: Mapping[str, Any],
+        *,
+        keep: int,
+        keep_every: int = 0,
+    ):
         """Open or create `directory`.
 
         Args:
-            directory: an absolute path.
+            directory: an absolute path, shared by all processes.
             config: the part of the configuration that a checkpoint is bound to, as JSON types.
             keep: number of latest checkpoints that are kept.
+            keep_every: checkpoints of multiples of this step are kept as well; 0: none.
 
         Raises:
             ValueError: the latest checkpoint was made with another configuration. Nothing is
@@ -36,34 +65,59 @@ class Checkpoints:
         """
         self._directory = directory
         self._config = json.loads(json.dumps(config))
-        self._manager = ocp.CheckpointManager(
-            directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        policies = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        kept = checkpoint_managers.AnyPreservationPolicy(policies)
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept)
+        self._manager = _Manager(directory, options=options)
         if self.latest_step is not None:
             self._check_config()
 
     @property
     def latest_step(self) -> int | None:
         """The last complete step, or None."""
-        return self._manager.latest_step()
+        return max(self._manager.all_steps(read=True), default=None)
 
     def describe_latest(self) -> str:
         """Name the last complete checkpoint, waiting for a save under way."""
-        self._manager.wait_until_finished()
+        with contextlib.suppress(*SAVE_ERRORS):
+            self._manager.wait_until_finished()
         if self.latest_step is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self._directory / str(self.latest_step)}"
 
     def save(self, state: TrainState, step: int, iterator: grain.DatasetIterator) -> None:
-        """Save in the background; `state` may be donated and `iterator` advanced right after."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
-                config=ocp.args.JsonSave(self._config),
-            ),
-        )
+        """Save in the background; `state` may be donated and `iterator` advanced right after.
+
+        The iterator's state must be the same on all processes.
+
+        Raises:
+            ValueError: this save or the one before it failed.
+        """
+        with self._explained_failure():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(iterator.get_state()),
+                    config=ocp.args.JsonSave(self._config),
+                ),
+            )
+
+    def check(self) -> None:
+        """Raise ValueError if a save in the background has failed."""
+        with self._explained_failure():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Wait for a save under way.
+
+        Raises:
+            ValueError: it failed.
+        """
+        with self._explained_failure():
+            self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """Load the latest checkpoint, bitwise, and move `iterator` to where it was.
@@ -73,19 +127,30 @@ class Checkpoints:
                 those that the checkpoint was saved with.
             iterator: a fresh iterator of the same pipeline; changed in place.
         """
-        logging.info("Resuming from step %d of %s", self.latest_step, self._directory)
-        restored = self._manager.restore(
-            self.latest_step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-            ),
+        step = self.latest_step
+        logging.info("Resuming from step %d of %s", step, self._directory)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
+        restored = self._manager.restore(step, args=args)
+        iterator.set_state(restored.data)
         return restored.state
 
     def close(self) -> None:
-        """Wait for a save under way."""
-        self._manager.close()
+        """Stop the background threads; a save under way ends first, and its failure is dropped."""
+        with contextlib.suppress(*SAVE_ERRORS):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except SAVE_ERRORS as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"saving to {self._directory} failed: {reason}; {self.describe_latest()}; make "
+                "room and run the same command to go on from there"
+            ) from error
 
     def _check_config(self) -> None:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())

@@ -48,17 +48,30 @@ def abstract_state(task: Task, config: OptimizerConfig, mesh: Mesh) -> TrainStat
 
 
 def create_state(
-    task: Task, config: OptimizerConfig, rng: PRNGKeyArray, *, mesh: Mesh
+    task: Task,
+    config: OptimizerConfig,
+    rng: PRNGKeyArray,
+    *,
+    mesh: Mesh,
+    params: Params | None = None,
 ) -> TrainState:
-    """Initialise the whole state in one program, each array directly in its shards."""
+    """Initialise the whole state in one program, each array directly in its shards.
+
+    Args:
+        task: draws the parameters.
+        config: the optimizer.
+        rng: of the run.
+        mesh: where the state lies.
+        params: start from these, already in their shards, instead.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, config, mesh))
-    return jax.jit(_creator(task, config), out_shardings=shardings)(rng)
+    return jax.jit(_creator(task, config), out_shardings=shardings)(rng, params)
 
 
 def _creator(task: Task, config: OptimizerConfig):
-    def create(rng: PRNGKeyArray) -> TrainState:
+    def create(rng: PRNGKeyArray, params: Params | None = None) -> TrainState:
         init_rng, step_rng = jax.random.split(rng)
-        params = task.init(init_rng)
+        params = task.init(init_rng) if params is None else params
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -1,0 +1,176 @@
+"""Jobs of several processes: how they meet, agree on what to run, and stop together.
+
+The engine is `jax.distributed`; a single process needs none of it.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dar_jax.common import tree
+
+TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS")
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+GRACE_S = 3600
+"""JAX ends the process with a stack trace once its own time is up: it gets more than we wait."""
+SHUTDOWN_TIMEOUT_S = 60
+"""How long a process that fails alone waits for the others before it leaves."""
+ABSENT = "(absent)"
+
+
+def initialize(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    timeout_s: float,
+) -> None:
+    """Join the processes of a job; must come before anything that uses a device.
+
+    Without arguments, a TPU pod or a SLURM step of several tasks tells them, and anywhere else
+    this does nothing.
+
+    Args:
+        coordinator_address: HOST:PORT at which process 0 listens and the others find it.
+        num_processes: of the job.
+        process_id: of this one, from 0.
+        timeout_s: how long to wait for the others, in seconds.
+
+    Raises:
+        ValueError: the arguments make no sense, or the others did not answer in time.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if given == (None, None, None):
+        if not _in_cluster():
+            return
+        method = None
+    else:
+        _check(*given)
+        method = "deactivate"
+    arguments = dict(
+        coordinator_address=coordinator_address,
+        num_processes=num_processes,
+        process_id=process_id,
+        cluster_detection_method=method,
+        initialization_timeout=int(timeout_s) + GRACE_S,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+    )
+    _join(arguments, timeout_s)
+
+
+def _in_cluster() -> bool:
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    tpu = any(name in os.environ for name in TPU_VARIABLES)
+    return slurm or tpu or any(pathlib.Path(path).exists() for path in TPU_DEVICES)
+
+
+def _check(address: str | None, count: int | None, index: int | None) -> None:
+    if None in (address, count, index):
+        raise ValueError(
+            "coordinator_address, num_processes and process_id belong together; "
+            f"got {address}, {count}, {index}"
+        )
+    if not address.rpartition(":")[2].isdigit():
+        raise ValueError(f"coordinator_address {address!r} must be HOST:PORT")
+    if not 0 <= index < count:
+        raise ValueError(f"process_id {index} must be from 0 to num_processes - 1 = {count - 1}")
+
+
+def _join(arguments: Mapping[str, Any], timeout_s: float) -> None:
+    errors = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(**arguments)
+        except (RuntimeError, ValueError) as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    where = arguments["coordinator_address"] or "the address that the cluster gives"
+    if thread.is_alive():
+        raise ValueError(
+            f"the job's processes did not all meet at {where} within {timeout_s:g} s; check that "
+            "every process runs and reaches process 0 there, or raise --join_timeout"
+        )
+    if errors:
+        raise ValueError(f"cannot join the job at {where}: {errors[0]}") from errors[0]
+
+
+def check_same_everywhere(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, on all processes, unless all were started with equal settings.
+
+    Args:
+        settings: what has to be equal: nested, with JSON types and tuples as leaves.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    everywhere = [json.loads(text) for text in gather_texts(json.dumps(dict(settings)))]
+    first = tree.flatten(everywhere[0])
+    for process, other in enumerate(map(tree.flatten, everywhere)):
+        for name in sorted(first.keys() | other.keys()):
+            values = [flat.get(name, ABSENT) for flat in (first, other)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"process {process} has {name.replace('/', '.')}={values[1]!r}, process 0 has "
+                    f"{values[0]!r}; start all processes with the same command"
+                )
+
+
+def gather_texts(text: str) -> list[str]:
+    """Return the text of every process, on every process."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, max(lengths) - len(data))))
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+class PreemptionNotice:
+    """Catches SIGTERM, which spot machines and schedulers send before they take a machine away.
+
+    A context manager; where the processes form a job, JAX catches the signal from the start.
+    """
+
+    def __init__(self):
+        self._received = False
+        self._previous = None
+
+    def reached(self, step: int) -> bool:
+        """Tell whether to save and stop after this step; the same on all processes.
+
+        Must be called after every step: the processes agree on the first step that none of them
+        has finished yet.
+        """
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+    def __enter__(self) -> "PreemptionNotice":
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and not jax.distributed.is_initialized():
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._received = True
