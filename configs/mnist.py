@@ -85,6 +85,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.optimizer.weight_decay = 0.05
     short_schedule(config, steps=1000, learning_rate=4e-3)
     config.sample.guidance_scale = (2.0,)
+    config.sample.prefix_tokens = (1, 2, 4, 8)
 
 
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:

@@ -11,12 +11,13 @@ from absl import logging
 
 from dar_jax.common import image as images
 from dar_jax.common.config import build
-from dar_jax.data.sources import DataConfig, Source, load_source
+from dar_jax.data.sources import DataConfig, load_source
+from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.classifier import Classifier
 from dar_jax.evaluation.reconstruction import psnr
-from dar_jax.nn.compute import Compute
-from dar_jax.pipelines import DarPipeline, TokenizerPipeline
-from dar_jax.sample import SampleConfig, generate, load_dar
+from dar_jax.generation import SampleConfig, generate, load_dar, pad, whole_batch
+from dar_jax.models.dar.sampler import initial_noise
+from dar_jax.pipelines import DarPipeline, image_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +38,18 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
         ValueError: the model or the data set cannot be read.
     """
     settings = build(EvaluateConfig, config.evaluate.to_dict(), "config.evaluate")
-    sampling = build(SampleConfig, config.sample.to_dict(), "config.sample")
     data = build(DataConfig, config.data.to_dict(), "config.data")
-    compute = build(Compute, config.compute.to_dict(), "config.compute")
-    pipeline = load_dar(sampling, compute, workdir)
-    train, test = (stack_source(load_source(data, split)) for split in ("train", "test"))
+    sampling, pipeline = load_dar(config, workdir)
+    train, test = (load_pixels(data, split) for split in ("train", "test"))
 
     logging.info("Fitting the classifier to %d real images", len(train[1]))
     classifier = Classifier(*train)
     figures = {
         "classifier/accuracy_on_real": classifier.accuracy(*test),
-        **evaluate_reconstruction(pipeline.tokenizer, classifier, *test),
+        **evaluate_reconstruction(pipeline, classifier, sampling, *test),
         **evaluate_generation(pipeline, classifier, settings, sampling),
         "num_generated": settings.num_images,
-        "guidance_scale": sampling.guidance,
+        **sampling.drawing,
         "seed": sampling.seed,
     }
     path = pathlib.Path(workdir) / "evaluation.json"
@@ -60,26 +59,48 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     logging.info("Wrote %s:\n%s", path, table)
 
 
-def stack_source(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pixels [N, H, W, 3] and labels [N] of a small source."""
+def load_pixels(data: DataConfig, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pixels [N, H, W, 3], centre-cropped, and labels [N] of a small source."""
+    source = load_source(data, split)
     records = [source[i] for i in range(len(source))]
-    return np.stack([r["pixels"] for r in records]), np.stack([r["label"] for r in records])
+    pixels = np.stack([center_crop(r["pixels"], data.image_size) for r in records])
+    return pixels, np.stack([r["label"] for r in records])
 
 
 def evaluate_reconstruction(
-    tokenizer: TokenizerPipeline, classifier: Classifier, pixels: np.ndarray, labels: np.ndarray
+    pipeline: DarPipeline,
+    classifier: Classifier,
+    sampling: SampleConfig,
+    pixels: np.ndarray,
+    labels: np.ndarray,
 ) -> dict[str, float]:
     """Held-out images through the tokenizer and back."""
-    indices = tokenizer.encode(images.to_float(pixels))
-    decoded = tokenizer.decode(indices, rng=jax.random.key(0))
-    reconstruction = np.asarray(images.to_pixels(decoded))
+    reconstruction, indices = reconstruct(pipeline, sampling, pixels)
     kept = classifier.predict(reconstruction) == classifier.predict(pixels)
+    codebook_size = pipeline.tokenizer.config.codebook_size
     return {
         "reconstruction/label_kept": float(np.mean(kept)),
         "reconstruction/accuracy": classifier.accuracy(reconstruction, labels),
         "reconstruction/psnr_db": psnr(pixels, reconstruction),
-        "reconstruction/codebook_usage": len(np.unique(indices)) / tokenizer.config.codebook_size,
+        "reconstruction/codebook_usage": len(np.unique(indices)) / codebook_size,
     }
+
+
+def reconstruct(
+    pipeline: DarPipeline, sampling: SampleConfig, pixels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode and decode pixels [N, H, W, 3]; return them and the indices."""
+    tokenizer, rng = pipeline.tokenizer, jax.random.key(sampling.seed)
+    size = whole_batch(pipeline, min(sampling.batch_size, len(pixels)))
+    reconstruction, indices = [], []
+    for first in range(0, len(pixels), size):
+        part = pixels[first : first + size]
+        tokens = tokenizer.encode(pad(images.to_float(part), size))
+        noise = initial_noise(image_keys(rng, size, first), part.shape[1:3])
+        decoded = images.to_pixels(tokenizer.decode(tokens, noise=noise))
+        reconstruction.append(np.asarray(decoded)[: len(part)])
+        indices.append(np.asarray(tokens)[: len(part)])
+    return np.concatenate(reconstruction), np.concatenate(indices)
 
 
 def evaluate_generation(
@@ -87,8 +108,11 @@ def evaluate_generation(
 ) -> dict[str, float | list[float]]:
     """Generated images, and their previews, against the class that they were asked for."""
     labels = np.arange(settings.num_images, dtype=np.int32) % pipeline.prior.config.num_classes
-    previews, _ = generate(pipeline, labels, sampling)
-    accuracies = [classifier.accuracy(preview, labels) for preview in previews]
+    hits = [
+        [classifier.predict(preview) == batch.labels for preview in batch.previews]
+        for batch in generate(pipeline, labels, sampling)
+    ]
+    accuracies = np.concatenate(hits, axis=1).mean(axis=1).tolist()
     return {
         "generation/accuracy": accuracies[-1],
         "generation/accuracy_after_each_group": accuracies,

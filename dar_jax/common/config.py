@@ -57,7 +57,8 @@ def _value(annotation: Any, value: Any, where: str) -> Any:
     if typing.get_origin(annotation) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: expected a list, got {value!r}")
-        return tuple(value)
+        element = typing.get_args(annotation)[0]
+        return tuple(_value(element, item, where) for item in value)
     if annotation is float and type(value) is int:
         return float(value)
     if annotation in (bool, int, float, str) and type(value) is not annotation:

@@ -47,14 +47,21 @@ def resize_bicubic(image: Float[Array, "B H W C"], size: tuple[int, int]) -> Arr
     `jax.image.resize` differs (a = -0.5, antialiased when shrinking); the reference's released
     numbers depend on this kernel. Source indices are clamped to the border.
     """
-    rows = jnp.asarray(_bicubic_matrix(image.shape[1], size[0]), image.dtype)
-    columns = jnp.asarray(_bicubic_matrix(image.shape[2], size[1]), image.dtype)
+    rows = jnp.asarray(bicubic_matrix(image.shape[1], size[0]), image.dtype)
+    columns = jnp.asarray(bicubic_matrix(image.shape[2], size[1]), image.dtype)
     return jnp.einsum("bhwc,yh,xw->byxc", image, rows, columns)
 
 
-def _bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Interpolation weights [size_out, size_in] in float64."""
-    centre = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+def bicubic_matrix(size_in: int, size_out: int, step: float | None = None) -> np.ndarray:
+    """Interpolation weights [size_out, size_in] in float64.
+
+    Args:
+        size_in: number of source pixels.
+        size_out: number of pixels to make.
+        step: distance of their centres in source pixels; None is size_in / size_out.
+    """
+    step = size_in / size_out if step is None else step
+    centre = (np.arange(size_out) + 0.5) * step - 0.5
     first = np.floor(centre).astype(int) - 1
     matrix = np.zeros((size_out, size_in))
     for tap in range(4):
@@ -71,18 +78,30 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def labelled_grid(
-    pixels: UInt8[np.ndarray, "N H W C"], names: Sequence[str], columns: int
+    pixels: UInt8[np.ndarray, "N H W C"],
+    names: Sequence[str],
+    columns: int,
+    header: Sequence[str] = (),
 ) -> np.ndarray:
-    """Lay pictures out like `grid`, enlarged to a legible size, with a name left of every row."""
+    """Lay pictures out like `grid`, enlarged to a legible size.
+
+    A name stands left of every row, and, with a `header`, above every column.
+    """
     scale = max(1, LEGIBLE_SIZE // pixels.shape[1])
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     body = grid(pixels, columns)
     font = ImageFont.load_default(FONT_SIZE)
-    margin = max(math.ceil(font.getlength(name)) for name in names) + 2 * FONT_MARGIN
-    canvas = Image.new("RGB", (margin + body.shape[1], body.shape[0]), "white")
-    canvas.paste(Image.fromarray(body), (margin, 0))
+    left = max(math.ceil(font.getlength(name)) for name in names) + 2 * FONT_MARGIN
+    top = FONT_SIZE + 2 * FONT_MARGIN if header else 0
+    canvas = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")
     draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(header):
+        # A name that is too long ends where the next one begins.
+        cell = (left + column * body.shape[1] // columns, 0, *canvas.size)
+        draw.rectangle(cell, fill="white")
+        draw.text((cell[0], top / 2), name, fill="black", font=font, anchor="lm")
+    canvas.paste(Image.fromarray(body), (left, top))
     for row, name in enumerate(names):
-        middle = (row + 0.5) * body.shape[0] / len(names)
+        middle = top + (row + 0.5) * body.shape[0] / len(names)
         draw.text((FONT_MARGIN, middle), name, fill="black", font=font, anchor="lm")
     return np.asarray(canvas)

@@ -6,6 +6,7 @@ A model that needs another one, as a prior its tokenizer, holds that one's direc
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -132,6 +133,24 @@ def tokenizer_of(directory: str | os.PathLike) -> pathlib.Path:
         )
     load_config(nested, "dar_tokenizer")
     return nested
+
+
+def fingerprint(directory: str | os.PathLike) -> str:
+    """Digest of a model directory, its tokenizer's included: equal if every byte is.
+
+    Raises:
+        ValueError: the directory is unreadable.
+    """
+    digest = hashlib.sha256()
+    nested = pathlib.Path(directory) / TOKENIZER_NAME
+    for folder in (pathlib.Path(directory), *([nested] if nested.is_dir() else [])):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            try:
+                with (folder / name).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise _unreadable(folder, error) from error
+    return digest.hexdigest()
 
 
 def load_params(
