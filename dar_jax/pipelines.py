@@ -11,19 +11,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dar_jax.common import model_dir
+from dar_jax.common.checks import check_range, check_shape
 from dar_jax.common.config import build
-from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.inputs import (
+    check_indices,
+    check_known,
+    check_labels,
+    check_microbatch,
+    check_prefix,
+    check_steps,
+)
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-from dar_jax.training.sharding import fsdp_sharding
+from dar_jax.training.sharding import batch_sharding, check_batch_size, fsdp_sharding
 
-Guidance = float | tuple[float, float]
-"""One scale for all tokens, or the first and last of a linear ramp; 1 is no guidance."""
+Guidance = float | int | Sequence[float | int]
+"""One scale for all tokens, or the first and last of a ramp; 1 is no guidance."""
+Interval = int | Sequence[int] | None
+"""First and last token that is guided, see `sampling.logits.guidance_schedule`; None is all."""
 
 
 class Generated(NamedTuple):
@@ -34,7 +45,10 @@ class Generated(NamedTuple):
 
 
 class TokenizerPipeline:
-    """Images to indices and back."""
+    """Images to indices and back.
+
+    With a mesh the parameters are spread by the FSDP rule and batches over its data axes.
+    """
 
     def __init__(
         self,
@@ -42,20 +56,27 @@ class TokenizerPipeline:
         params: Params,
         *,
         class_names: Sequence[str] = (),
+        mesh: Mesh | None = None,
     ):
         self.model = model
         self.config: TokenizerConfig = model.config
-        self.params = jax.device_put(params)
+        self.mesh = mesh
+        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
         self.class_names = tuple(class_names)
+
+    @functools.cached_property
+    def decoding_params(self) -> Params:
+        """Parameters with the matrices in the compute dtype, cast once: what decoding reads."""
+        return _cast_kernels(self.params, self.model.compute.jnp_dtype)
 
     def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B N"]:
         """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, or a batch that does not divide over the mesh.
         """
-        _check_shape("images", images, ("B", "H", "W", 3))
-        return _encode(self.model, self.params, jnp.asarray(images))
+        check_shape("images", images, ("B", "H", "W", 3))
+        return _encode(self.model, self.params, _put_batch(images, self.mesh))
 
     def decode(
         self,
@@ -68,6 +89,9 @@ class TokenizerPipeline:
         num_steps: int | None = None,
         start_step: int = 0,
         start_image: Float[Array | np.ndarray, "B H W 3"] | None = None,
+        known: Float[Array | np.ndarray, "B H W 3"] | None = None,
+        mask: Bool[Array | np.ndarray, "*B H W"] | Int[Array | np.ndarray, "*B H W"] | None = None,
+        microbatch: int | None = None,
     ) -> Float[Array, "B H W 3"]:
         """Decode indices to images, nominally in [-1, 1] (not clipped).
 
@@ -80,43 +104,50 @@ class TokenizerPipeline:
             num_steps: denoising steps instead of the model's.
             start_step: first step that is taken.
             start_image: image that the run starts from at `start_step`, noised to its time.
+            known: images whose pixels are kept where `mask` is 1: in-painting.
+            mask: 1 or True where `known` is kept, 0 where it is redrawn.
+            microbatch: images decoded at a time, a divisor of B: bounds memory.
 
         Raises:
             ValueError: indices out of the codebook, too few or too many of them, no such steps
-                or groups, noise or image of another shape, or no `rng` and no `noise`.
+                or groups, noise, image or mask of another shape, no `rng` and no `noise`, or a
+                batch that does not divide over the mesh.
         """
         config = self.config
         num_groups = config.num_groups if num_groups is None else num_groups
         num_steps = config.num_steps if num_steps is None else num_steps
-        stop_step = _stop_step(config, num_steps, num_groups, start_step)
-        _check_indices(indices, config, num_groups)
+        stop_step = check_steps(config, num_steps, num_groups, start_step)
+        check_indices(indices, config, num_groups)
+        put = functools.partial(_put_batch, mesh=self.mesh)
         if noise is None:
-            rngs = image_keys(_require_rng(rng), len(indices))
+            rngs = put(image_keys(_require_rng(rng), len(indices)))
             noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
-        _check_shape("noise", noise, (len(indices), "H", "W", 3))
+        check_shape("noise", noise, (len(indices), "H", "W", 3))
         if start_image is not None:
-            _check_shape("start_image", start_image, noise.shape)
-        solution = _decode(
+            check_shape("start_image", start_image, noise.shape)
+        return _decode(
             self.model,
-            self.params,
-            jnp.asarray(indices),
-            jnp.asarray(noise),
+            self.decoding_params,
+            put(indices),
+            put(noise),
             solver=solver,
             num_steps=num_steps,
             start_step=start_step,
             stop_step=stop_step,
-            start_image=start_image,
+            start_image=put(start_image),
+            known=put(check_known(known, mask, noise.shape[:3])),
+            microbatch=check_microbatch(microbatch, len(indices)),
         )
-        return solution.x if stop_step == num_steps else solution.previews[-1]
 
 
 class PriorPipeline:
-    """Class labels (or captions) to indices."""
+    """Class labels (or captions) to indices; a mesh is used as in `TokenizerPipeline`."""
 
-    def __init__(self, model: FunctionalModel[Llama], params: Params):
+    def __init__(self, model: FunctionalModel[Llama], params: Params, *, mesh: Mesh | None = None):
         self.model = model
         self.config: LlamaConfig = model.config
-        self.params = jax.device_put(params)
+        self.mesh = mesh
+        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
 
     @functools.cached_property
     def unstacked_params(self) -> Params:
@@ -136,47 +167,42 @@ class PriorPipeline:
         Raises:
             ValueError: a label or token out of range, or captions of another shape.
         """
-        labels = check_labels(labels, self.config)
-        _check_range("indices", indices, self.config.vocab_size)
-        return _logits(self.model, self.params, labels, jnp.asarray(indices))
+        labels = _put_batch(check_labels(labels, self.config), self.mesh)
+        check_range("indices", indices, self.config.vocab_size)
+        return _logits(self.model, self.params, labels, _put_batch(indices, self.mesh))
 
     def generate_indices(
         self,
-        labels: Array | np.ndarray,
+        labels: Array | np.ndarray | Sequence[int],
         *,
         rng: PRNGKeyArray | None = None,
         guidance_scale: Guidance = 1.0,
-        guidance_interval: int | None = None,
+        guidance_schedule: str = "linear",
+        guidance_interval: Interval = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         prefix: Int[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
     ) -> Int[Array, "B N"]:
-        """Generate all tokens of one image per label.
+        """Generate all tokens of one image per label; the arguments are those of `stream`.
 
-        Args:
-            labels: class labels [B], or captions [B, T, F].
-            rng: key; image i draws from `fold_in(rng, i)`. Not needed at temperature 0.
-            guidance_scale: see `Guidance`.
-            guidance_interval: see `sampling.logits.guidance_schedule`.
-            temperature: 0 is greedy.
-            top_k: 0 is off.
-            top_p: 1 is off.
-            prefix: first tokens, kept as they are.
-            caption_mask: False for padded caption tokens [B, T].
+        No key is needed at temperature 0. `labels` may be captions [B, T, F].
         """
+        # Greedy decoding draws nothing.
+        rng = jax.random.key(0) if temperature == 0 and rng is None else _require_rng(rng)
         config = self.config
         labels = check_labels(labels, config)
+        put = functools.partial(_put_batch, mesh=self.mesh)
         groups = sampler.generate_indices(
             self.model.unstacked(),
             self.unstacked_params,
-            labels,
-            _keys(rng, len(labels), temperature),
-            guidance_schedule(guidance_scale, config.num_tokens, interval=guidance_interval),
+            put(labels),
+            put(image_keys(rng, len(labels))),
+            _scales(config, guidance_scale, guidance_schedule, guidance_interval),
             sampling=SamplingConfig(temperature, top_k, top_p),
-            prefix=check_prefix(prefix, len(labels), config),
-            key_mask=None if caption_mask is None else jnp.asarray(caption_mask),
+            prefix=put(check_prefix(prefix, len(labels), config)),
+            key_mask=put(caption_mask),
         )
         return list(groups)[-1]
 
@@ -207,45 +233,67 @@ class DarPipeline:
         *,
         rng: PRNGKeyArray,
         guidance_scale: Guidance = 1.0,
+        guidance_schedule: str = "linear",
+        guidance_interval: Interval = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         prefix: Int[Array | np.ndarray, "B K"] | None = None,
+        caption_mask: Array | np.ndarray | None = None,
         solver: str = "adams_bashforth2",
+        known: Float[Array | np.ndarray, "B H W 3"] | None = None,
+        mask: Bool[Array | np.ndarray, "*B H W"] | Int[Array | np.ndarray, "*B H W"] | None = None,
+        microbatch: int | None = None,
         first_index: int = 0,
     ) -> Iterator[sampler.Preview]:
-        """Yield a preview after every group of tokens; the last one is the image.
+        """Return the previews after every group of tokens; the last one is the image.
+
+        By the time a preview is handed out, the next group is being decoded. Read it with
+        `np.asarray(preview.images)`: further work on the device would queue behind that group.
+
+        The layout of an image lies in its first tokens. `prefix=indices[:, :k]` of images (from
+        `tokenizer.encode`) or of an earlier sample keeps it under any label; repeated for several
+        rows of one label it draws variations.
 
         Args:
-            labels: class labels [B].
+            labels: class labels [B], or captions [B, T, F].
             rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
             guidance_scale: see `Guidance`.
+            guidance_schedule: "linear" or "cosine" between the two scales of a ramp.
+            guidance_interval: see `Interval`.
             temperature: 0 is greedy.
             top_k: 0 is off.
             top_p: 1 is off.
             prefix: first tokens [B, K], kept as they are: they fix the layout.
+            caption_mask: False for padded caption tokens [B, T].
             solver: of the flow decoder.
+            known: images whose pixels are kept where `mask` is 1: in-painting.
+            mask: 1 or True where `known` is kept, 0 where it is redrawn.
+            microbatch: images that the flow decoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
 
         Raises:
-            ValueError: a label, prefix or sampling parameter out of range.
+            ValueError: a label, prefix, mask or sampling parameter out of range, or a batch that
+                does not divide over the mesh; at the call, not at the first preview.
         """
-        config = self.prior.config
+        config, size = self.prior.config, self.tokenizer.config.image_size
         labels = check_labels(labels, config)
-        previews = sampler.stream(
+        put = functools.partial(_put_batch, mesh=self.prior.mesh)
+        return sampler.stream(
             self.prior.model.unstacked(),
             self.prior.unstacked_params,
             self.tokenizer.model,
-            self.tokenizer.params,
-            labels,
-            image_keys(_require_rng(rng), len(labels), first_index),
-            guidance_schedule(guidance_scale, config.num_tokens),
+            self.tokenizer.decoding_params,
+            put(labels),
+            put(image_keys(_require_rng(rng), len(labels), first_index)),
+            _scales(config, guidance_scale, guidance_schedule, guidance_interval),
             sampling=SamplingConfig(temperature, top_k, top_p),
             solver=solver,
-            prefix=check_prefix(prefix, len(labels), config),
+            prefix=put(check_prefix(prefix, len(labels), config)),
+            key_mask=put(caption_mask),
+            known=put(check_known(known, mask, (len(labels), size, size))),
+            microbatch=check_microbatch(microbatch, len(labels)),
         )
-        for preview in previews:
-            yield preview._replace(images=jnp.clip(preview.images, -1.0, 1.0))
 
 
 Pipeline = TokenizerPipeline | DarPipeline
@@ -260,7 +308,7 @@ def from_pretrained(
         path: directory with `config.json` and `model.safetensors` (and a prior's tokenizer), a
             workdir that holds it as `model`, or `hf://owner/name[/directory]`.
         compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
-        mesh: spread the parameters over these devices; each one reads only its own part.
+        mesh: spread parameters and batches over these devices; each one reads its own part only.
 
     Raises:
         ValueError: no such directory, an unknown kind, or weights that do not fit the config.
@@ -271,10 +319,10 @@ def from_pretrained(
     match loaded["kind"]:
         case "dar_tokenizer":
             loaded_model = _load(Tokenizer, TokenizerConfig, directory, compute, mesh)
-            return TokenizerPipeline(*loaded_model, class_names=class_names)
+            return TokenizerPipeline(*loaded_model, class_names=class_names, mesh=mesh)
         case "dar_prior":
             nested = model_dir.tokenizer_of(directory)
-            prior = PriorPipeline(*_load(Llama, LlamaConfig, directory, compute, mesh))
+            prior = PriorPipeline(*_load(Llama, LlamaConfig, directory, compute, mesh), mesh=mesh)
             tokenizer = from_pretrained(nested, compute=compute, mesh=mesh)
             sampler.check_pair(prior.config, tokenizer.config, str(nested))
             return DarPipeline(prior, tokenizer, class_names=class_names)
@@ -297,89 +345,35 @@ def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(num_images))
 
 
-def check_labels(labels: Any, config: LlamaConfig) -> Array:
-    """Return labels (or captions) as an array.
-
-    Raises:
-        ValueError: another shape, or a label that is no class.
-    """
-    labels = jnp.asarray(labels)
-    if config.caption_dim is None:
-        _check_shape("labels", labels, ("B",))
-        _check_range("labels", labels, config.num_classes + 1)
-    else:
-        _check_shape("captions", labels, ("B", config.condition_tokens, config.caption_dim))
-    return labels
-
-
-def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | None:
-    """Return the prefix as an array.
-
-    Raises:
-        ValueError: another batch size, N or more tokens, or a token out of the codebook.
-    """
-    if prefix is None:
-        return None
-    prefix = jnp.asarray(prefix, jnp.int32)
-    _check_shape("prefix", prefix, (batch_size, "K"))
-    if prefix.shape[1] >= config.num_tokens:
-        raise ValueError(
-            f"prefix holds {prefix.shape[1]} tokens, expected fewer than {config.num_tokens}"
-        )
-    _check_range("prefix", prefix, config.vocab_size)
-    return prefix
-
-
-def _check_shape(name: str, array: Any, expected: Sequence[int | str]) -> None:
-    """Check every axis against its size; a letter stands for any size."""
-    shape = tuple(array.shape)
-    fits = len(shape) == len(expected) and all(
-        size == wanted or isinstance(wanted, str)
-        for size, wanted in zip(shape, expected, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {shape}, expected ({', '.join(map(str, expected))})")
-
-
-def _check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> None:
-    """Check [B, n] with the tokens of the groups, and the codebook."""
-    _check_shape("indices", indices, ("B", "n"))
-    needed = config.num_tokens * num_groups // config.num_groups
-    if not needed <= indices.shape[1] <= config.num_tokens:
-        raise ValueError(
-            f"indices hold {indices.shape[1]} tokens, expected {needed} to {config.num_tokens}"
-        )
-    _check_range("indices", indices, config.codebook_size)
-
-
-def _stop_step(config: TokenizerConfig, num_steps: int, num_groups: int, start_step: int) -> int:
-    """Return the number of steps that the groups suffice for, if any are left to take."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
-    stop_step = sampler.steps_of_groups(config, num_steps, num_groups)
-    last = num_steps if stop_step == num_steps else stop_step - 1
-    if not 0 <= start_step <= last:
-        raise ValueError(f"start_step={start_step} must be in 0..{last}")
-    return stop_step
-
-
-def _check_range(name: str, values: Any, stop: int) -> None:
-    values = np.asarray(values)
-    wrong = values[(values < 0) | (values >= stop)]
-    if wrong.size:
-        raise ValueError(f"{name}: {wrong.flat[0]} is out of range, expected 0..{stop - 1}")
-
-
 def _require_rng(rng: PRNGKeyArray | None) -> PRNGKeyArray:
     if rng is None:
         raise ValueError("rng is missing: pass rng=jax.random.key(seed)")
     return rng
 
 
-def _keys(rng: PRNGKeyArray | None, num_images: int, temperature: float) -> PRNGKeys:
-    # Greedy decoding draws nothing.
-    rng = jax.random.key(0) if temperature == 0 and rng is None else _require_rng(rng)
-    return image_keys(rng, num_images)
+def _scales(
+    config: LlamaConfig, scale: Guidance, schedule: str, interval: Interval
+) -> Float[np.ndarray, " N"]:
+    return guidance_schedule(scale, config.num_tokens, schedule=schedule, interval=interval)
+
+
+def _put_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Put a tree of arrays [B, ...] on the device, or split them over the mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    for leaf in jax.tree.leaves(batch):
+        check_batch_size(len(leaf), mesh)
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
+    """Cast what linear layers cast at every call; norms and the codebook stay float32."""
+    return {
+        name: _cast_kernels(value, dtype)
+        if isinstance(value, dict)
+        else value.astype(dtype if name == "kernel" else value.dtype)
+        for name, value in params.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -388,10 +382,13 @@ def _encode(model: FunctionalModel[Tokenizer], params: Params, images: Array) ->
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "solver", "num_steps", "start_step", "stop_step")
+    jax.jit,
+    static_argnames=("model", "solver", "num_steps", "start_step", "stop_step", "microbatch"),
 )
-def _decode(model, params, indices, noise, **options):
-    return sampler.decode_indices(model, params, indices, noise, **options)
+def _decode(model, params, indices, noise, *, num_steps, stop_step, **options):
+    options |= {"num_steps": num_steps, "stop_step": stop_step}
+    solution = sampler.decode_indices(model, params, indices, noise, **options)
+    return solution.x if stop_step == num_steps else solution.previews[-1]
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -79,10 +79,11 @@ def test_mesh_holds_every_parameter_in_parts(workdir):
         if leaf.size >= MIN_SHARDED_SIZE:
             assert leaf.addressable_shards[0].data.size == leaf.size // mesh.shape["fsdp"]
 
-    out = pipeline.generate(LABELS, rng=jax.random.key(3), temperature=0.0)
-    assert out.images.shape == (2, 32, 32, 3) and jnp.isfinite(out.images).all()
+    labels = np.arange(mesh.size, dtype=np.int32)
+    out = pipeline.generate(labels, rng=jax.random.key(3), temperature=0.0)
+    assert out.images.shape == (mesh.size, 32, 32, 3) and jnp.isfinite(out.images).all()
     whole = from_pretrained(workdir)
-    likeliest = jnp.argmax(whole.prior.logits(LABELS, out.indices), axis=-1)
+    likeliest = jnp.argmax(whole.prior.logits(labels, out.indices), axis=-1)
     np.testing.assert_array_equal(out.indices, likeliest)
     encoded = (p.tokenizer.encode(out.images) for p in (pipeline, whole))
     np.testing.assert_array_equal(*encoded)

@@ -10,6 +10,9 @@ One step from t_i to t_i + h is
 The Adams-Bashforth coefficients are those of a uniform grid even though shifted grids are not
 uniform: the published numbers were made so (reference: `adams2`). A *preview* after step i is the
 same update with h = 1 - t_i, one long step to the data; after the last step it is the result.
+
+A *constraint* replaces the part of x that is known at time t, as in-painting does; it is applied to
+the state after every step. Previews are what the velocity says.
 """
 
 from collections.abc import Callable
@@ -22,6 +25,9 @@ import numpy as np
 from dar_jax.common.typing import Any, Array, Float
 
 SOLVERS = ("euler", "adams_bashforth2")
+
+Constraint = Callable[[Array, Array], Array]
+"""Maps (x [B, ...], t [B]) to a state like x."""
 
 
 class SolverState(NamedTuple):
@@ -65,6 +71,7 @@ def step(
     next_time: Float[Array, ""],
     condition: Any,
     coefficients: Float[Array, "2"],
+    constraint: Constraint | None = None,
 ) -> tuple[SolverState, Array]:
     """Advance from `time` to `next_time`; return the new state and the preview.
 
@@ -75,13 +82,17 @@ def step(
         next_time: time after the step.
         condition: passed on to `velocity_fn`.
         coefficients: (a, b) of this step.
+        constraint: what the new state fulfils.
     """
     x = state.x
     t = jnp.full(x.shape[:1], time, jnp.float32)
     velocity = velocity_fn(x, t, condition).astype(jnp.float32)
     direction = coefficients[0] * velocity + coefficients[1] * state.velocity
     preview = x + (1 - time) * direction
-    return SolverState(x + (next_time - time) * direction, velocity), preview
+    x = x + (next_time - time) * direction
+    if constraint is not None:
+        x = constraint(x, jnp.full(x.shape[:1], next_time, jnp.float32))
+    return SolverState(x, velocity), preview
 
 
 def integrate(
@@ -91,6 +102,7 @@ def integrate(
     conditions: Any,
     *,
     solver: str,
+    constraint: Constraint | None = None,
 ) -> Solution:
     """Integrate over the grid `times`, one velocity evaluation per interval.
 
@@ -100,11 +112,12 @@ def integrate(
         times: steps + 1 increasing times.
         conditions: a tree of arrays [steps, ...]; step i sees the i-th slices.
         solver: name of a multistep method.
+        constraint: what every new state fulfils.
     """
     table = coefficients(solver, len(times) - 1)
 
     def body(state, inputs):
-        return step(velocity_fn, state, *inputs)
+        return step(velocity_fn, state, *inputs, constraint)
 
     times = jnp.asarray(times, jnp.float32)
     inputs = (times[:-1], times[1:], conditions, jnp.asarray(table))

@@ -3,9 +3,9 @@
 A cache is any tree of arrays whose axis `SLOT_AXIS` counts the slots. Attending a prefix of static
 length per group instead of one padded cache halves the bytes that decoding reads.
 
-With guidance the batch is [conditional rows, unconditional rows]; both get the same tokens.
-Row i of the batch draws token n with `fold_in(rngs[i], n)`: a sample depends on its own key only,
-not on the batch it is in.
+With guidance every image has two rows, the conditional and the unconditional one, side by side so
+that a batch split over devices keeps them together; both get the same tokens. Image i draws token n
+with `fold_in(rngs[i], n)`: a sample depends on its own key only, not on the batch it is in.
 """
 
 import dataclasses
@@ -13,8 +13,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.sampling.logits import SamplingConfig, guide, sample_token
@@ -54,7 +56,7 @@ class Decoder:
         model: see `DecodableModel`.
         num_condition: condition tokens T in front of the image tokens.
         sampling: how tokens are drawn.
-        guided: the batch holds conditional and unconditional rows.
+        guided: every image has a conditional and an unconditional row.
     """
 
     model: Any
@@ -67,14 +69,14 @@ class Decoder:
     ) -> Int[Array, " B"]:
         """Draw image token `index` from the rows' logits."""
         if self.guided:
-            conditional, unconditional = jnp.split(logits, 2)
+            conditional, unconditional = einops.rearrange(logits, "(b two) v -> two b v", two=2)
             logits = guide(conditional, unconditional, scale)
         rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, index)
         return sample_token(rngs, logits, self.sampling)
 
     def rows(self, tokens: Array) -> Array:
-        """Repeat tokens for the unconditional rows."""
-        return jnp.concatenate([tokens, tokens]) if self.guided else tokens
+        """Repeat what an image has for both of its rows."""
+        return jnp.repeat(tokens, 2, axis=0) if self.guided else tokens
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
@@ -144,7 +146,7 @@ def generate(
     condition: Float[Array, "R T D"],
     prefix: Int[Array, "B K"],
     rngs: PRNGKeys,
-    scales: Float[Array, " N"],
+    scales: Float[np.ndarray, " N"],
     *,
     boundaries: Sequence[int],
     key_mask: Array | None = None,
@@ -156,21 +158,31 @@ def generate(
     Args:
         decoder: fixed part of the decoding.
         params: parameters of the model, unstacked.
-        condition: embedded condition tokens; with guidance the unconditional rows follow.
+        condition: embedded condition tokens of all rows.
         prefix: given image tokens, K < N.
         rngs: one key per image.
-        scales: guidance scale of every image token.
+        scales: guidance scale of every image token. Where no later one differs from 1, a group is
+            decoded without unconditional rows.
         boundaries: increasing numbers of tokens after which to yield; the last one ends.
         key_mask: see `DecodingState`.
     """
-    state = prefill(decoder, params, condition, prefix, rngs, scales, key_mask)
+    device_scales = jnp.asarray(scales)
+    state = prefill(decoder, params, condition, prefix, rngs, device_scales, key_mask)
     tokens = jnp.concatenate([prefix, state.token[:, None]], axis=1)
     for stop in boundaries:
         start = tokens.shape[1]
+        if decoder.guided and np.all(scales[start:] == 1):
+            decoder, state = without_guidance(decoder, state)
         if stop > start:
-            state, new = decode(decoder, params, state, rngs, scales, start=start, stop=stop)
+            state, new = decode(decoder, params, state, rngs, device_scales, start=start, stop=stop)
             tokens = jnp.concatenate([tokens, new], axis=1)
         yield tokens[:, :stop]
+
+
+def without_guidance(decoder: Decoder, state: DecodingState) -> tuple[Decoder, DecodingState]:
+    """Drop the unconditional rows."""
+    caches, key_mask = jax.tree.map(lambda rows: rows[::2], (state.caches, state.key_mask))
+    return dataclasses.replace(decoder, guided=False), DecodingState(state.token, caches, key_mask)
 
 
 def grow(caches: Any, num_slots: int) -> Any:

@@ -1,6 +1,7 @@
 """From logits to a token: temperature, top-k, top-p; and the guidance scale of every position."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ MIN_TEMPERATURE = 1e-5
 MIN_LINEAR_START = 1.001
 """A linear schedule "from 1" starts here: the reference decides by the first scale whether the
 unconditional branch runs at all."""
+SCHEDULES = ("linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,33 +40,57 @@ class SamplingConfig:
 
 
 def guidance_schedule(
-    guidance_scale: float | tuple[float, float],
+    guidance_scale: float | int | Sequence[float | int],
     num_tokens: int,
     *,
-    interval: int | None = None,
+    schedule: str = "linear",
+    interval: int | Sequence[int] | None = None,
 ) -> Float[np.ndarray, " N"]:
-    """Guidance scale of each of `num_tokens` positions, float32.
+    """Guidance scale of each of `num_tokens` positions, float32; 1 is no guidance.
 
     Args:
-        guidance_scale: one constant scale, or (first, last) of a linear ramp.
-        num_tokens: number of positions.
-        interval: positions after `interval + 1` are not guided (reference: `cfg_interval`, which
-            counts decoding steps, the first of which makes the second token).
+        guidance_scale: one constant scale, or (first, last) of a ramp.
+        num_tokens: number of positions N.
+        schedule: of the ramp over u = i / (N - 1): "linear" or "cosine", (1 - cos(pi u)) / 2.
+        interval: (first, last) position that is guided, both included. A number k stands for
+            (0, k + 1) (reference: `cfg_interval`, which counts decoding steps, the first of which
+            makes the second token).
 
     Raises:
-        ValueError: a scale below 1: guidance extrapolates away from the unconditional logits.
+        ValueError: a scale below 1 (guidance extrapolates away from the unconditional logits),
+            more than two scales, an unknown schedule or no such interval.
     """
-    first, last = (
-        guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale, guidance_scale)
-    )
-    if min(first, last) < 1:
+    ends = tuple(np.ravel(guidance_scale))
+    if len(ends) not in (1, 2):
+        raise ValueError(f"guidance_scale={guidance_scale} must be one scale or (first, last)")
+    first, last = ends[0], ends[-1]
+    if not min(first, last) >= 1:
         raise ValueError(f"guidance_scale={guidance_scale} must be at least 1 (1 is no guidance)")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"guidance_schedule {schedule!r} must be one of {', '.join(SCHEDULES)}")
     if first == 1 and last > 1:
         first = MIN_LINEAR_START
     scales = np.linspace(first, last, num_tokens, dtype=np.float32)
+    if schedule == "cosine":
+        ramp = (1 - np.cos(np.pi * np.linspace(0, 1, num_tokens))) / 2
+        scales = (first + (last - first) * ramp).astype(np.float32)
     if interval is not None:
-        scales[interval + 2 :] = 1.0
+        start, stop = _guided(interval, num_tokens)
+        scales[:start] = scales[stop:] = 1.0
     return scales
+
+
+def _guided(interval: int | Sequence[int], num_tokens: int) -> tuple[int, int]:
+    """Return the first guided position, and the one after the last."""
+    if isinstance(interval, int):
+        return 0, interval + 2
+    start, last = interval[0], interval[-1]
+    if len(interval) != 2 or not 0 <= start <= last < num_tokens:
+        raise ValueError(
+            f"guidance_interval={interval} must be (first, last) with "
+            f"0 <= first <= last < {num_tokens}"
+        )
+    return start, last + 1
 
 
 def guide(

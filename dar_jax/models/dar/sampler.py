@@ -4,17 +4,21 @@ Each group of tokens conditions one step of the flow decoder, so image and token
 after group g the solver takes the steps whose windows are complete, and the jump to t = 1 from
 there is a preview (D-AR section 3.4). All functions take one key per image and are deterministic
 given it; they run compiled programs and never wait for the device.
+
+In-painting imposes the known pixels on the path after every step: there
+x_t = t * known + (1 - t) * noise, with the noise that the run starts from.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
@@ -26,6 +30,8 @@ from dar_jax.sampling.logits import SamplingConfig
 
 NOISE_STREAM = 2**31 - 1
 """Folded into an image's key for its initial noise; token n folds in n."""
+GROUP_SIZE = 32
+"""Tokens that one compiled program decodes where no tokenizer says otherwise."""
 
 
 class Preview(NamedTuple):
@@ -34,7 +40,7 @@ class Preview(NamedTuple):
     Attributes:
         step: denoising steps taken.
         num_tokens: tokens known.
-        images: float32 [B, H, W, 3], nominally in [-1, 1] (not clipped).
+        images: float32 [B, H, W, 3], clipped to [-1, 1].
         indices: int32 [B, num_tokens].
     """
 
@@ -44,6 +50,19 @@ class Preview(NamedTuple):
     indices: Array
 
 
+class Known(NamedTuple):
+    """What in-painting keeps.
+
+    Attributes:
+        images: float32 [B, H, W, 3] in [-1, 1].
+        mask: bool [B, H, W], True where the pixel is known.
+    """
+
+    images: Array
+    mask: Array
+
+
+@functools.partial(jax.jit, static_argnames="size")
 def initial_noise(rngs: PRNGKeys, size: tuple[int, int]) -> Float[Array, "B H W 3"]:
     """Draw every image's noise from its own key."""
 
@@ -82,6 +101,8 @@ def decode_indices(
     start_step: int = 0,
     stop_step: int | None = None,
     start_image: Float[Array, "B H W 3"] | None = None,
+    known: Known | None = None,
+    microbatch: int | None = None,
 ) -> solvers.Solution:
     """Decode tokens to images in [-1, 1] (not clipped), with the preview after every step.
 
@@ -95,6 +116,8 @@ def decode_indices(
         start_step: first step that is taken, e.g. for editing an image (SDEdit).
         stop_step: step after the last one that is taken; None runs to the end.
         start_image: where `start_step` starts from, noised to its time; None is pure noise.
+        known: pixels to keep.
+        microbatch: images that the flow decoder sees at a time, a divisor of B; None is all.
     """
     config = model.config
     num_steps = num_steps or config.num_steps
@@ -106,16 +129,53 @@ def decode_indices(
     if start_image is not None:
         t = jnp.full(len(noise), times[0])
         x = interpolate(start_image * config.decoder.data_std, noise, t)
-    if not starts:
-        return solvers.Solution(x / config.decoder.data_std, x[None][:0])
-    condition = tokenizer.condition_from_indices(indices)
-    windows = jnp.stack([condition[:, start : start + config.window] for start in starts])
+    solution = solvers.Solution(x, x[None][:0])
+    if starts:
+        condition = tokenizer.condition_from_indices(indices)
+        windows = jnp.stack([condition[:, start : start + config.window] for start in starts])
+        solution = solvers.integrate(
+            _velocity(tokenizer, microbatch),
+            x,
+            times,
+            windows,
+            solver=solver,
+            constraint=_constraint(known, noise, config.decoder.data_std),
+        )
+    return jax.tree.map(lambda x: _to_image(x, known, config.decoder.data_std), solution)
+
+
+def _velocity(tokenizer: Tokenizer, microbatch: int | None) -> Callable[..., Array]:
+    """Return the velocity as the solvers want it, evaluated on `microbatch` images at a time."""
 
     def velocity(x: Array, t: Array, window: Array) -> Array:
         return tokenizer.velocity(x, t, window).velocity
 
-    solution = solvers.integrate(velocity, x, times, windows, solver=solver)
-    return jax.tree.map(lambda leaf: leaf / config.decoder.data_std, solution)
+    def in_parts(*batch: Array) -> Array:
+        # Images of one part lie far apart, so that a batch split over devices stays split.
+        split, merge = "(b parts) ... -> parts b ...", "parts b ... -> (b parts) ..."
+        parts = [einops.rearrange(array, split, b=microbatch) for array in batch]
+        return einops.rearrange(jax.lax.map(lambda part: velocity(*part), parts), merge)
+
+    return velocity if microbatch is None else in_parts
+
+
+def _constraint(
+    known: Known | None, noise: Float[Array, "B H W 3"], data_std: float
+) -> solvers.Constraint | None:
+    """Impose the known pixels on the path from their noise to them."""
+    if known is None:
+        return None
+
+    def impose(x: Array, t: Array) -> Array:
+        return jnp.where(known.mask[..., None], interpolate(known.images * data_std, noise, t), x)
+
+    return impose
+
+
+def _to_image(x: Float[Array, "*steps B H W 3"], known: Known | None, data_std: float) -> Array:
+    """Scale data to images; known pixels are taken as they are, not as rounding leaves them."""
+    image = x / data_std
+    return image if known is None else jnp.where(known.mask[..., None], known.images, image)
 
 
 def generate_indices(
@@ -140,7 +200,7 @@ def generate_indices(
         scales: guidance scale of every token (`sampling.logits.guidance_schedule`).
         sampling: how tokens are drawn.
         prefix: tokens to start from.
-        boundaries: token counts to yield at; None yields all N tokens at once.
+        boundaries: token counts to yield at; None yields after every 32 tokens.
         key_mask: False for padded condition tokens, [B, T]; see `caption_key_mask`.
     """
     guided = bool(np.any(scales != 1))
@@ -155,8 +215,8 @@ def generate_indices(
         embed_rows(model, params, condition, guided=guided),
         prefix,
         rngs,
-        jnp.asarray(scales),
-        boundaries=boundaries or (model.config.num_tokens,),
+        scales,
+        boundaries=boundaries or _ends(model.config.num_tokens, GROUP_SIZE),
         key_mask=key_mask,
     )
 
@@ -165,11 +225,11 @@ def generate_indices(
 def embed_rows(
     model: FunctionalModel[Llama], params: Params, condition: Array, *, guided: bool
 ) -> Float[Array, "R T D"]:
-    """Embed the conditions, followed by as many null conditions if guided."""
+    """Embed the conditions; if guided, the null condition follows each."""
     prior = model.bind(params)
     if guided:
         null = prior.null_condition(len(condition)).astype(condition.dtype)
-        condition = jnp.concatenate([condition, null])
+        condition = einops.rearrange([condition, null], "two b ... -> (b two) ...")
     return prior.embed_condition(condition)
 
 
@@ -191,15 +251,21 @@ def stream(
     sampling: SamplingConfig,
     solver: str = "adams_bashforth2",
     prefix: Int[Array, "B K"] | None = None,
+    key_mask: Array | None = None,
+    known: Known | None = None,
+    microbatch: int | None = None,
 ) -> Iterator[Preview]:
-    """Yield a preview after every group of tokens; the last one is the image.
+    """Return the previews after every group of tokens; the last one is the image.
+
+    By the time a preview is handed out, the work for the next one is under way.
 
     The arguments are those of `generate_indices` and `decode_indices`.
+
+    Raises:
+        ValueError: an unknown solver.
     """
     config = tokenizer.config
-    state = solvers.start(initial_noise(rngs, (config.image_size,) * 2))
-    times = shifted_grid(config.num_steps, config.decoder.time_shift)
-    table = solvers.coefficients(solver, config.num_steps)
+    coefficients = solvers.coefficients(solver, config.num_steps)
     groups = generate_indices(
         prior,
         prior_params,
@@ -209,39 +275,72 @@ def stream(
         sampling=sampling,
         prefix=prefix,
         boundaries=_boundaries(config),
+        key_mask=key_mask,
     )
-    starts, step = step_starts(config, config.num_steps), 0
+    noise = initial_noise(rngs, (config.image_size,) * 2)
+    flow_step = functools.partial(
+        _flow_step, tokenizer, tokenizer_params, noise, known, microbatch=microbatch
+    )
+    return one_ahead(_previews(config, groups, noise, coefficients, flow_step))
+
+
+def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Hand out each item after the next one has been made (here: dispatched)."""
+    pending = next(items)
+    for following in items:
+        yield pending
+        pending = following
+    yield pending
+
+
+def _previews(
+    config: TokenizerConfig,
+    groups: Iterator[Int[Array, "B n"]],
+    noise: Float[Array, "B H W 3"],
+    coefficients: Float[np.ndarray, "steps 2"],
+    flow_step: Callable[..., tuple[solvers.SolverState, Array]],
+) -> Iterator[Preview]:
+    """Take the steps whose windows are complete after each group of tokens."""
+    times = shifted_grid(config.num_steps, config.decoder.time_shift)
+    starts = step_starts(config, config.num_steps)
+    state, step = solvers.start(noise), 0
     for indices in groups:
         num_tokens = indices.shape[1]
         image = None
         while step < config.num_steps and starts[step] + config.window <= num_tokens:
             window = indices[:, : starts[step] + config.window]
-            state, image = _flow_step(
-                tokenizer, tokenizer_params, state, window, times[step : step + 2], table[step]
-            )
+            state, image = flow_step(state, window, times[step : step + 2], coefficients[step])
             step += 1
         if image is not None:
             yield Preview(step, num_tokens, image, indices)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "microbatch"))
 def _flow_step(
     model: FunctionalModel[Tokenizer],
     params: Params,
+    noise: Float[Array, "B H W 3"],
+    known: Known | None,
     state: solvers.SolverState,
     indices: Int[Array, "B n"],
-    times: Float[Array, "2"],
-    coefficients: Float[Array, "2"],
+    times: Float[Array, "2"] | Float[np.ndarray, "2"],
+    coefficients: Float[Array, "2"] | Float[np.ndarray, "2"],
+    *,
+    microbatch: int | None,
 ) -> tuple[solvers.SolverState, Float[Array, "B H W 3"]]:
     """Advance one step on the last window of `indices`; return the state and the preview."""
     tokenizer, config = model.bind(params), model.config
-    window = tokenizer.condition_from_indices(indices)[:, -config.window :]
-
-    def velocity(x: Array, t: Array, window: Array) -> Array:
-        return tokenizer.velocity(x, t, window).velocity
-
-    state, preview = solvers.step(velocity, state, times[0], times[1], window, coefficients)
-    return state, preview / config.decoder.data_std
+    data_std = config.decoder.data_std
+    state, preview = solvers.step(
+        _velocity(tokenizer, microbatch),
+        state,
+        times[0],
+        times[1],
+        tokenizer.condition_from_indices(indices)[:, -config.window :],
+        coefficients,
+        _constraint(known, noise, data_std),
+    )
+    return state, jnp.clip(_to_image(preview, known, data_std), -1.0, 1.0)
 
 
 def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> None:
@@ -257,3 +356,8 @@ def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> No
 def _boundaries(config: TokenizerConfig) -> tuple[int, ...]:
     """Number of tokens after each group; all N after the last."""
     return tuple(config.num_tokens * (g + 1) // config.num_groups for g in range(config.num_groups))
+
+
+def _ends(num_tokens: int, group_size: int) -> tuple[int, ...]:
+    """Number of tokens after each full group, and all of them."""
+    return (*range(group_size, num_tokens, group_size), num_tokens)

@@ -1,0 +1,26 @@
+"""Checks of arrays that callers hand in: shapes and ranges, said in one line."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dar_jax.common.typing import Any
+
+
+def check_shape(name: str, array: Any, expected: Sequence[int | str]) -> None:
+    """Raise ValueError unless every axis has its size; a letter stands for any size."""
+    shape = tuple(array.shape)
+    fits = len(shape) == len(expected) and all(
+        size == wanted or isinstance(wanted, str)
+        for size, wanted in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {shape}, expected ({', '.join(map(str, expected))})")
+
+
+def check_range(name: str, values: Any, stop: int) -> None:
+    """Raise ValueError unless all values are in 0 .. stop - 1."""
+    values = np.asarray(values)
+    wrong = values[(values < 0) | (values >= stop)]
+    if wrong.size:
+        raise ValueError(f"{name}: {wrong.flat[0]} is out of range, expected 0..{stop - 1}")

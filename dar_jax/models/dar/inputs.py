@@ -1,0 +1,109 @@
+"""Checks of what callers of the D-AR models hand in: labels, tokens, steps, pictures."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.common.checks import check_range, check_shape
+from dar_jax.common.typing import Any, Array
+from dar_jax.models.dar import sampler
+from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+
+
+def check_labels(labels: Any, config: LlamaConfig) -> np.ndarray | Array:
+    """Return labels (or captions) as an array.
+
+    Raises:
+        ValueError: another shape, or a label that is no class.
+    """
+    labels = labels if isinstance(labels, Array) else np.asarray(labels)
+    if config.caption_dim is None:
+        check_shape("labels", labels, ("B",))
+        check_range("labels", labels, config.num_classes + 1)
+    else:
+        check_shape("captions", labels, ("B", config.condition_tokens, config.caption_dim))
+    return labels
+
+
+def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | None:
+    """Return the prefix as an array.
+
+    Raises:
+        ValueError: another batch size, N or more tokens, or a token out of the codebook.
+    """
+    if prefix is None:
+        return None
+    prefix = jnp.asarray(prefix, jnp.int32)
+    check_shape("prefix", prefix, (batch_size, "K"))
+    if prefix.shape[1] >= config.num_tokens:
+        raise ValueError(
+            f"prefix holds {prefix.shape[1]} tokens, expected fewer than {config.num_tokens}"
+        )
+    check_range("prefix", prefix, config.vocab_size)
+    return prefix
+
+
+def check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> None:
+    """Check [B, n] with the tokens of the groups, and the codebook.
+
+    Raises:
+        ValueError: another shape, too few or too many tokens, or one out of the codebook.
+    """
+    check_shape("indices", indices, ("B", "n"))
+    needed = config.num_tokens * num_groups // config.num_groups
+    if not needed <= indices.shape[1] <= config.num_tokens:
+        raise ValueError(
+            f"indices hold {indices.shape[1]} tokens, expected {needed} to {config.num_tokens}"
+        )
+    check_range("indices", indices, config.codebook_size)
+
+
+def check_steps(config: TokenizerConfig, num_steps: int, num_groups: int, start_step: int) -> int:
+    """Return the number of steps that the groups suffice for.
+
+    Raises:
+        ValueError: no such steps or groups, or none left to take.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    stop_step = sampler.steps_of_groups(config, num_steps, num_groups)
+    last = num_steps if stop_step == num_steps else stop_step - 1
+    if not 0 <= start_step <= last:
+        raise ValueError(f"start_step={start_step} must be in 0..{last}")
+    return stop_step
+
+
+def check_known(known: Any, mask: Any, shape: tuple[int, int, int]) -> sampler.Known | None:
+    """Return known images and the mask of their known pixels, if there are any.
+
+    Args:
+        known: images [B, H, W, 3] in [-1, 1].
+        mask: [B, H, W] or [H, W]: True (or 1) where a pixel is known.
+        shape: (B, H, W) of the images that are made.
+
+    Raises:
+        ValueError: one without the other, or of another shape, or a mask with other values.
+    """
+    if known is None and mask is None:
+        return None
+    if known is None or mask is None:
+        raise ValueError("in-painting needs both known= (images) and mask= (1 where known)")
+    check_shape("known", known, (*shape, 3))
+    mask = np.asarray(mask)
+    check_shape("mask", mask, shape if mask.ndim == len(shape) else shape[1:])
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("mask must hold 0 (unknown) and 1 (known) only: compare it to a threshold")
+    return sampler.Known(known, np.broadcast_to(mask, shape).astype(bool))
+
+
+def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:
+    """Return the microbatch if it is smaller than the batch.
+
+    Raises:
+        ValueError: it does not divide the batch.
+    """
+    if microbatch is None:
+        return None
+    if microbatch < 1 or batch_size % min(microbatch, batch_size):
+        raise ValueError(f"microbatch={microbatch} must divide the batch of {batch_size} images")
+    return microbatch if microbatch < batch_size else None
