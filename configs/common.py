@@ -4,6 +4,9 @@ import dataclasses
 
 import ml_collections
 
+from dar_jax.benchmark import BenchmarkConfig
+from dar_jax.cache import CacheConfig
+from dar_jax.compile import CompileConfig
 from dar_jax.convert.command import ConvertConfig
 from dar_jax.data.sources import DataConfig
 from dar_jax.evaluate import EvaluateConfig
@@ -31,7 +34,10 @@ def base() -> ml_collections.ConfigDict:
             mesh=block(MeshConfig()),
             sample=block(SampleConfig()),
             evaluate=block(EvaluateConfig()),
+            cache=block(CacheConfig()),
             convert=block(ConvertConfig()),
+            compile=block(CompileConfig()),
+            benchmark=block(BenchmarkConfig()),
         )
     )
 

@@ -12,6 +12,8 @@ A figure counts what the model asks for, not what a program does: recomputed blo
 (rematerialisation), padded caches and repeated condition passes are no work.
 """
 
+from collections.abc import Sequence
+
 from dar_jax.models.dar.decoder import FEATURE_GRID, NUM_MODULATIONS, FlowDecoderConfig
 from dar_jax.models.dar.encoder import RGB
 from dar_jax.models.dar.llama import LlamaConfig
@@ -83,6 +85,26 @@ def kv_cache_bytes(config: LlamaConfig, length: int | None = None, itemsize: int
     """
     length = config.condition_tokens + config.num_tokens if length is None else length
     return itemsize * 2 * config.num_layers * _kv_width(config) * length
+
+
+def prior_sampling_bytes(
+    config: LlamaConfig, boundaries: Sequence[int], *, num_rows: int, itemsize: int = 2
+) -> int:
+    """Bytes read to draw all tokens of `num_rows` sequences: per token the weights and the caches.
+
+    Args:
+        config: the prior's.
+        boundaries: numbers of tokens after each group; decoding attends to as many slots as the
+            last token of a group needs, and the last boundary ends it.
+        num_rows: sequences; twice the images if guided.
+        itemsize: bytes of a weight and of a cached number.
+    """
+    total = start = 0
+    for stop in boundaries:
+        cache = kv_cache_bytes(config, config.condition_tokens + stop - 1, itemsize)
+        total += (stop - start) * (prior_weight_bytes(config, itemsize) + num_rows * cache)
+        start = stop
+    return total
 
 
 def encode_flops(config: TokenizerConfig) -> int:
