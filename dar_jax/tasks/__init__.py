@@ -1,8 +1,11 @@
 """Tasks by name."""
 
+import dataclasses
+
 import ml_collections
 
 from dar_jax.common.config import build as build_config
+from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.compute import Compute
@@ -13,8 +16,14 @@ from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
 TASKS = ("dar_tokenizer", "dar_prior")
 
 
-def build(config: ml_collections.ConfigDict) -> Task:
+def build(
+    config: ml_collections.ConfigDict, *, shape_of_tokenizer: TokenizerConfig | None = None
+) -> Task:
     """Build the task that `config.task` names from its blocks.
+
+    Args:
+        config: the configuration.
+        shape_of_tokenizer: see `DarPriorTask`; other tasks need none.
 
     Raises:
         ValueError: an unknown task, or a block that it refuses.
@@ -32,6 +41,12 @@ def build(config: ml_collections.ConfigDict) -> Task:
             return DarTokenizerTask(model, loss, compute)
         case "dar_prior":
             model = build_config(LlamaConfig, config.model.to_dict(), "config.model")
-            return DarPriorTask(model, config.tokenizer, compute)
+            if model.num_classes == 0:
+                data = build_config(DataConfig, config.data.to_dict(), "config.data")
+                num_classes = load_source(data, "train").num_classes
+                model = dataclasses.replace(model, num_classes=num_classes)
+            return DarPriorTask(
+                model, config.tokenizer, compute, shape_of_tokenizer=shape_of_tokenizer
+            )
         case _:
             raise ValueError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")

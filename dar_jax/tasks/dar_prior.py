@@ -36,28 +36,46 @@ class DarPriorTask:
 
     kind = "dar_prior"
 
-    def __init__(self, config: LlamaConfig, tokenizer: str, compute: Compute):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        tokenizer: str,
+        compute: Compute,
+        *,
+        shape_of_tokenizer: TokenizerConfig | None = None,
+    ):
         """Load the tokenizer from its model directory.
+
+        Args:
+            config: the prior's architecture.
+            tokenizer: model directory of the tokenizer.
+            compute: execution choices.
+            shape_of_tokenizer: for compiling without weights: `tokenizer` is not read, and `frozen`
+                gives the shapes of such a tokenizer's parameters.
 
         Raises:
             ValueError: it cannot be read, is no tokenizer, or does not fit the prior.
         """
-        loaded, self._tokenizer_params = load_model(tokenizer)
-        if loaded["kind"] != "dar_tokenizer":
-            raise ValueError(f"{tokenizer} holds a {loaded['kind']}, expected a dar_tokenizer")
-        tokenizer_config = build(TokenizerConfig, loaded["model"], tokenizer)
+        tokenizer_config = shape_of_tokenizer
+        if tokenizer_config is None:
+            loaded, self._tokenizer_params = load_model(tokenizer)
+            if loaded["kind"] != "dar_tokenizer":
+                raise ValueError(f"{tokenizer} holds a {loaded['kind']}, expected a dar_tokenizer")
+            tokenizer_config = build(TokenizerConfig, loaded["model"], tokenizer)
         sampler.check_pair(config, tokenizer_config, tokenizer)
         self.model = FunctionalModel(Llama, config, compute)
         # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
         exact = dataclasses.replace(compute, dtype="float32")
         self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, exact)
+        if shape_of_tokenizer is not None:
+            self._tokenizer_params = self.tokenizer.abstract_params()
         self._tokenizer_path = tokenizer
 
     @property
     def flops_per_image(self) -> float:
         """Of the prior and of the tokenizer's encoder in front of it."""
         encode = work.encode_flops(self.tokenizer.config)
-        return work.prior_train_flops(self.model.config) + encode
+        return float(work.prior_train_flops(self.model.config) + encode)
 
     def init(self, rng: PRNGKeyArray) -> Params:
         return self.model.init(rng)
@@ -107,6 +125,14 @@ class DarPriorTask:
         strip = np.stack([images.to_pixels(preview.images) for preview in stream])
         rows = einops.rearrange(strip, "columns b h w c -> (b columns) h w c")
         return {"samples": images.grid(rows, columns=len(strip))}
+
+    def figures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, float]:
+        return {}
+
+    def released(self, params: Params) -> Params:
+        return params
 
     def model_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model.config)

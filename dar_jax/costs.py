@@ -1,0 +1,341 @@
+"""Costs of a program without running it: FLOPs from its trace, bytes and collectives from HLO.
+
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here every figure
+is multiplied by the trip counts of the loops around it, which XLA either announces
+(`known_trip_count`) or leaves in the loop's condition, `counter < constant`.
+
+Bytes received of a collective over n devices, each with an operand of V bytes:
+
+    all-gather           V (n - 1)
+    reduce-scatter       V (n - 1) / n
+    all-reduce           2 V (n - 1) / n
+    all-to-all           V (n - 1) / n
+    collective-permute   V
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+COLLECTIVES = {
+    "all-gather": lambda size, n: size * (n - 1),
+    "reduce-scatter": lambda size, n: size * (n - 1) / n,
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+}
+"""Bytes that a device receives, from the bytes of its operand and the size of its group."""
+SCATTER_FUSION = "all-reduce-scatter"
+"""What TPU's compiler calls a reduce-scatter: a fusion of an all-reduce and a slice."""
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLEE = re.compile(
+    r"\b(calls|to_apply|body|condition|\w+_computations?)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("while", "conditional", "call", "opt-barrier", "partition-id", "replica-id"),
+}
+"""Instructions that move nothing themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO: `name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    arguments: str
+    """Text between the parentheses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and group size.
+
+    Attributes:
+        kind: a key of `COLLECTIVES`.
+        group_size: devices that take part together.
+        count: times that one is run.
+        bytes: received by each device, altogether.
+    """
+
+    kind: str
+    group_size: int
+    count: int
+    bytes: float
+
+
+class Program:
+    """A compiled program, read from its HLO text."""
+
+    def __init__(self, text: str, num_devices: int):
+        """Parse `compiled.as_text()` of a program over `num_devices` devices."""
+        self.num_devices = num_devices
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.unknown_loops: set[str] = set()
+        """Loops whose trip count could not be found; they count as one trip."""
+        self._entry = ""
+        for line in text.splitlines():
+            header = _COMPUTATION.match(line)
+            if header:
+                current = self.computations.setdefault(header[2], {})
+                self._entry = header[2] if header[1] else self._entry
+            elif _INSTRUCTION.match(line):
+                instruction = _parse(line)
+                current[instruction.name] = instruction
+        self._runs = collections.Counter()
+        self._fused: set[str] = set()
+        self._visit(self._entry, 1)
+
+    def collectives(self) -> list[Collective]:
+        """Return the collectives of one run, by kind and group size, those of most bytes first."""
+        count, size = collections.Counter(), collections.Counter()
+        for computation, instruction, runs in self._instructions():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            scatter = kind == "all-reduce" and SCATTER_FUSION in computation
+            kind = "reduce-scatter" if scatter else kind
+            group = self._group_size(instruction)
+            operands = self.computations[computation]
+            operand_bytes = sum(type_bytes(operands[name].type) for name in instruction.operands)
+            count[kind, group] += runs
+            size[kind, group] += runs * COLLECTIVES[kind](operand_bytes, group)
+        found = [Collective(*key, count[key], size[key]) for key in count]
+        return sorted(found, key=lambda each: -each.bytes)
+
+    def memory_traffic(self) -> float:
+        """Return the bytes that one run moves between main memory and the cores.
+
+        Every instruction reads its operands and writes its result, a fusion as one instruction;
+        slices and updates in place count what they touch. Buffers that TPU's compiler keeps on
+        chip (memory space `S(1)`) count nothing, padding neither.
+        """
+        return sum(
+            runs * self._traffic(self.computations[computation], instruction)
+            for computation, instruction, runs in self._instructions()
+            if computation not in self._fused
+        )
+
+    def _instructions(self) -> Iterator[tuple[str, Instruction, int]]:
+        for computation, runs in self._runs.items():
+            for instruction in self.computations[computation].values():
+                yield computation, instruction, runs
+
+    def _visit(self, name: str, runs: int) -> None:
+        self._runs[name] += runs
+        for instruction in self.computations[name].values():
+            for role, names in _CALLEE.findall(instruction.attributes):
+                trips = 1
+                if instruction.opcode == "while":
+                    trips = self._trip_count(name, instruction)
+                for callee in _NAME.findall(names):
+                    if instruction.opcode != "call" and role in ("calls", "to_apply"):
+                        self._fused.add(callee)
+                    self._visit(callee, runs * trips)
+
+    def _trip_count(self, computation: str, loop: Instruction) -> int:
+        """Trips of a loop: as announced, or from `counter < constant` in its condition."""
+        announced = _TRIPS.search(loop.attributes)
+        if announced:
+            return int(announced[1])
+        callees = dict(_CALLEE.findall(loop.attributes))
+        condition = self.computations[callees["condition"].lstrip("%")]
+        body = self.computations[callees["body"].lstrip("%")]
+        compare = list(condition.values())[-1]
+        if compare.opcode == "compare" and "direction=LT" in compare.attributes:
+            counter, limit = (condition[name] for name in compare.operands)
+            stop = _constant(condition, limit)
+            if counter.opcode == "get-tuple-element" and stop is not None:
+                index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+                start = self._initial_value(computation, loop, index)
+                step = _increment(body, index)
+                return math.ceil((stop - start) / step)
+        self.unknown_loops.add(loop.name)
+        return 1
+
+    def _initial_value(self, computation: str, loop: Instruction, index: int) -> int:
+        instructions = self.computations[computation]
+        operands = instructions[loop.operands[0]].operands
+        value = _constant(instructions, instructions[operands[index]]) if operands else None
+        return 0 if value is None else value
+
+    def _group_size(self, instruction: Instruction) -> int:
+        attributes = instruction.attributes
+        iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+        if iota:
+            return int(iota[1])
+        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+        if listed:
+            return len(listed[1].split(","))
+        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+        if mesh:
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
+        return self.num_devices
+
+    def _traffic(self, instructions: dict[str, Instruction], instruction: Instruction) -> float:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith("-done"):
+            return 0
+        operands = [instructions[name].type for name in instruction.operands]
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * type_bytes(instruction.type, off_chip=True)
+        if opcode == "dynamic-update-slice":
+            return 2 * type_bytes(operands[1], off_chip=True)
+        if opcode == "fusion":
+            callees = dict(_CALLEE.findall(instruction.attributes))
+            return _fusion_traffic(self.computations[callees["calls"].lstrip("%")])
+        if opcode.endswith("-start"):  # its type repeats the operands
+            return 2 * sum(type_bytes(type_, off_chip=True) for type_ in operands)
+        return sum(type_bytes(type_, off_chip=True) for type_ in [*operands, instruction.type])
+
+
+def type_bytes(type_: str, *, off_chip: bool = False) -> float:
+    """Bytes of an HLO type such as `(f32[2,3]{1,0}, bf16[8]{0:T(128)S(1)})`.
+
+    Args:
+        type_: the type.
+        off_chip: leave out arrays in another memory space than the main memory.
+    """
+    total = 0.0
+    for dtype, shape, layout in _ARRAY.findall(type_):
+        if off_chip and re.search(r"S\([1-9]", layout):
+            continue
+        total += _itemsize(dtype) * math.prod(int(side) for side in shape.split(",") if side)
+    return total
+
+
+def _itemsize(dtype: str) -> float:
+    if dtype == "pred":
+        return 1
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) / 8 if bits else 0
+
+
+def _parse(line: str) -> Instruction:
+    name = _INSTRUCTION.match(line)
+    start = name.end()
+    end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
+    opcode = _OPCODE.match(line, end)
+    close = _closing(line, opcode.end() - 1)
+    arguments = line[opcode.end() : close - 1]
+    return Instruction(
+        name=name[1],
+        type=line[start:end],
+        opcode=opcode[1],
+        operands=tuple(_NAME.findall(arguments)),
+        attributes=line[close:],
+        arguments=arguments,
+    )
+
+
+def _closing(line: str, start: int) -> int:
+    """Index after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(line, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.end()
+    raise ValueError(f"unbalanced parentheses in HLO: {line[:80]}")
+
+
+def _constant(instructions: dict[str, Instruction], instruction: Instruction) -> int | None:
+    """The integer that an instruction copies, if it is one."""
+    while instruction.opcode in ("copy", "bitcast"):
+        instruction = instructions[instruction.operands[0]]
+    if instruction.opcode == "constant" and instruction.arguments.isdecimal():
+        return int(instruction.arguments)
+    return None
+
+
+def _increment(body: dict[str, Instruction], index: int) -> int:
+    """What a loop's body adds to its counter, element `index` of its result; 1 if it is hidden."""
+    root = list(body.values())[-1]
+    if root.opcode == "tuple":
+        add = body[root.operands[index]]
+        if add.opcode == "add":
+            steps = [_constant(body, body[name]) for name in add.operands]
+            return next((step for step in steps if step), 1)
+    return 1
+
+
+def _fusion_traffic(fused: dict[str, Instruction]) -> float:
+    users = collections.defaultdict(list)
+    for instruction in fused.values():
+        for position, operand in enumerate(instruction.operands):
+            users[operand].append((instruction, position))
+    root = list(fused.values())[-1]
+    results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = sum(_written(fused, result) for result in results)
+    for parameter in fused.values():
+        if parameter.opcode == "parameter" and type_bytes(parameter.type, off_chip=True):
+            total += _read(users, parameter)
+    return total
+
+
+def _written(fused: dict[str, Instruction], result: Instruction) -> float:
+    if not type_bytes(result.type, off_chip=True):
+        return 0
+    while result.opcode == "bitcast":
+        result = fused[result.operands[0]]
+    if result.opcode == "dynamic-update-slice":
+        return type_bytes(fused[result.operands[1]].type)
+    return type_bytes(result.type)
+
+
+def _read(users: dict[str, list[tuple[Instruction, int]]], value: Instruction) -> float:
+    """Bytes of a fusion's parameter that its users look at."""
+    total = 0.0
+    for user, position in users[value.name]:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+            total += type_bytes(user.type)
+        elif user.opcode == "bitcast":
+            total += _read(users, user)
+        elif user.opcode != "dynamic-update-slice" or position:
+            return type_bytes(value.type)
+    return min(total, type_bytes(value.type))
+
+
+def traced_flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and convolutions of a (closed) jaxpr, loops included.
+
+    What the backward pass computes again is in it. Of a conditional the dearest branch counts, of
+    a loop of unknown length one trip.
+    """
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            depth = math.prod(shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / features
+        else:
+            costs = [traced_flops(inner) for inner in _inner_jaxprs(eqn.params)]
+            cost = max(costs, default=0) if eqn.primitive.name == "cond" else sum(costs)
+            total += eqn.params.get("length", 1) * cost
+    return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(each, "eqns") or hasattr(getattr(each, "jaxpr", None), "eqns"):
+                yield each
