@@ -59,7 +59,7 @@ def prefixes(
         np.concatenate(rows),
         [f"{count} tokens" for count in config.prefix_tokens],
         columns=1 + len(labels),
-        header=["reference", *(class_name(pipeline, label) for label in labels)],
+        header=["reference", *(class_name(pipeline, label) for label in labels.tolist())],
     )
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ MAX_CLASSES = 10
 REPORT_SECONDS = 5.0
 """Between two lines of progress."""
 POLL_SECONDS = 10.0
-"""Between two looks for the images of other processes."""
+"""Between two looks for what other processes write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +223,7 @@ def fill(image_set: ImageSet, pipeline: DarPipeline, config: SampleConfig) -> No
         )
     if finish is not None:
         finish()
-    while lacking := int(image_set.missing().sum()):
-        logging.info("Waiting for %d images of other processes", lacking)
-        time.sleep(POLL_SECONDS)
+    wait_for(lambda: not image_set.missing().any(), "the images of other processes")
 
 
 def _write(
@@ -238,6 +236,13 @@ def _write(
 ) -> None:
     image_set.write(first, np.asarray(pixels)[:count], np.asarray(indices)[:count])
     progress.add(count)
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something that other processes do to the directory that all share."""
+    while not condition():
+        logging.info("Waiting for %s", what)
+        time.sleep(POLL_SECONDS)
 
 
 def identity(config: SampleConfig, pipeline: DarPipeline, workdir: str) -> dict[str, Any]:

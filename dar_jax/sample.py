@@ -21,6 +21,7 @@ from dar_jax.generation import (
     generate,
     identity,
     load_dar,
+    wait_for,
 )
 from dar_jax.pipelines import DarPipeline
 from dar_jax.train import open_workdir
@@ -61,7 +62,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def make_set(pipeline: DarPipeline, settings: SampleConfig, workdir: str) -> None:
-    """Make the images that `samples/set` still lacks, then merge them into one file.
+    """Make the images that `samples/set` still lacks, then one file of them all.
 
     Raises:
         ValueError: a label is no class, or the directory holds images of other settings.
@@ -70,11 +71,17 @@ def make_set(pipeline: DarPipeline, settings: SampleConfig, workdir: str) -> Non
     directory = open_workdir(workdir) / DIRECTORY_NAME
     image_set = ImageSet(directory / SET_NAME, settings.num_images, classes, settings.format)
     image_set.bind(identity(settings, pipeline, workdir))
-    made = settings.num_images - int(image_set.missing().sum())
-    logging.info("%s has %d of %d images", image_set.directory, made, settings.num_images)
+    lacking = int(image_set.missing().sum())
+    made, total = settings.num_images - lacking, settings.num_images
+    logging.info("%s has %d of %d images", image_set.directory, made, total)
     fill(image_set, pipeline, settings)
-    if jax.process_index() == 0:
-        logging.info("Wrote %s", image_set.merge(directory))
+    size = pipeline.tokenizer.config.image_size
+    path = directory / f"samples_{total}x{size}x{size}x3.npz"
+    if jax.process_index() == 0 and (lacking or not path.exists()):
+        image_set.merge(path)
+    # A process that left a job long before the others would take them with it.
+    wait_for(path.exists, "process 0 to write the merged file")
+    logging.info("All images are in %s", path)
 
 
 def draw_grid(

@@ -138,15 +138,14 @@ class ImageSet:
         if known < self.num_images:
             raise ValueError(f"{self.directory} lacks image {known} of {self.num_images}")
 
-    def merge(self, directory: pathlib.Path) -> pathlib.Path:
-        """Write `samples_NxHxWx3.npz` without holding more than one piece, and return its path.
+    def merge(self, path: pathlib.Path) -> None:
+        """Write all images to one `.npz` without holding more than a piece of them.
 
         Raises:
             ValueError: see `read`.
         """
         height, width, channels = next(self.read()).shape[1:]
         shape = (self.num_images, height, width, channels)
-        path = directory / f"samples_{'x'.join(map(str, shape))}.npz"
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -155,7 +154,6 @@ class ImageSet:
                     file.write(np.ascontiguousarray(pixels).data)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, self.labels_of(0, self.num_images))
-        return path
 
     def _pieces(self) -> list[tuple[int, int, pathlib.Path]]:
         """(first, stop, path) of every piece, in order."""
