@@ -8,12 +8,17 @@ from clu import metrics
 
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
 
+DISCRIMINATOR = "discriminator"
+"""Subtree of the trained parameters that has an optimizer of its own: the judge of an adversarial
+loss, which `released` leaves out."""
+
 
 @runtime_checkable
 class Task(Protocol):
     """What a batch, a loss and a picture are; pure functions of the parameters.
 
-    A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}`.
+    A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}`, or has "codes" (see
+    `data.codes`) instead of pixels; `loss` also gets "step", the number of completed updates.
     """
 
     kind: str
@@ -41,6 +46,14 @@ class Task(Protocol):
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, np.ndarray]:
         """Draw uint8 [H, W, 3] pictures from averaged parameters and a held-out batch."""
+
+    def figures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, float]:
+        """Measure the same on the same batch; names as they are logged below `eval/`."""
+
+    def released(self, params: Params) -> Params:
+        """Return the part of the parameters that the model directory holds."""
 
     def model_config(self) -> dict[str, Any]:
         """The architecture as JSON types, for the model directory."""

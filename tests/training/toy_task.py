@@ -70,6 +70,14 @@ class ToyTask:
         pixels = image_lib.to_pixels(self.reconstruct(params, data))
         return {"reconstruction": image_lib.grid(np.asarray(pixels), columns=4)}
 
+    def figures(
+        self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, float]:
+        return {}
+
+    def released(self, params: Params) -> Params:
+        return params
+
     def model_config(self) -> dict[str, int]:
         return {"image_size": self.image_size, "width": self.width}
 

