@@ -236,3 +236,19 @@ def fetch(tree: Any, mesh: Mesh) -> Any:
     """Return every leaf whole, in NumPy on every process; one at a time is on the devices."""
     whole = replicated(mesh)
     return jax.tree.map(lambda leaf: np.asarray(jax.device_put(leaf, whole)), tree)
+
+
+def gather_unstacked(params: Any, mesh: Mesh) -> Any:
+    """Gather, inside a jitted function, what `fsdp` splits of parameters outside stacked blocks.
+
+    The scan over stacked blocks gathers one layer at a time. For the others the compiler has to
+    be told: it would look tokens up in each part of an embedding and add up the results.
+    """
+
+    def rule(path: Sequence[Any], leaf: Array, where: NamedSharding) -> Array:
+        if layer_axes(path):
+            return leaf
+        spec = (None if axis == "fsdp" else axis for axis in where.spec)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree_util.tree_map_with_path(rule, params, fsdp_sharding(params, mesh))
