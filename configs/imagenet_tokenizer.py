@@ -26,7 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss = common.block(TokenizerLossConfig())
     config.compute.update(dtype="bfloat16", remat="blocks")
     config.mesh.update(data=1, fsdp=-1)
-    config.data.update(source="imagenet2012", image_size=256, batch_size=1024)
+    config.data.update(
+        source="tfds:imagenet2012", image_size=256, crop="random", flip=True, batch_size=1024
+    )
     config.optimizer.update(
         learning_rate=2e-4,
         warmup_steps=500,

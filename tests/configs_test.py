@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from configs import imagenet_dar, imagenet_tokenizer, mnist
+from configs import image_folder, imagenet_dar, imagenet_tokenizer, mnist
 from dar_jax import tasks, train
 from dar_jax.common import model_dir
 from dar_jax.common.config import build
@@ -14,12 +14,18 @@ from dar_jax.models.dar.llama import SIZES
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.sample import SampleConfig
 from dar_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tests.data import tiny_sets
 
 CONFIGS = {
     "mnist:tokenizer": lambda: mnist.get_config("tokenizer"),
     "mnist:dar": lambda: mnist.get_config("dar"),
     "imagenet_tokenizer": imagenet_tokenizer.get_config,
     **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
+    **{
+        f"image_folder:{n}": lambda n=n: image_folder.get_config(n)
+        for part in ("tokenizer", "dar")
+        for n in (part, *(f"{part}_{size}" for size in image_folder.TOKENIZERS))
+    },
 }
 PARAMETERS = {
     "imagenet_tokenizer": 307_444_672,
@@ -35,11 +41,20 @@ PARAMETERS = {
 """Counts of the reference's modules."""
 
 
+def tokenizer_of(config):
+    match config.data.source:
+        case "mnist":
+            return mnist.get_config("tokenizer")
+        case "folder":
+            return image_folder.get_config(f"tokenizer_{config.data.image_size}")
+        case _:
+            return imagenet_tokenizer.get_config()
+
+
 def task_of(config, directory):
     """The config's task; a prior gets a tokenizer that holds a config and no weights."""
     if config.task == "dar_prior":
-        source = mnist if config.model.num_classes == 10 else imagenet_tokenizer
-        tokenizer = source.get_config(*["tokenizer"] * (source is mnist))
+        tokenizer = tokenizer_of(config)
         config.tokenizer = str(directory / "tokenizer")
         model_dir.save_model(config.tokenizer, tokenizer.task, tokenizer.model.to_dict(), {}, {})
     return tasks.build(config)
@@ -55,6 +70,8 @@ def test_every_block_builds(name, tmp_path):
         (ConvertConfig, "convert"),
     ):
         build(cls, config[block].to_dict(), block)
+    if config.data.source == "folder":
+        config.data.update(**tiny_sets.make_folder(tmp_path / "set"), path=str(tmp_path / "set"))
     task = task_of(config, tmp_path)
     params = jax.eval_shape(task.init, jax.random.key(0))
     assert task.kind == config.task
@@ -72,6 +89,7 @@ def test_published_recipes():
     """Batch, length and rates; the optimizer tests cover the schedules themselves."""
     tokenizer = train.parse(imagenet_tokenizer.get_config())
     assert (tokenizer.data.batch_size, tokenizer.train.steps) == (1024, 210_000)
+    assert (tokenizer.data.crop, tokenizer.data.flip) == ("random", True)
     assert tokenizer.optimizer.ema_decay == 0.999
     prior = train.parse(imagenet_dar.get_config("xl"))
     assert (prior.data.batch_size, prior.train.steps) == (1024, 360_000)
@@ -79,6 +97,12 @@ def test_published_recipes():
     rate = learning_rate_schedule(prior.optimizer)
     steps = [0, 300_000, 330_000, 360_000]
     assert [float(rate(s)) for s in steps] == pytest.approx([4e-4, 4e-4, 2.05e-4, 1e-5])
+
+
+def test_number_of_classes_of_a_folder_is_read_from_it(tmp_path):
+    config = image_folder.get_config("dar_64")
+    config.data.update(**tiny_sets.make_folder(tmp_path / "set"), path=str(tmp_path / "set"))
+    assert task_of(config, tmp_path).model_config()["num_classes"] == len(tiny_sets.CLASSES)
 
 
 def test_unknown_variant_is_refused():

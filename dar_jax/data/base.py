@@ -20,6 +20,9 @@ HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 """What data sets call the part that is held out, the first that exists being taken: the `test`
 part of some (ImageNet's) has no labels."""
 
+READING_KEYS = ("path", "num_threads", "num_workers", "max_corrupt_fraction")
+"""Keys of `DataConfig` that say how the data are read, not which they are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -63,6 +63,8 @@ class TrainingExamples:
         position = ((self.first_batch + batch) * count + index) * self.part_size + offset
         picture = self.order[position]
         example = self._read(picture)
+        if "codes" in example:  # of all crops: the task draws one
+            return example
         rng = np.random.default_rng([self.seed, position // len(self.source), picture])
         return {**example, "pixels": augment(example["pixels"], self.config, rng)}
 
@@ -85,18 +87,25 @@ def augment(
 
 
 class TrainIterator(grain.DatasetIterator):
-    """Endless batches; its state is the number of the next one, whoever reads it.
-
-    Attributes:
-        seconds_waited: time spent waiting for batches so far.
-    """
+    """Endless batches; its state is the number of the next one, whoever reads it."""
 
     def __init__(self, examples: TrainingExamples):
         super().__init__()
         self._examples = examples
         self._next = examples.first_batch
         self._batches = None
-        self.seconds_waited = 0.0
+        self._waited = 0.0
+        self._waited_since = self._next
+
+    @property
+    def source(self) -> Source:
+        return self._examples.source
+
+    def take_wait(self) -> float:
+        """Return the mean time that a batch was waited for since the last call, in seconds."""
+        seconds = self._waited / max(1, self._next - self._waited_since)
+        self._waited, self._waited_since = 0.0, self._next
+        return seconds
 
     def __next__(self) -> dict[str, np.ndarray]:
         start = time.monotonic()
@@ -104,7 +113,7 @@ class TrainIterator(grain.DatasetIterator):
             self._batches = self._open()
         batch = next(self._batches)
         self._next += 1
-        self.seconds_waited += time.monotonic() - start
+        self._waited += time.monotonic() - start
         return batch
 
     def get_state(self) -> dict[str, int]:
@@ -112,7 +121,7 @@ class TrainIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, int]) -> None:
         self.close()
-        self._next = state["next_index"]
+        self._next = self._waited_since = state["next_index"]
 
     def start_prefetch(self) -> None:
         """Nothing to do: reading starts with the first batch."""
@@ -184,6 +193,8 @@ def eval_batches(
         except UnreadablePictureError as error:
             tally.add(index, error)
             return None
+        if "codes" in found:
+            return found
         return {**found, "pixels": center_crop(found["pixels"], config.image_size)}
 
     dataset = grain.MapDataset.range(len(source)).map(example)

@@ -5,15 +5,11 @@ million small ones are slow to list and to read.
 """
 
 import dataclasses
-import math
 import pathlib
 import struct
-import time
 from collections.abc import Iterator, Mapping
 
 import grain
-import jax
-from absl import logging
 
 from dar_jax.data import shards
 from dar_jax.data.base import DataConfig, EncodedSource, Source, existing_directory
@@ -72,8 +68,6 @@ def write_images(
 ) -> None:
     """Write the readable pictures of every split; shards that are there already are kept.
 
-    Each process writes every P-th shard.
-
     Args:
         config: where the pictures are from, and how to read them.
         directory: to write to; it must exist.
@@ -94,22 +88,16 @@ def write_images(
         "pictures": {split: len(source) for split, source in sources.items()},
         "pictures_per_shard": pictures_per_shard,
     }
-    if shards.begin(directory, contents):
-        logging.info("%s is complete", directory)
-        return
-    num_shards = {s: math.ceil(len(sources[s]) / pictures_per_shard) for s in sources}
-    progress = _Progress(sum(num_shards.values()))
-    for split, source in sources.items():
-        tally = CorruptTally(len(source), config.max_corrupt_fraction)
-        for shard in range(jax.process_index(), num_shards[split], jax.process_count()):
-            path = shards.shard_path(directory, split, shard, num_shards[split])
-            pictures = range(len(source))[shard * pictures_per_shard :][:pictures_per_shard]
-            if not path.exists():
-                records = _records(source, pictures, config, image_size=image_size, tally=tally)
-                shards.write_shard(path, records)
-            progress.step(path)
-    counts = shards.finish(directory, contents, num_shards)
-    logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})
+    tallies = {
+        split: CorruptTally(len(source), config.max_corrupt_fraction)
+        for split, source in sources.items()
+    }
+
+    def records(split: str, pictures: range) -> Iterator[bytes]:
+        source, tally = sources[split], tallies[split]
+        return _records(source, pictures, config, image_size=image_size, tally=tally)
+
+    shards.write_splits(directory, contents, records)
 
 
 def _records(
@@ -134,25 +122,3 @@ def _records(
         yield from iterator
     finally:
         iterator.close()
-
-
-class _Progress:
-    """Logs each shard that is done, with the time that the others of all processes will take."""
-
-    def __init__(self, num_shards: int):
-        self._num_shards = math.ceil(num_shards / jax.process_count())
-        self._done = 0
-        self._start = time.monotonic()
-
-    def step(self, path: pathlib.Path) -> None:
-        self._done += 1
-        seconds = (time.monotonic() - self._start) / self._done
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._num_shards - self._done)))
-        logging.info(
-            "%s | %d of %d | %.3g s a shard | %s left",
-            path.name,
-            self._done,
-            self._num_shards,
-            seconds,
-            left,
-        )

@@ -10,12 +10,15 @@ one, and the same command can finish it, but no other.
 """
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 import grain
 import jax
+from absl import logging
 from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 
@@ -48,6 +51,42 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
         finally:
             writer.close()
     return count
+
+
+def write_splits(
+    directory: pathlib.Path,
+    contents: Mapping[str, Any],
+    records: Callable[[str, range], Iterable[bytes]],
+) -> None:
+    """Write all shards of all splits; those that are there already are kept.
+
+    Each process writes every P-th shard.
+
+    Args:
+        directory: to write to; it must exist.
+        contents: see `begin`; its `pictures` (by split) and `pictures_per_shard` say what is in
+            a shard.
+        records: split and range of pictures -> their records, in order.
+
+    Raises:
+        ValueError: the directory holds another data set.
+        OSError: it cannot be written.
+    """
+    if begin(directory, contents):
+        logging.info("%s is complete", directory)
+        return
+    size = contents["pictures_per_shard"]
+    num_shards = {split: math.ceil(n / size) for split, n in contents["pictures"].items()}
+    progress = _Progress(sum(num_shards.values()))
+    for split, number in num_shards.items():
+        for shard in range(jax.process_index(), number, jax.process_count()):
+            path = shard_path(directory, split, shard, number)
+            if not path.exists():
+                pictures = range(contents["pictures"][split])[shard * size :][:size]
+                write_shard(path, records(split, pictures))
+            progress.step(path)
+    counts = finish(directory, contents, num_shards)
+    logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})
 
 
 def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
@@ -176,3 +215,25 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _write_sidecar(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+class _Progress:
+    """Logs each shard that is done, with the time that the others of all processes will take."""
+
+    def __init__(self, num_shards: int):
+        self._num_shards = math.ceil(num_shards / jax.process_count())
+        self._done = 0
+        self._start = time.monotonic()
+
+    def step(self, path: pathlib.Path) -> None:
+        self._done += 1
+        seconds = (time.monotonic() - self._start) / self._done
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._num_shards - self._done)))
+        logging.info(
+            "%s | %d of %d | %.3g s a shard | %s left",
+            path.name,
+            self._done,
+            self._num_shards,
+            seconds,
+            left,
+        )

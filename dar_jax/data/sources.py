@@ -2,18 +2,27 @@
 
 from collections.abc import Callable
 
-from dar_jax.data.base import SPLITS, DataConfig, Source
+from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source
+from dar_jax.data.codes import load_codes
 from dar_jax.data.embedded import load_mnist, load_synthetic
 from dar_jax.data.folder import load_folder
 from dar_jax.data.records import load_records
 from dar_jax.data.tar import load_tar
 from dar_jax.data.tfds import PREFIX, load_tfds
 
-__all__ = ["SPLITS", "DataConfig", "Source", "check_num_classes", "load_source"]
+__all__ = [
+    "READING_KEYS",
+    "SPLITS",
+    "DataConfig",
+    "Source",
+    "check_num_classes",
+    "load_source",
+]
 
 LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "folder": load_folder,
     "records": load_records,
+    "codes": load_codes,
     "tar": load_tar,
     "mnist": load_mnist,
     "synthetic": load_synthetic,
