@@ -17,6 +17,7 @@ setuptools.setup(
         "einops",
         "flax>=0.12",
         "grain",
+        "importlib_resources",  # tensorflow-datasets needs it to prepare data, and does not say so
         "jax>=0.10",
         "jaxtyping",
         "ml-collections",
