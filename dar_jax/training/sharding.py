@@ -52,8 +52,8 @@ class MeshConfig:
     """Slices that `data` spans, if a slower network joins several; part of `data`."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay `devices` (default: all) out as the mesh (data, fsdp, tensor).
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lay `devices` (default: all; or those of a topology) out as the mesh (data, fsdp, tensor).
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, or the slices are not those
@@ -75,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(_hybrid_array(shape, config.dcn_data, devices), tuple(axes), axis_types=auto)
 
 
-def _check_slices(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
+def _check_slices(config: MeshConfig, devices: Sequence[Any]) -> int:
     present = len({getattr(device, "slice_index", 0) for device in devices})
     # Other platforms number hosts as slices, whose network may be fast enough for every axis.
     if config.dcn_data != present and (config.dcn_data != 1 or devices[0].platform == "tpu"):
@@ -86,9 +86,7 @@ def _check_slices(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
     return config.dcn_data
 
 
-def _hybrid_array(
-    shape: Sequence[int], num_slices: int, devices: Sequence[jax.Device]
-) -> np.ndarray:
+def _hybrid_array(shape: Sequence[int], num_slices: int, devices: Sequence[Any]) -> np.ndarray:
     """Arrange the devices of several slices so that only `data` crosses from one to another."""
     data, *inner = shape
     if data % num_slices:

@@ -1,4 +1,6 @@
-"""Mesh layout and the FSDP rule."""
+"""Mesh layout, the FSDP rule, the table of tensor parallelism, and who loads which pictures."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.training import sharding
 from dar_jax.training.sharding import MeshConfig
 
@@ -42,6 +46,136 @@ def test_fsdp_splits_the_largest_divisible_axis_but_not_layers(path, shape, spec
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     tree = {"model": {path: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}}
     assert sharding.fsdp_sharding(tree, mesh)["model"][path]["kernel"].spec == spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the mesh asks a device."""
+
+    id: int
+    process_index: int = 0
+    slice_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "made up"
+
+
+TWO_SLICES = [Device(index, slice_index=index % 2) for index in range(8)]
+
+
+def test_only_data_crosses_slices():
+    mesh = sharding.make_mesh(MeshConfig(data=4, tensor=2, dcn_data=2), TWO_SLICES)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    np.testing.assert_array_equal(slices[:, 0, 0], [0, 0, 1, 1])
+    np.testing.assert_array_equal(slices[..., 0], slices[..., 1])
+
+
+@pytest.mark.parametrize(
+    ("config", "platform", "message"),
+    [
+        (
+            MeshConfig(dcn_data=4),
+            "cpu",
+            "dcn_data 4: the devices form 2 slices; set mesh.dcn_data=2",
+        ),
+        (
+            MeshConfig(data=1, fsdp=8, dcn_data=2),
+            "cpu",
+            "mesh.data 1 is not a multiple of mesh.dcn",
+        ),
+        (MeshConfig(), "tpu", "dcn_data 1: the devices form 2 slices"),
+    ],
+)
+def test_mesh_that_does_not_fit_the_slices_is_refused(config, platform, message):
+    devices = [dataclasses.replace(device, platform=platform) for device in TWO_SLICES]
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(config, devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        ("blocks/attention/q/kernel", (2, 256, 128), P(None, "fsdp", "tensor")),
+        ("blocks/attention/q/bias", (2, 128), P(None, "tensor")),
+        ("blocks/cross_attention/out/kernel", (2, 256, 128), P(None, "tensor", "fsdp")),
+        ("blocks/attention/out/bias", (2, 128), P(None, None)),
+        ("blocks/attention/q_norm/scale", (2, 64), P(None, None)),
+        ("blocks/ffn/gate/kernel", (2, 128, 512), P(None, "fsdp", "tensor")),
+        ("blocks/mlp/down/kernel", (2, 512, 128), P(None, "tensor", "fsdp")),
+        ("blocks/modulation/kernel", (2, 128, 768), P(None, None, "fsdp")),
+        ("token_embed/embedding", (1024, 64), P("tensor", "fsdp")),
+        ("condition_embed/embedding", (1024, 64), P("fsdp", None)),
+        ("output/kernel", (64, 1024), P("fsdp", "tensor")),
+    ],
+)
+def test_tensor_splits_heads_hidden_units_and_vocabulary(name, shape, spec):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    tree = {"opt_state": {f"model/{name}": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    assert jax.tree.leaves(sharding.fsdp_sharding(tree, mesh))[0].spec == spec
+
+
+def test_tensor_that_does_not_divide_an_axis_is_refused():
+    mesh = sharding.make_mesh(MeshConfig(data=2, tensor=4))
+    tree = {"ffn": {"up": {"kernel": jax.ShapeDtypeStruct((8, 90), jnp.float32)}}}
+    with pytest.raises(ValueError, match="tensor 4 does not divide axis 1 of ffn/up/kernel .* 90"):
+        sharding.fsdp_sharding(tree, mesh)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(num_heads=4, num_kv_heads=2), None),
+        (LlamaConfig(num_heads=6, dim=768), "tensor 4 does not divide the 6 heads of model.num_h"),
+        (LlamaConfig(num_heads=4, num_kv_heads=2), "the 2 heads of model.num_kv_heads"),
+        (TokenizerConfig(), None),
+        (
+            TokenizerConfig(decoder=dataclasses.replace(TokenizerConfig().decoder, dim=192)),
+            "the 3 heads of model.decoder",
+        ),
+    ],
+)
+def test_tensor_has_to_divide_the_heads(config, message):
+    tensor = 2 if message is None else 4
+    mesh = sharding.make_mesh(MeshConfig(tensor=tensor))
+    if message is None:
+        sharding.check_heads(dataclasses.asdict(config), mesh)
+        return
+    with pytest.raises(ValueError, match=message):
+        sharding.check_heads(dataclasses.asdict(config), mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "per_process", "parts"),
+    [
+        (MeshConfig(data=8), 2, [0, 1, 2, 3]),
+        (MeshConfig(data=2, tensor=4), 2, [0, 0, 1, 1]),
+        (MeshConfig(data=1, tensor=8), 2, [0, 0, 0, 0]),
+        (MeshConfig(data=4, tensor=2), 4, [0, 1]),
+    ],
+)
+def test_processes_of_one_tensor_group_load_the_same_pictures(
+    monkeypatch, mesh, per_process, parts
+):
+    devices = [Device(index, process_index=index // per_process) for index in range(8)]
+    found = []
+    for process in range(len(parts)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(sharding.batch_part(sharding.make_mesh(mesh, devices)))
+    assert found == [(part, max(parts) + 1) for part in parts]
+
+
+def test_uneven_sharing_of_pictures_is_refused():
+    devices = [Device(index, process_index=index // 3) for index in range(6)]
+    with pytest.raises(ValueError, match="shares pictures unevenly"):
+        sharding.batch_part(sharding.make_mesh(MeshConfig(data=3, tensor=2), devices))
+
+
+def test_fetch_inverts_put():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    tree = {"kernel": np.arange(2**15, dtype=np.float32).reshape(128, -1), "scale": np.ones(())}
+    placed = sharding.put(tree, mesh)
+    assert placed["kernel"].addressable_shards[0].data.shape == (128, 64)
+    jax.tree.map(np.testing.assert_array_equal, sharding.fetch(placed, mesh), tree)
 
 
 def test_batch_is_split_over_data_and_fsdp():
