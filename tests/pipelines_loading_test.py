@@ -11,7 +11,7 @@ import pytest
 
 from dar_jax.common import model_dir
 from dar_jax.nn.compute import DTYPES, Compute
-from dar_jax.pipelines import DarPipeline, from_pretrained
+from dar_jax.pipelines import DarPipeline, PriorPipeline, TokenizerPipeline, from_pretrained
 from dar_jax.training.sharding import MIN_SHARDED_SIZE, MeshConfig, make_mesh
 from tests.golden import models
 
@@ -19,6 +19,7 @@ TOKENIZER, PRIOR = "dar/tokenizer_tiny", "dar/gpt_tiny"
 CLASS_NAMES = ("cat", "dog")
 LABELS = np.int32([1, 2])
 BFLOAT16_ROUNDING = 0.1  # of logits of about 3
+ROUNDING = 1e-4  # products split over devices sum in another order
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,34 @@ def test_mesh_holds_every_parameter_in_parts(workdir):
     whole = from_pretrained(workdir)
     likeliest = jnp.argmax(whole.prior.logits(labels, out.indices), axis=-1)
     np.testing.assert_array_equal(out.indices, likeliest)
+    decoded = whole.tokenizer.decode(out.indices, rng=jax.random.key(3))
+    np.testing.assert_allclose(out.images, np.clip(decoded, -1, 1), atol=ROUNDING)
+    assert out.images.addressable_shards[0].data.shape == (1, 32, 32, 3)
     encoded = (p.tokenizer.encode(out.images) for p in (pipeline, whole))
     np.testing.assert_array_equal(*encoded)
+
+
+def test_eight_devices_draw_the_indices_of_one():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    options = dict(rng=jax.random.key(3), guidance_scale=(1.1, 4.0))
+    split, whole = (
+        PriorPipeline(*models.prior(PRIOR), mesh=devices).generate_indices(
+            np.arange(mesh.size), **options
+        )
+        for devices in (mesh, None)
+    )
+    np.testing.assert_array_equal(split, whole)
+    assert split.addressable_shards[0].data.shape == (1, 16)
+
+
+def test_batch_that_does_not_divide_over_the_mesh_is_refused():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    tokenizer = TokenizerPipeline(*models.tokenizer(TOKENIZER), mesh=mesh)
+    prior = PriorPipeline(*models.prior(PRIOR), mesh=mesh)
+    with pytest.raises(ValueError, match="batch_size 2 does not divide over 8"):
+        DarPipeline(prior, tokenizer).stream(LABELS, rng=jax.random.key(0))
+    with pytest.raises(ValueError, match="use a multiple of 8"):
+        tokenizer.encode(np.zeros((12, 32, 32, 3), np.float32))
 
 
 def test_each_device_reads_its_own_part_only(workdir, monkeypatch):

@@ -80,6 +80,24 @@ def test_single_steps_equal_the_integration():
     np.testing.assert_allclose(jnp.stack(previews), solution.previews, rtol=1e-6)
 
 
+def test_constraint_holds_after_every_step_and_steers_the_rest():
+    seen = []
+
+    def velocity(x, t, _):
+        seen.append(x)
+        return jnp.broadcast_to(x[:, :1], x.shape)  # all follow the first component
+
+    def constraint(x, t):
+        return x.at[:, 0].set(10 * t)
+
+    state = solvers.start(jnp.zeros((2, 2)))
+    euler = jnp.array([1.0, 0.0])
+    for step in jnp.stack([uniform_times(4)[:-1], uniform_times(4)[1:]], axis=1):
+        state, _ = solvers.step(velocity, state, *step, None, euler, constraint)
+    np.testing.assert_array_equal(np.stack(seen)[:, :, 0], np.repeat([[0, 2.5, 5, 7.5]], 2, 0).T)
+    np.testing.assert_array_equal(state.x, np.repeat([[10, 0.25 * 15]], 2, 0))
+
+
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_gaussian_velocity_transports_noise_to_the_data(solver):
     mean, std = 3.0, 0.5

@@ -1,4 +1,7 @@
-"""Decoding with caches in groups: a sample depends on its condition, key and prefix only."""
+"""Decoding with caches in groups: what a sample depends on; what the compiled loop copies."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,8 @@ import numpy as np
 import pytest
 
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import Decoder
@@ -32,12 +37,12 @@ def conditions(config, batch_size):
     return jax.random.normal(jax.random.key(1), shape), valid
 
 
-def generate(folder, rows, *, scale=1.0, **options):
+def generate(folder, rows, *, scale=1.0, interval=None, **options):
     """Last yield of the prior's decoding for some rows of a batch of 16 conditions."""
     model, params = unstacked(folder)
     condition, valid = conditions(model.config, 16)
     rngs = jax.random.split(jax.random.key(0), 16)
-    scales = guidance_schedule(scale, model.config.num_tokens)
+    scales = guidance_schedule(scale, model.config.num_tokens, interval=interval)
     key_mask = None if valid is None else valid[rows]
     return list(
         sampler.generate_indices(
@@ -115,8 +120,121 @@ def test_guidance_of_one_equals_no_guidance():
     np.testing.assert_array_equal(*results)
 
 
+def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
+    rows, interval = [], (0, 5)
+    extend = Llama.extend
+
+    def recording(self, x, *arguments):
+        rows.append(len(x))
+        return extend(self, x, *arguments)
+
+    whole = generate("dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=(16,))
+    monkeypatch.setattr(Llama, "extend", recording)
+    autoregressive.decode.clear_cache()
+    boundaries = (4, 8, 12, 16)
+    parts = generate(
+        "dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=boundaries
+    )
+    assert rows == [6, 6, 3, 3]
+    np.testing.assert_array_equal(parts, whole)
+    unguided = generate("dar/gpt_tiny", slice(0, 3))
+    assert np.any(parts != unguided)
+
+
 def test_grow_pads_the_slots_with_zeros():
     caches = {"a": jnp.ones((1, 2, 3, 4)), "b": jnp.ones((1, 1, 3, 2))}
     grown = autoregressive.grow(caches, 5)
     assert grown["a"].shape == (1, 2, 5, 4)
     np.testing.assert_array_equal(grown["b"][0, 0, :, 0], [1, 1, 1, 0, 0])
+
+
+def new_buffers_in_loops(text, size):
+    """Instructions inside the while loops of a compiled module that write `size` elements anew.
+
+    Updates in place, and what only passes a buffer on, are left out. So is the inside of a fusion:
+    only its result is a buffer.
+    """
+    computations, lines = {}, []
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?%(\S+) \(.*{$", line):
+            lines = computations[start[1]] = []
+        elif instruction := re.match(r"\s+(ROOT )?%\S+ = (\S+) ([a-z-]+)\((.*)", line):
+            lines.append((instruction[1], instruction[2], instruction[3], instruction[4]))
+
+    def written(opcode, rest):
+        if opcode != "fusion":
+            return opcode
+        (fused,) = re.findall(r"calls=%([^\s,]+)", rest)
+        return next(op for root, _, op, _ in computations[fused] if root)
+
+    bodies = set(re.findall(r"body=%([^\s,]+)", text))
+    pending, found = list(bodies), []
+    while pending:
+        for _, shape, opcode, rest in computations[pending.pop()]:
+            if opcode == "call":
+                pending += re.findall(r"to_apply=%([^\s,]+)", rest)
+            passes_on = ("parameter", "get-tuple-element", "bitcast", "dynamic-update-slice")
+            elements = [int(n) for n in re.findall(r"\d+", shape.partition("[")[2].split("]")[0])]
+            if written(opcode, rest) not in passes_on and math.prod(elements) >= size:
+                found.append(f"{shape} {opcode}({rest[:80]}")
+    assert bodies
+    return found
+
+
+@pytest.fixture
+def optimized():
+    """Compile as in production."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
+    config = LlamaConfig(
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        dim=64,
+        ffn_dim=192,
+        vocab_size=64,
+        num_tokens=64,
+        num_classes=63,
+    )
+    model = FunctionalModel(Llama, config)
+    params = jax.eval_shape(lambda: unstack(model.init(jax.random.key(0))))
+    decoder = Decoder(model.unstacked(), 1, SAMPLING, guided=True)
+
+    def shapes():
+        rngs = jax.random.split(jax.random.key(0), 2)
+        caches = autoregressive.grow(model.unstacked().bind(params).empty_caches(4), 32)
+        return autoregressive.DecodingState(jnp.zeros(2, jnp.int32), caches, None), rngs
+
+    state, rngs = jax.eval_shape(shapes)
+    scales = jax.ShapeDtypeStruct((config.num_tokens,), jnp.float32)
+    lowered = autoregressive.decode.lower(
+        decoder, params, state, rngs, scales, start=32, stop=config.num_tokens
+    )
+    matrices = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    cache = state.caches[0].keys.size * 2  # of this group's slots
+    assert not new_buffers_in_loops(lowered.compile().as_text(), min(*matrices, cache))
+
+
+@pytest.mark.usefixtures("optimized")
+def test_copies_of_a_cache_are_seen():
+    """Layers scanned with caches as input and output copy all of them for every token."""
+
+    def decode(caches):
+        def token(caches, index):
+            def layer(x, cache):
+                cache = jax.lax.dynamic_update_slice_in_dim(cache, x[:, None], index, axis=1)
+                return x + cache.sum(axis=1), cache
+
+            x, caches = jax.lax.scan(layer, caches[0, :, 0], caches)
+            return caches, x
+
+        return jax.lax.scan(token, caches, jnp.arange(8))
+
+    text = jax.jit(decode).lower(jnp.zeros((3, 4, 64, 16))).compile().as_text()
+    assert new_buffers_in_loops(text, 4 * 64 * 16)

@@ -77,6 +77,42 @@ def test_interval_ends_guidance():
     np.testing.assert_array_equal(schedule, [3, 3, 3, 3, 1, 1, 1, 1])
 
 
+def test_pair_of_positions_limits_guidance():
+    schedule = guidance_schedule((2.0, 9.0), 8, interval=(2, 4))
+    np.testing.assert_array_equal(schedule, [1, 1, 4, 5, 6, 1, 1, 1])
+    same = [guidance_schedule(3.0, 8, interval=interval) for interval in (2, (0, 3), [0, 3])]
+    np.testing.assert_array_equal(same, np.broadcast_to(same[0], (3, 8)))
+
+
+def test_cosine_rises_slowly_at_both_ends():
+    schedule = guidance_schedule((2.0, 8.0), 5, schedule="cosine")
+    slow = 3 * (1 - np.sqrt(0.5))
+    np.testing.assert_allclose(schedule, [2, 2 + slow, 5, 8 - slow, 8], rtol=1e-6)
+    np.testing.assert_array_equal(guidance_schedule(4.0, 5, schedule="cosine"), 4.0)
+
+
+def test_scales_may_be_any_sequence():
+    expected = guidance_schedule((1.1, 8.0), 6)
+    np.testing.assert_array_equal(guidance_schedule([1.1, 8.0], 6), expected)
+    np.testing.assert_array_equal(guidance_schedule((4,), 6), guidance_schedule(4.0, 6))
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "message"),
+    [
+        ((1.0, 2.0, 3.0), {}, r"guidance_scale=\(1.0, 2.0, 3.0\) must be one scale or"),
+        (2.0, {"schedule": "quadratic"}, "'quadratic' must be one of linear, cosine"),
+        (2.0, {"interval": (4, 2)}, r"guidance_interval=\(4, 2\) must be"),
+        (2.0, {"interval": (0, 8)}, "0 <= first <= last < 8"),
+        (2.0, {"interval": (1, 2, 3)}, r"guidance_interval=\(1, 2, 3\)"),
+        (float("nan"), {}, "guidance_scale=nan must be at least 1"),
+    ],
+)
+def test_no_such_guidance_is_refused(scale, options, message):
+    with pytest.raises(ValueError, match=message):
+        guidance_schedule(scale, 8, **options)
+
+
 @pytest.mark.parametrize("scale", [0.5, (3.0, 0.5), (0.5, 3.0)])
 def test_guidance_below_one_is_refused(scale):
     with pytest.raises(ValueError, match=re.escape(f"guidance_scale={scale} must be at least 1")):

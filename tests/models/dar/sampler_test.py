@@ -12,7 +12,9 @@ import pytest
 from dar_jax.flow import solvers
 from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar import sampler
-from dar_jax.models.dar.tokenizer import TokenizerConfig, step_starts
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines import TokenizerPipeline
 from tests.golden import fixtures, models
 
@@ -121,6 +123,82 @@ def test_run_from_the_last_time_returns_the_image():
         jnp.zeros((1, 12), int), rng=jax.random.key(1), start_step=6, start_image=image
     )
     np.testing.assert_allclose(decoded, image, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def multihead():
+    """A pipeline and the inputs of its `decode` for four images."""
+    pipeline = TokenizerPipeline(*models.tokenizer("dar/tokenizer_multihead"))
+    indices = jax.random.randint(jax.random.key(0), (4, 12), 0, 32)
+    noise = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    return pipeline, indices, noise
+
+
+def test_inpainting_keeps_the_known_pixels_and_redraws_the_rest(multihead):
+    pipeline, indices, noise = multihead
+    decode = functools.partial(pipeline.decode, indices, noise=noise)
+    free = decode()
+    known = jax.random.uniform(jax.random.key(2), noise.shape, minval=-1.0)
+    mask = np.zeros((4, 32, 32), bool)
+    mask[:, :, :16] = True
+    mask[3] = False
+    for options in ({}, {"num_groups": 2}):
+        images = decode(known=known, mask=mask, **options)
+        np.testing.assert_array_equal(images[mask], known[mask])
+    images = decode(known=known, mask=mask)
+    # The flow sees the known pixels at every step, so the others follow them.
+    assert np.all(np.abs(images - free)[:3, :, 16:].max(axis=(1, 2, 3)) > ROUNDING)
+    np.testing.assert_allclose(images[3], free[3], atol=ROUNDING)
+    pixelwise = decode(known=known, mask=mask[0].astype(np.int32))
+    np.testing.assert_allclose(pixelwise[:3], images[:3], atol=ROUNDING)
+
+
+def test_known_pixels_travel_from_their_noise(multihead):
+    pipeline, _, noise = multihead
+    known, std = jnp.full_like(noise, 0.5), pipeline.config.decoder.data_std
+    mask = jnp.ones(noise.shape[:3], bool)
+    constraint = sampler._constraint(sampler.Known(known, mask), noise, std)
+    states = [constraint(noise * 7, jnp.full(4, t)) for t in (0.0, 0.25, 1.0)]
+    np.testing.assert_array_equal(states[0], noise)
+    np.testing.assert_allclose(states[1], 0.125 * std + 0.75 * noise, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(states[2], known * std)
+
+
+@pytest.mark.parametrize("microbatch", [2, 4])
+def test_microbatches_change_nothing(multihead, microbatch):
+    pipeline, indices, noise = multihead
+    parts = pipeline.decode(indices, noise=noise, microbatch=microbatch)
+    np.testing.assert_allclose(parts, pipeline.decode(indices, noise=noise), atol=ROUNDING)
+
+
+def test_microbatch_bounds_what_the_decoder_sees(multihead, monkeypatch):
+    pipeline, indices, noise = multihead
+    sizes, velocity = [], Tokenizer.velocity
+
+    def recording(self, x_t, *arguments):
+        sizes.append(len(x_t))
+        return velocity(self, x_t, *arguments)
+
+    monkeypatch.setattr(Tokenizer, "velocity", recording)
+    decode = functools.partial(sampler.decode_indices, pipeline.model, microbatch=2)
+    jax.eval_shape(decode, pipeline.params, indices, noise)
+    assert set(sizes) == {2}
+
+
+def test_bfloat16_keeps_the_state_in_float32(multihead):
+    pipeline, indices, noise = multihead
+    exact = pipeline.decode(indices, noise=noise)
+    model = FunctionalModel(Tokenizer, pipeline.config, Compute(dtype="bfloat16"))
+    coarse = TokenizerPipeline(model, pipeline.params)
+    images = coarse.decode(indices, noise=noise)
+    assert images.dtype == jnp.float32
+    assert 1e-4 < np.linalg.norm(images - exact) / np.linalg.norm(exact) < 0.05
+    # A bfloat16 state would leave 8 bits of every value.
+    assert np.any(images != images.astype(jnp.bfloat16).astype(jnp.float32))
+    matrices = coarse.decoding_params["decoder"]["patch_embed"]["kernel"]
+    assert matrices.dtype == jnp.bfloat16
+    coarse.decoding_params = coarse.params  # cast at every step instead of once
+    np.testing.assert_array_equal(images, coarse.decode(indices, noise=noise))
 
 
 def test_noise_of_an_image_depends_on_its_key_only():
