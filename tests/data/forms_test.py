@@ -1,9 +1,11 @@
 """Every form of data set, end to end: each picture once per epoch, through kill and resume."""
 
+import dataclasses
 import pickle
 
 import numpy as np
 import pytest
+from absl import flags
 
 from dar_jax.data import pipeline
 from dar_jax.data.sources import DataConfig, load_source
@@ -85,3 +87,27 @@ def test_source_keeps_its_sizes_names_and_files(config):
         assert picture.label == example["label"] and picture.data.startswith(b"\x89PNG")
         assert picture.name
     assert len(shapes) == len(source)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_batches_of_threads_and_pass_errors_on(tmp_path):
+    flags.FLAGS.mark_as_parsed()
+    kind = tiny_sets.make_folder(tmp_path)
+    config = DataConfig(**kind, path=str(tmp_path), image_size=12, crop="random", batch_size=4)
+    threads, workers = (
+        pipeline.train_iterator(dataclasses.replace(config, num_workers=count), seed=0)
+        for count in (0, 2)
+    )
+    threads.set_state({"next_index": 3})
+    workers.set_state({"next_index": 3})
+    for _ in range(9):
+        np.testing.assert_equal(next(workers), next(threads))
+    threads.close()
+    workers.close()
+
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"")
+    workers = pipeline.train_iterator(dataclasses.replace(config, num_workers=2), seed=0)
+    with pytest.raises(ValueError, match="cannot be read"):
+        next(workers)
+    workers.close()
