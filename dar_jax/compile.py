@@ -167,7 +167,7 @@ def analyse(job: Job, devices: Sequence[Any]) -> dict[str, Any]:
     return report
 
 
-def memory_of(compiled: Any) -> dict[str, float]:
+def memory_of(compiled: Any) -> dict[str, int]:
     """Bytes on one device; results that take the place of donated arguments count once."""
     stats = compiled.memory_analysis()
     parts = {

@@ -24,6 +24,9 @@ from dar_jax.training import sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 
+CODES = "codes"
+"""The data source whose batches hold codes instead of pixels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -67,10 +70,19 @@ def _train_job(settings: train.Settings, task: Task, mesh: Mesh) -> Job:
     step = step_lib.make_train_step(task, settings.optimizer, shardings, accumulation=accumulation)
     frozen = task.frozen()
     frozen = _abstract(frozen, sharding.fsdp_sharding(frozen, mesh))
-    pixels = jax.ShapeDtypeStruct((size, *(settings.data.image_size,) * 2, 3), jnp.uint8)
-    batch = {"pixels": pixels, "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
-    batch = _abstract(batch, sharding.batch_sharding(mesh))
+    batch = _abstract(_batch(settings, task), sharding.batch_sharding(mesh))
     return Job("train step", step, (state, batch, frozen), {}, size, size * task.flops_per_image)
+
+
+def _batch(settings: train.Settings, task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch: of codes if the data are codes, one crop each."""
+    size = settings.data.batch_size
+    label = jax.ShapeDtypeStruct((size,), jnp.int32)
+    if isinstance(task, DarPriorTask) and settings.data.source == CODES:
+        shape = (size, 1, task.model.config.num_tokens)
+        return {"codes": jax.ShapeDtypeStruct(shape, jnp.uint16), "label": label}
+    shape = (size, *(settings.data.image_size,) * 2, 3)
+    return {"pixels": jax.ShapeDtypeStruct(shape, jnp.uint8), "label": label}
 
 
 def _decode_job(
@@ -111,7 +123,7 @@ def _flow_job(model: FunctionalModel[Tokenizer], mesh: Mesh, images: int) -> Job
     )
     step = functools.partial(sampler.decode_indices, model, start_step=config.num_steps - 1)
     arguments = (_cast_and_replicated(model, mesh), indices, noise)
-    flops = images * (work.flow_step_flops(config) + work.condition_flops(config))
+    flops = float(images * (work.flow_step_flops(config) + work.condition_flops(config)))
     return Job("flow step", jax.jit(step), arguments, {}, images, flops)
 
 

@@ -123,11 +123,12 @@ class Program:
         slices and updates in place count what they touch. Buffers that TPU's compiler keeps on
         chip (memory space `S(1)`) count nothing, padding neither.
         """
-        return sum(
+        traffic = (
             runs * self._traffic(self.computations[computation], instruction)
             for computation, instruction, runs in self._instructions()
             if computation not in self._fused
         )
+        return sum(traffic, start=0.0)
 
     def _instructions(self) -> Iterator[tuple[str, Instruction, int]]:
         for computation, runs in self._runs.items():
@@ -190,7 +191,7 @@ class Program:
     def _traffic(self, instructions: dict[str, Instruction], instruction: Instruction) -> float:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done"):
-            return 0
+            return 0.0
         operands = [instructions[name].type for name in instruction.operands]
         if opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * type_bytes(instruction.type, off_chip=True)
@@ -221,9 +222,9 @@ def type_bytes(type_: str, *, off_chip: bool = False) -> float:
 
 def _itemsize(dtype: str) -> float:
     if dtype == "pred":
-        return 1
+        return 1.0
     bits = re.search(r"\d+", dtype)
-    return int(bits[0]) / 8 if bits else 0
+    return int(bits[0]) / 8 if bits else 0.0
 
 
 def _parse(line: str) -> Instruction:
@@ -289,7 +290,7 @@ def _fusion_traffic(fused: dict[str, Instruction]) -> float:
 
 def _written(fused: dict[str, Instruction], result: Instruction) -> float:
     if not type_bytes(result.type, off_chip=True):
-        return 0
+        return 0.0
     while result.opcode == "bitcast":
         result = fused[result.operands[0]]
     if result.opcode == "dynamic-update-slice":

@@ -7,6 +7,7 @@ from flax import nnx
 
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.layout import keep_batch_split
 
 BLOCKS = "blocks"
 """Path component under which stacked parameters lie; their leading axis is the layer."""
@@ -71,10 +72,12 @@ class Stack(nnx.Module):
         def body(x, layer):
             params, layer_rng = layer
             randomness = {} if layer_rng is None else {"rng": layer_rng}
+            x = keep_batch_split(x)
             return nnx.merge(graphdef, params)(x, *args, **kwargs, **randomness), None
 
         body = self._rematerialised(body)
-        return jax.lax.scan(body, x, (stacked, rngs), unroll=self.compute.unroll)[0]
+        x, _ = jax.lax.scan(body, x, (stacked, rngs), unroll=self.compute.unroll)
+        return keep_batch_split(x)
 
     def _rematerialised(self, body: Callable) -> Callable:
         match self.compute.remat:

@@ -11,6 +11,7 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
+from dar_jax.nn.layout import batch_split
 from dar_jax.tasks.base import Task
 from dar_jax.training import metrics, sharding
 from dar_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -36,13 +37,19 @@ def make_train_step(
     """
     optimizer = make_optimizer(config)
     collection = metrics.collection(task)
+    mesh = shardings.step.mesh
 
     def train_step(
         state: TrainState, batch: dict[str, Array], frozen: Params
     ) -> tuple[TrainState, clu_metrics.Collection]:
         def gradient(batch: dict[str, Array], rng: PRNGKeyArray) -> tuple[Params, dict[str, Any]]:
-            value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
-            (loss, outputs), grads = value_and_grad(state.params, batch, rng, frozen)
+            def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+                gathered = sharding.gather_unstacked({"params": params, "frozen": frozen}, mesh)
+                return task.loss(gathered["params"], batch, rng, gathered["frozen"])
+
+            batch = {**batch, "step": state.step}
+            with batch_split(sharding.batch_sharding(mesh)):
+                (loss, outputs), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             # Scatters each gradient as it is made; whole, they would fill the memory.
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
             return grads, {**outputs, "loss": loss}
@@ -68,7 +75,7 @@ def make_train_step(
 
         return state, jax.vmap(measure)(outputs).reduce()
 
-    out_shardings = (shardings, sharding.replicated(shardings.step.mesh))
+    out_shardings = (shardings, sharding.replicated(mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 

@@ -17,6 +17,7 @@ from dar_jax.common.typing import Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.nn.attention import Attention, KVCache, causal_mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
+from dar_jax.nn.layout import keep_batch_split
 from dar_jax.nn.rope import Rope, rope_1d
 from dar_jax.nn.stack import Stack
 
@@ -35,7 +36,8 @@ class LlamaConfig:
         ffn_dim: hidden width of SwiGLU; see `ffn_hidden_dim`.
         vocab_size: codebook size of the tokenizer.
         num_tokens: image tokens N.
-        num_classes: class labels; the label `num_classes` is the null class.
+        num_classes: class labels; the label `num_classes` is the null class. 0, in a config file
+            only, stands for the number of classes of the data.
         caption_dim: width of caption features; None conditions on class labels.
         condition_tokens: T, tokens in front of the image tokens.
         norm_epsilon: of the RMS norms.
@@ -257,7 +259,7 @@ class Llama(nnx.Module):
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the float32 logits of normalised positions."""
-        return self.output(hidden).astype(jnp.float32)
+        return keep_batch_split(self.output(hidden).astype(jnp.float32))
 
     def rope(self) -> Rope:
         """Table of all positions of the sequence."""
