@@ -93,6 +93,7 @@ class SampleConfig:
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
         SamplingConfig(self.temperature, self.top_k, self.top_p)
+        guidance_schedule(self.guidance_scale, num_tokens=1, schedule=self.guidance_schedule)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def load_dar(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleCon
     pipeline = from_pretrained(path, compute=compute, mesh=mesh)
     if not isinstance(pipeline, DarPipeline):
         raise ValueError(f"{path} holds a tokenizer; sampling needs a prior's model directory")
-    # Here, so that a mistake in it comes before anything is written.
+    # Here, so that a mistake in the interval comes before anything is written.
     guidance_schedule(
         settings.guidance_scale,
         pipeline.prior.config.num_tokens,

@@ -1,6 +1,5 @@
 """`--mode=sample`: large sets that survive interruption, figures, and what it says to bad input."""
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,56 +16,20 @@ from PIL import Image
 from configs import common
 from dar_jax import figures, generation
 from dar_jax.common.image import LEGIBLE_SIZE
-from dar_jax.common.model_dir import save_model
 from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.image_set import ImageSet
-from dar_jax.models.dar.decoder import FlowDecoderConfig
-from dar_jax.models.dar.encoder import EncoderConfig
-from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.models.dar.tokenizer import ConditionConfig, Tokenizer, TokenizerConfig
-from dar_jax.nn.functional import FunctionalModel
 from dar_jax.sample import sample
+from tests import tiny_model
+from tests.tiny_model import SIZE
 
 ROOT = pathlib.Path(__file__).parents[1]
-SIZE, NUM_TOKENS, NUM_CLASSES = 16, 8, 10
-TOKENIZER = TokenizerConfig(
-    image_size=SIZE,
-    num_tokens=NUM_TOKENS,
-    num_groups=2,
-    num_steps=2,
-    codebook_size=32,
-    code_dim=4,
-    max_tokens=NUM_TOKENS,
-    encoder=EncoderConfig(patch_size=8, dim=8, depth=1, head_dim=4),
-    condition=ConditionConfig(dim=8, depth=0, head_dim=4),
-    decoder=FlowDecoderConfig(patch_size=4, dim=8, depth=1, head_dim=4, feature_layer=None),
-)
-PRIOR = LlamaConfig(
-    num_layers=1,
-    num_heads=1,
-    dim=8,
-    ffn_dim=8,
-    vocab_size=32,
-    num_tokens=NUM_TOKENS,
-    num_classes=NUM_CLASSES,
-)
 NUM_IMAGES = 12
 ONE_LEVEL = 1  # a compiled program per batch size rounds differently
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A prior's model directory of random weights."""
-    path, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(0)
-    for kind, cls, config, companions in (
-        ("dar_tokenizer", Tokenizer, TOKENIZER, {}),
-        ("dar_prior", Llama, PRIOR, {"tokenizer": path / "dar_tokenizer"}),
-    ):
-        like = FunctionalModel(cls, config).abstract_params()
-        params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)
-        names, config = {"class_names": ["cat", "dog"]}, dataclasses.asdict(config)
-        save_model(path / kind, kind, config, params, names, companions=companions)
-    return path / "dar_prior"
+    return tiny_model.save(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,62 @@
+"""`--mode=evaluate`: figures do not depend on how images are batched."""
+
+import numpy as np
+import pytest
+
+from configs import common
+from dar_jax import evaluate
+from dar_jax.evaluation.classifier import Classifier
+from dar_jax.generation import load_dar
+from tests import tiny_model
+
+NUM_IMAGES = 12
+
+
+class BrightnessClassifier(Classifier):
+    """Calls everything by the tens digit of its mean."""
+
+    def __init__(self):
+        pass
+
+    def predict(self, pixels):
+        return (pixels.mean(axis=(1, 2, 3)) // 10 % 10).astype(int)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Load the model with a batch size: (settings, pipeline)."""
+    path = tiny_model.save(tmp_path_factory.mktemp("models"))
+
+    def load(batch_size):
+        config = common.base()
+        config.sample.update(model=str(path), batch_size=batch_size)
+        return load_dar(config, "")
+
+    return load
+
+
+def test_reconstruction_does_not_depend_on_the_batch_size(load):
+    size = tiny_model.SIZE
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, size, size, 3), np.uint8)
+    results = []
+    for batch_size in (8, 100):
+        settings, pipeline = load(batch_size)
+        results.append(evaluate.reconstruct(pipeline, settings, pixels))
+    (images, indices), (others, other_indices) = results
+    np.testing.assert_array_equal(indices, other_indices)
+    np.testing.assert_allclose(images.astype(int), others.astype(int), atol=1)
+    assert images.shape == pixels.shape
+
+
+def test_generation_is_judged_after_every_group(load):
+    settings, pipeline = load(8)
+    asked = evaluate.EvaluateConfig(NUM_IMAGES)
+    classifier = BrightnessClassifier()
+    figures = evaluate.evaluate_generation(pipeline, classifier, asked, settings)
+    labels = np.arange(NUM_IMAGES, dtype=np.int32) % tiny_model.NUM_CLASSES
+    batches = list(evaluate.generate(pipeline, labels, settings))
+    assert [len(batch.labels) for batch in batches] == [8, 4]
+    previews = np.concatenate([batch.previews for batch in batches], axis=1)
+    expected = [classifier.accuracy(preview, labels) for preview in previews]
+    assert figures["generation/accuracy_after_each_group"] == pytest.approx(expected)
+    assert figures["generation/accuracy"] == pytest.approx(expected[-1])
