@@ -25,6 +25,7 @@ from dar_jax.common import files, model_dir
 from dar_jax.common.config import build
 from dar_jax.device_speed import DeviceSpeed, timed
 from dar_jax.models.dar import sampler, work
+from dar_jax.models.dar.inputs import check_microbatch
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
@@ -47,12 +48,14 @@ class BenchmarkConfig:
             `config.model`, which are as fast.
         batch_sizes: images at a time; those that do not fit into memory are skipped.
         guidance_scales: of the tokens; 1 is no guidance and half the work.
+        microbatch: images that the flow decoder sees at a time in larger batches; 0 is all.
         repeats: timed runs of everything.
     """
 
     model: str = ""
     batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
     guidance_scales: tuple[float, ...] = (4.0, 1.0)
+    microbatch: int = 0
     repeats: int = 3
 
     def __post_init__(self):
@@ -64,6 +67,8 @@ class BenchmarkConfig:
             )
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} must be at least 1")
+        for batch_size in self.batch_sizes:
+            check_microbatch(self.microbatch or None, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +207,7 @@ def measure(pipeline: DarPipeline, settings: BenchmarkConfig, speed: DeviceSpeed
     left = {size: bounds.of_all_rows(size, scales) for size in settings.batch_sizes}
     start, done = time.monotonic(), 0.0
     for batch_size in settings.batch_sizes:
-        runs = Runs(pipeline, bounds, settings.repeats, batch_size)
+        runs = Runs(pipeline, bounds, settings, batch_size)
         try:
             check_memory(bounds, batch_size, guided=max(scales) > 1)
             for row in runs.rows(scales):
@@ -240,8 +245,12 @@ class Runs:
 
     pipeline: DarPipeline
     bounds: SamplingBounds
-    repeats: int
+    settings: BenchmarkConfig
     batch_size: int
+
+    @property
+    def microbatch(self) -> int | None:
+        return self.settings.microbatch or None
 
     @property
     def labels(self) -> np.ndarray:
@@ -273,14 +282,17 @@ class Runs:
         shape = (self.batch_size, tokenizer.config.num_tokens)
         rng = jax.random.key(SEED)
         indices = jax.random.randint(rng, shape, 0, tokenizer.config.codebook_size)
-        seconds = self._median(lambda: tokenizer.decode(indices, rng=rng))
+        seconds = self._median(
+            lambda: tokenizer.decode(indices, rng=rng, microbatch=self.microbatch)
+        )
         details = {"seconds_per_step": seconds / tokenizer.config.num_steps}
         bound = self.bounds.flow(self.batch_size)
         return Row("flow", self.batch_size, None, seconds, bound, details)
 
     def images(self, scale: float) -> Iterator[Row]:
         """Labels to images: with the last one alone, and with all previews fetched."""
-        options = dict(rng=jax.random.key(SEED), guidance_scale=scale)
+        rng = jax.random.key(SEED)
+        options = dict(rng=rng, guidance_scale=scale, microbatch=self.microbatch)
 
         def generate() -> Any:
             return self.pipeline.generate(self.labels, **options)
@@ -297,7 +309,7 @@ class Runs:
         seconds = self._median(generate)
         bound = self.bounds.end_to_end(size, guided)
         yield Row("end to end", size, scale, seconds, bound, {})
-        times = np.median([stream() for _ in range(self.repeats)], axis=0)
+        times = np.median([stream() for _ in range(self.settings.repeats)], axis=0)
         first, last = map(float, times)
         first_bound = self.bounds.first_preview(size, guided)
         yield Row("first preview", size, scale, first, first_bound, {"ms": 1e3 * first})
@@ -307,7 +319,7 @@ class Runs:
     def _median(self, run: Callable[[], Any]) -> float:
         """Compile, then take the median of the repeats."""
         timed(run)
-        return statistics.median(timed(run)[1] for _ in range(self.repeats))
+        return statistics.median(timed(run)[1] for _ in range(self.settings.repeats))
 
 
 def describe(context: dict[str, Any]) -> str:
@@ -315,7 +327,8 @@ def describe(context: dict[str, Any]) -> str:
     return (
         f"{context['device']}, jax {context['jax']}, {context['dtype']}, {context['weights']} "
         f"weights; {context['num_layers']} layers of width {context['dim']}; bounds from "
-        f"{context['bandwidth'] / GIGA:.4g} GB/s and {context['matmul_flops'] / GIGA:.4g} GFLOP/s "
+        f"{context['bandwidth'] / GIGA:.4g} GB/s (one matrix-vector product: "
+        f"{context['read_bandwidth'] / GIGA:.4g}) and {context['matmul_flops'] / GIGA:.4g} GFLOP/s "
         f"measured in this run; medians of {context['repeats']}"
     )
 

@@ -66,13 +66,13 @@ def read(directory):
 
 @pytest.mark.usefixtures("without_drawing")
 def test_benchmark_writes_every_measurement_beside_its_bound(config, tmp_path, caplog):
-    config = changed(config, batch_sizes=(1,), guidance_scales=(2.0, 1.0))
+    config = changed(config, batch_sizes=(2,), microbatch=1, guidance_scales=(2.0, 1.0))
     with caplog.at_level("INFO", logger="absl"):
         benchmark.benchmark(config, str(tmp_path / "new"))
     lines = read(tmp_path / "new")
     expected = {
-        *((phase, 1, scale) for phase in SAMPLED for scale in (2.0, 1.0)),
-        ("flow", 1, None),
+        *((phase, 2, scale) for phase in SAMPLED for scale in (2.0, 1.0)),
+        ("flow", 2, None),
     }
     found = [(line["phase"], line["batch_size"], line["guidance_scale"]) for line in lines]
     assert len(found) == len(expected)
@@ -130,12 +130,13 @@ def test_other_failures_are_not_hidden(config, tmp_path, monkeypatch):
         ("batch_sizes", (1, 0), "batch_sizes=(1, 0) must be"),
         ("batch_sizes", (), "batch_sizes=() must be"),
         ("guidance_scales", (0.5,), "guidance_scales=(0.5,) must be"),
+        ("microbatch", 3, "microbatch=3 must divide the batch of 4 images"),
         ("repeats", 0, "repeats=0 must be at least 1"),
         ("model", "nowhere", "nowhere is not a readable model directory"),
     ],
 )
 def test_bad_setting_is_refused(config, tmp_path, key, value, message):
-    config = changed(config, **{key: value})
+    config = changed(config, **{"batch_sizes": (1, 4), key: value})
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         benchmark.benchmark(config, str(tmp_path / "none"))
     assert len(str(caught.value).splitlines()) == 1
