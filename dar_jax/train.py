@@ -36,7 +36,10 @@ from dar_jax.training.state import TrainState
 CHECKPOINTS = "checkpoints"
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
-UNBOUND_BLOCKS = ("train", "mesh", "compute", "sample", "evaluate", "convert", "benchmark")
+UNBOUND_BLOCKS = (
+    *("train", "mesh", "compute", "sample", "evaluate"),
+    *("cache", "convert", "compile", "benchmark"),
+)
 """Blocks that may change between a checkpoint and the run that resumes from it."""
 
 
@@ -69,11 +72,6 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
-        if self.checkpoint_every % self.log_every:
-            raise ValueError(
-                f"checkpoint_every {self.checkpoint_every} is not a multiple of log_every "
-                f"{self.log_every}, so a resumed run could not repeat its averages"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +95,7 @@ class Run:
     workdir: pathlib.Path
     iterator: grain.DatasetIterator
     checkpoints: checkpoint.Checkpoints
+    frozen: Params
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -117,8 +116,10 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
     step_lib.check_accumulation(settings.data.batch_size, settings.train.accumulation, mesh)
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(settings.data, settings.seed, part)
+    sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
     abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
     initial = _initial_params(settings, task, abstract, workdir)
+    frozen = task.frozen()
     directory = open_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(
         directory / CHECKPOINTS,
@@ -126,16 +127,19 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
         keep=settings.train.keep_checkpoints,
         keep_every=settings.train.keep_every,
     )
-    run = Run(task, settings, mesh, directory, iterator, checkpoints)
+    run = Run(task, settings, mesh, directory, iterator, checkpoints, frozen)
     try:
         _describe(run, config, abstract)
-        state = _fit(run, _restore_or_create(run, abstract, initial))
+        state = _fit(run, *_restore_or_create(run, abstract, initial))
         checkpoints.wait()
+    except OSError as error:
+        raise ValueError(f"{error}; {checkpoints.describe_latest()}") from error
     finally:
         checkpoints.close()
         iterator.close()
     if int(state.step) >= settings.train.steps:
         _export(run, state)
+        distributed.wait_for_all("export")
 
 
 def parse(config: ml_collections.ConfigDict) -> Settings:
@@ -168,7 +172,9 @@ def open_workdir(workdir: str) -> pathlib.Path:
 
 
 def _bound_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {name: v for name, v in config.to_dict().items() if name not in UNBOUND_BLOCKS}
+    bound = {name: v for name, v in config.to_dict().items() if name not in UNBOUND_BLOCKS}
+    data = {name: v for name, v in bound["data"].items() if name not in sources.READING_KEYS}
+    return {**bound, "data": data}
 
 
 def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState) -> None:
@@ -189,20 +195,25 @@ def _initial_params(
         return None
     directory = model_dir.locate(settings.train.init_from)
     model_dir.load_config(directory, task.kind)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    return model_dir.load_params(directory, abstract.params, shardings)
+    like = task.released(abstract.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return model_dir.load_params(directory, like, shardings)
 
 
-def _restore_or_create(run: Run, abstract: TrainState, initial: Params | None) -> TrainState:
+def _restore_or_create(
+    run: Run, abstract: TrainState, initial: Params | None
+) -> tuple[TrainState, list[Any]]:
+    """Return the state, and the metrics of a logging interval that is not over."""
     if run.checkpoints.latest_step is not None:
         return run.checkpoints.restore(abstract, run.iterator)
     rng = jax.random.key(run.settings.seed)
-    return state_lib.create_state(
+    state = state_lib.create_state(
         run.task, run.settings.optimizer, rng, mesh=run.mesh, params=initial
     )
+    return state, []
 
 
-def _fit(run: Run, state: TrainState) -> TrainState:
+def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
     config = run.settings.train
     first_step = int(state.step)
     if first_step >= config.steps:
@@ -214,9 +225,10 @@ def _fit(run: Run, state: TrainState) -> TrainState:
         )
         return state
     writer = metrics.Writer(run.workdir, first_step, config.steps)
+    report = _Report(run, writer, interval)
     try:
         with distributed.PreemptionNotice() as notice:
-            return _loop(run, state, first_step, writer=writer, notice=notice)
+            return _loop(run, state, first_step, report=report, writer=writer, notice=notice)
     finally:
         writer.close()
 
@@ -226,6 +238,7 @@ def _loop(
     state: TrainState,
     first_step: int,
     *,
+    report: "_Report",
     writer: metrics.Writer,
     notice: distributed.PreemptionNotice,
 ) -> TrainState:
@@ -234,8 +247,7 @@ def _loop(
     train_step = step_lib.make_train_step(
         run.task, run.settings.optimizer, shardings, accumulation=config.accumulation
     )
-    frozen = sharding.put(run.task.frozen(), run.mesh)
-    report = _Report(run, writer)
+    frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
     for step in range(first_step + 1, config.steps + 1):
         batch = sharding.put_batch(next(run.iterator), run.mesh)
@@ -248,14 +260,14 @@ def _loop(
         preempted = notice.reached(step)
         if preempted or _is_due(step, config.checkpoint_every, config.steps):
             report.flush()
-            run.checkpoints.save(state, step, run.iterator)
+            run.checkpoints.save(state, step, run.iterator, report.interval())
             report.restart_clock(step)
         if preempted:
             logging.info("Preempted after step %d; run the same command to go on", step)
             break
         if _is_due(step, config.image_every, config.steps):
             report.flush()
-            writer.pictures(step, _pictures(run, state, frozen))
+            _look(run, state, frozen, step, writer=writer)
             report.restart_clock(step)
     profile.close()
     return state
@@ -265,22 +277,27 @@ def _is_due(step: int, every: int, last_step: int) -> bool:
     return every > 0 and (step % every == 0 or step == last_step)
 
 
-def _pictures(run: Run, state: TrainState, frozen: Any) -> dict[str, np.ndarray]:
-    """The task's pictures of the first held-out images, with the same draws every time.
+def _look(
+    run: Run, state: TrainState, frozen: Params, step: int, *, writer: metrics.Writer
+) -> None:
+    """Write the task's pictures and figures of the first held-out images, drawn the same way.
 
     Everything is replicated, so that the task can read its results on every process.
     """
-    batch = next(pipeline.eval_batches(run.settings.data, "test"))
-    batch = {name: values[:NUM_PICTURES] for name, values in batch.items()}
+    batch = next(pipeline.eval_batches(run.settings.data, "test", NUM_PICTURES))
     params, batch, frozen = jax.device_put(
         (state.eval_params, batch, frozen), sharding.replicated(run.mesh)
     )
-    return run.task.pictures(params, batch, jax.random.key(run.settings.seed), frozen)
+    inputs = (params, batch, jax.random.key(run.settings.seed), frozen)
+    writer.pictures(step, run.task.pictures(*inputs))
+    figures = run.task.figures(*inputs)
+    if figures:
+        writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
 
 
 def _export(run: Run, state: TrainState) -> None:
     """Write the model directory with the averaged parameters."""
-    params = sharding.fetch(state.eval_params, run.mesh)
+    params = sharding.fetch(run.task.released(state.eval_params), run.mesh)
     if jax.process_index() != 0:
         return
     source = sources.load_source(run.settings.data, "test")
@@ -300,14 +317,20 @@ def _export(run: Run, state: TrainState) -> None:
 class _Report:
     """Checks, averages and writes the metrics of each step, one step late."""
 
-    def __init__(self, run: Run, writer: metrics.Writer):
+    def __init__(self, run: Run, writer: metrics.Writer, interval: list[Any]):
+        """Begin with the metrics of an interval that is not over, as `interval` returned them."""
         self._run = run
         self._writer = writer
         self._interval = metrics.Interval(
             run.settings.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
         )
         self._schedule = learning_rate_schedule(run.settings.optimizer)
+        self._interval.resume(interval)
         self._pending = None
+
+    def interval(self) -> list[Any]:
+        """Return the metrics of the steps since the last line."""
+        return self._interval.save()
 
     def push(self, step: int, update: clu_metrics.Collection) -> None:
         """Take the metrics of the step just dispatched and handle those of the one before."""
@@ -326,7 +349,8 @@ class _Report:
         config = self._run.settings.train
         if _is_due(step, config.log_every, config.steps):
             rate = {"train/learning_rate": float(self._schedule(step - 1))}
-            self._writer.scalars(step, {**self._interval.take(step), **rate})
+            wait = {"perf/data_wait": self._run.iterator.take_wait()}
+            self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})
 
     def restart_clock(self, step: int) -> None:
         self._interval.restart_clock(step)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,8 @@ from tests import train_test
 train_test.run(sys.argv[1], steps=int(sys.argv[2]))
 """
 KILL_TIMEOUT_S = 60
+SMALL = 2**16
+"""Bytes; more than any file of a run has but for its checkpoints."""
 
 
 def make_config(steps, **train_block):
@@ -73,8 +76,8 @@ def restored(workdir, step):
     with checkpoint.ocp.StandardCheckpointer() as reader:
         state = reader.restore(path / "state")
     state["rng"] = np.asarray(jax.random.key_data(state["rng"]))
-    data = [file.read_text() for file in (path / "data").glob("*.json")]
-    return jax.device_get(state), data
+    position = json.loads((path / "data" / "metadata").read_text())
+    return jax.device_get(state), position
 
 
 def assert_same_run(first, second, step):
@@ -195,7 +198,8 @@ def test_checkpoint_of_another_config_is_refused_and_nothing_is_written(workdir,
         ("data", "source", "nowhere", "unknown source 'nowhere'"),
         ("data", "batchsize", 16, "unknown key 'batchsize'; did you mean 'batch_size'"),
         ("mesh", "data", 3, "does not multiply to the 8 devices"),
-        ("train", "log_every", 3, "checkpoint_every 2 is not a multiple of log_every 3"),
+        ("mesh", "dcn_data", 2, "dcn_data 2: the devices form 1 slices; set mesh.dcn_data=1"),
+        ("train", "init_from", "nowhere", "nowhere is not a readable model directory"),
         ("train", "steps", 0, "steps 0 is not positive"),
         ("optimizer", "lerning_rate", 1.0, "did you mean 'learning_rate'"),
     ],
@@ -231,6 +235,69 @@ def test_workdir_without_permission_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no permission"):
         run(tmp_path, steps=2)
     assert not list(tmp_path.iterdir())
+
+
+def at_step(step, action, monkeypatch):
+    """Call `action` while the batch of a run's `step`-th step, counted from its start, is put."""
+    count = 0
+
+    def put_batch(*arguments):
+        nonlocal count
+        count += 1
+        if count == step:
+            action()
+        return original(*arguments)
+
+    original = train.sharding.put_batch
+    monkeypatch.setattr(train.sharding, "put_batch", put_batch)
+
+
+def test_sigterm_saves_at_once_and_the_same_command_continues_exactly(tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    at_step(3, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    arguments = dict(steps=4, log_every=2, checkpoint_every=4)
+    run(tmp_path / "stopped", **arguments)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["3"]
+    assert not (tmp_path / "stopped" / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    for workdir in ("stopped", "whole"):
+        run(tmp_path / workdir, **arguments)
+    assert [line["step"] for line in read_curve(tmp_path / "stopped")] == [2, 4]
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", step=4)
+
+
+def test_full_disk_stops_with_the_last_good_step_and_the_run_goes_on_later(
+    whole, workdir, monkeypatch
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, limits[1])), monkeypatch)
+    try:
+        with pytest.raises(ValueError, match=r"saving to .* failed: ") as caught:
+            run(workdir, steps=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"the last good checkpoint is {workdir / 'checkpoints' / '2'};" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    run(workdir, steps=4)
+    assert_same_run(whole, workdir, step=4)
+
+
+def test_new_run_starts_from_the_parameters_of_a_model(half, tmp_path):
+    config = make_config(steps=1, init_from=str(half), log_every=1, checkpoint_every=1)
+    config.optimizer = {"learning_rate": 0.0, "ema_decay": 0.0}
+    train.train(config, str(tmp_path), ToyTask())
+    _, expected = model_dir.load_model(half / "model")
+    state, _ = restored(tmp_path, 1)
+    jax.tree.map(np.testing.assert_array_equal, state["params"], expected)
+
+
+def test_parameters_that_do_not_fit_are_listed_in_one_line(half, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"do not fit .*blocks/bias is \(2, 128\), .*\(2, 64\)"
+    ) as c:
+        run(tmp_path / "new", steps=1, task=ToyTask(width=64), init_from=str(half / "model"))
+    assert "\n" not in str(c.value)
+    assert not (tmp_path / "new").exists()
 
 
 def start(workdir, steps):

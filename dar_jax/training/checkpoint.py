@@ -8,7 +8,7 @@ the mesh or the number of processes that wrote it.
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -87,10 +87,20 @@ class Checkpoints:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self._directory / str(self.latest_step)}"
 
-    def save(self, state: TrainState, step: int, iterator: grain.DatasetIterator) -> None:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        iterator: grain.DatasetIterator,
+        interval: Sequence[Any] = (),
+    ) -> None:
         """Save in the background; `state` may be donated and `iterator` advanced right after.
 
-        The iterator's state must be the same on all processes.
+        Args:
+            state: after `step` updates.
+            step: names the checkpoint.
+            iterator: whose state must be the same on all processes.
+            interval: metrics of a logging interval that is not over, as JSON types.
 
         Raises:
             ValueError: this save or the one before it failed.
@@ -101,6 +111,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=ocp.args.JsonSave(iterator.get_state()),
+                    interval=ocp.args.JsonSave({"metrics": list(interval)}),
                     config=ocp.args.JsonSave(self._config),
                 ),
             )
@@ -119,8 +130,12 @@ class Checkpoints:
         with self._explained_failure():
             self._manager.wait_until_finished()
 
-    def restore(self, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+    def restore(
+        self, abstract: TrainState, iterator: grain.DatasetIterator
+    ) -> tuple[TrainState, list[Any]]:
         """Load the latest checkpoint, bitwise, and move `iterator` to where it was.
+
+        Returns the state, and the metrics of the interval as they were saved.
 
         Args:
             abstract: a `TrainState` of `ShapeDtypeStruct`s, whose shardings may differ from
@@ -130,11 +145,13 @@ class Checkpoints:
         step = self.latest_step
         logging.info("Resuming from step %d of %s", step, self._directory)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(abstract),
+            data=ocp.args.JsonRestore(),
+            interval=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=args)
         iterator.set_state(restored.data)
-        return restored.state
+        return restored.state, restored.interval["metrics"]
 
     def close(self) -> None:
         """Stop the background threads; a save under way ends first, and its failure is dropped."""

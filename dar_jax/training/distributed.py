@@ -137,6 +137,12 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
+def wait_for_all(what: str) -> None:
+    """Wait until every process has come as far as `what`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 class PreemptionNotice:
     """Catches SIGTERM, which spot machines and schedulers send before they take a machine away.
 

@@ -69,10 +69,29 @@ class Interval:
         """Remember what `performance` needs besides the time."""
         self._work = (batch_size, flops_per_image, devices)
         self._metrics = None
+        self._earlier = []
         self._start = None
+
+    def save(self) -> list[Any]:
+        """Return, as JSON types, the metrics of an interval that is not over."""
+        if self._metrics is None:
+            return self._earlier
+        return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(self._metrics)]
+
+    def resume(self, saved: list[Any]) -> None:
+        """Continue the interval that `save` described."""
+        self._earlier = saved
 
     def add(self, step: int, update: clu_metrics.Collection) -> None:
         """Merge the metrics of one finished step, fetched to the host."""
+        if self._earlier:
+            leaves, structure = jax.tree.flatten(update)
+            leaves = [
+                np.asarray(earlier, leaf.dtype)
+                for earlier, leaf in zip(self._earlier, leaves, strict=True)
+            ]
+            self._metrics = jax.tree.unflatten(structure, leaves)
+            self._earlier = []
         self._metrics = update if self._metrics is None else self._metrics.merge(update)
         if self._start is None:
             self.restart_clock(step)

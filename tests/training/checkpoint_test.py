@@ -10,7 +10,7 @@ from dar_jax.training import sharding
 from dar_jax.training.checkpoint import Checkpoints
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.sharding import MeshConfig
-from dar_jax.training.state import abstract_state, create_state
+from dar_jax.training.state import TrainState, abstract_state, create_state
 from tests.training.toy_task import ToyTask
 
 DATA = DataConfig(source="synthetic", image_size=8, batch_size=16)
@@ -21,38 +21,48 @@ def _state(mesh, optimizer):
     return create_state(ToyTask(), optimizer, jax.random.key(3), mesh=mesh)
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_state_and_iterator_come_back_on_another_mesh(tmp_path, ema_decay):
+@pytest.mark.parametrize(
+    ("config", "num_devices", "ema_decay"),
+    [
+        (MeshConfig(data=4, fsdp=2), 8, 0.0),
+        (MeshConfig(data=1, fsdp=2, tensor=2), 4, 0.9),
+        (MeshConfig(), 1, 0.9),
+    ],
+)
+def test_state_and_iterator_come_back_on_another_mesh(tmp_path, config, num_devices, ema_decay):
     optimizer = OptimizerConfig(ema_decay=ema_decay)
     saved = _state(sharding.make_mesh(MeshConfig(data=1, fsdp=8)), optimizer)
     iterator = pipeline.train_iterator(DATA, seed=0)
     for _ in range(3):
         next(iterator)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CONFIG, keep=2)
-    checkpoints.save(saved, 3, iterator)
+    checkpoints.save(saved, 3, iterator, [1.5, [2, 3]])
     expected = next(iterator)
     checkpoints.close()
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", CONFIG, keep=2)
     fresh = pipeline.train_iterator(DATA, seed=0)
-    mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
-    restored = checkpoints.restore(abstract_state(ToyTask(), optimizer, mesh), fresh)
+    mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
+    restored, interval = checkpoints.restore(abstract_state(ToyTask(), optimizer, mesh), fresh)
     checkpoints.close()
+    assert interval == [1.5, [2, 3]]
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
     np.testing.assert_array_equal(jax.random.key_data(restored.rng), jax.random.key_data(saved.rng))
     jax.tree.map(np.testing.assert_array_equal, restored.replace(rng=None), saved.replace(rng=None))
-    assert restored.params["blocks"]["kernel"].addressable_shards[0].data.shape == (2, 128, 64)
+    shards = restored.params["blocks"]["kernel"].addressable_shards
+    assert (len(shards), shards[0].data.shape[2]) == (num_devices, 128 // mesh.shape["fsdp"])
     np.testing.assert_array_equal(next(fresh)["pixels"], expected["pixels"])
 
 
-def test_only_the_latest_are_kept(tmp_path):
-    state = _state(sharding.make_mesh(MeshConfig()), OptimizerConfig())
-    checkpoints = Checkpoints(tmp_path, CONFIG, keep=2)
-    for step in (1, 2, 3):
+@pytest.mark.parametrize(("keep_every", "kept"), [(0, ["5", "6"]), (2, ["2", "4", "5", "6"])])
+def test_only_the_latest_and_every_nth_are_kept(tmp_path, keep_every, kept):
+    state = TrainState(np.int32(0), {"weights": np.ones(3)}, None, (), jax.random.key(0))
+    checkpoints = Checkpoints(tmp_path, CONFIG, keep=2, keep_every=keep_every)
+    for step in range(1, 7):
         checkpoints.save(state, step, pipeline.train_iterator(DATA, seed=0))
-    assert checkpoints.describe_latest().endswith(str(tmp_path / "3"))
+    assert checkpoints.describe_latest().endswith(str(tmp_path / "6"))
     checkpoints.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 @pytest.mark.parametrize(
