@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dar_jax.common import model_dir
 from dar_jax.common.checks import check_range, check_shape
 from dar_jax.common.config import build
-from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.inputs import (
     check_indices,
@@ -90,7 +90,7 @@ class TokenizerPipeline:
         start_step: int = 0,
         start_image: Float[Array | np.ndarray, "B H W 3"] | None = None,
         known: Float[Array | np.ndarray, "B H W 3"] | None = None,
-        mask: Bool[Array | np.ndarray, "*B H W"] | Int[Array | np.ndarray, "*B H W"] | None = None,
+        mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
     ) -> Float[Array, "B H W 3"]:
         """Decode indices to images, nominally in [-1, 1] (not clipped).
@@ -105,7 +105,7 @@ class TokenizerPipeline:
             start_step: first step that is taken.
             start_image: image that the run starts from at `start_step`, noised to its time.
             known: images whose pixels are kept where `mask` is 1: in-painting.
-            mask: 1 or True where `known` is kept, 0 where it is redrawn.
+            mask: [B, H, W] or [H, W], 1 or True where `known` is kept, 0 where it is redrawn.
             microbatch: images decoded at a time, a divisor of B: bounds memory.
 
         Raises:
@@ -242,7 +242,7 @@ class DarPipeline:
         caption_mask: Array | np.ndarray | None = None,
         solver: str = "adams_bashforth2",
         known: Float[Array | np.ndarray, "B H W 3"] | None = None,
-        mask: Bool[Array | np.ndarray, "*B H W"] | Int[Array | np.ndarray, "*B H W"] | None = None,
+        mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
         first_index: int = 0,
     ) -> Iterator[sampler.Preview]:
@@ -268,7 +268,7 @@ class DarPipeline:
             caption_mask: False for padded caption tokens [B, T].
             solver: of the flow decoder.
             known: images whose pixels are kept where `mask` is 1: in-painting.
-            mask: 1 or True where `known` is kept, 0 where it is redrawn.
+            mask: [B, H, W] or [H, W], 1 or True where `known` is kept, 0 where it is redrawn.
             microbatch: images that the flow decoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
 

@@ -11,9 +11,10 @@ import pytest
 
 from dar_jax import pipelines
 from dar_jax.common.model_dir import save_model
-from dar_jax.models.dar.sampler import initial_noise
+from dar_jax.models.dar.sampler import initial_noise, one_ahead
 from dar_jax.nn.compute import Compute
 from dar_jax.pipelines import DarPipeline, PriorPipeline, TokenizerPipeline, from_pretrained
+from dar_jax.sampling import autoregressive
 from tests.golden import fixtures, models
 
 LABELS = (3, 1)
@@ -75,6 +76,59 @@ def test_previews_are_decoded_prefixes(tokenizer, previews):
         decoded = tokenizer.decode(previews[-1].indices, rng=jax.random.key(0), num_groups=group)
         expected = np.clip(decoded, -1, 1)
         np.testing.assert_allclose(previews[group - 1].images, expected, atol=ROUNDING)
+
+
+def test_next_group_is_under_way_when_a_preview_is_handed_out(dar, previews, monkeypatch):
+    groups, decode = [], autoregressive.decode
+
+    def recording(*arguments, **options):
+        groups.append(options["stop"])
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(autoregressive, "decode", recording)
+    stream = dar.stream(LABELS, rng=jax.random.key(0), guidance_scale=2.0)
+    first = next(stream)
+    assert (first.num_tokens, groups) == (4, [4, 8])
+    np.testing.assert_array_equal(first.images, previews[0].images)
+    assert len(list(stream)) == NUM_GROUPS - 1
+    assert groups == [4, 8, 12, 16]
+
+
+def test_one_ahead_loses_nothing():
+    assert [list(one_ahead(iter(range(n)))) for n in (1, 2, 5)] == [[0], [0, 1], [0, 1, 2, 3, 4]]
+
+
+def test_known_pixels_are_kept_in_every_preview(dar, previews):
+    known = np.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=np.float32).reshape(2, 32, 32, 3)
+    mask = np.arange(32) < 12
+    mask = np.broadcast_to(mask, (32, 32))
+    options = dict(rng=jax.random.key(0), guidance_scale=2.0, known=known)
+    stream = list(dar.stream(LABELS, mask=mask, **options))
+    for preview, free in zip(stream, previews, strict=True):
+        np.testing.assert_array_equal(preview.images[:, mask], known[:, mask])
+        # The first step starts from the same noise; from then on the known pixels steer the rest.
+        changed = np.abs(preview.images - free.images)[:, ~mask].max()
+        assert changed < ROUNDING if preview.step == 1 else changed > 0.01
+        np.testing.assert_array_equal(preview.indices, free.indices)
+    images, _ = dar.generate(LABELS, mask=np.zeros((32, 32), int), **options)
+    np.testing.assert_allclose(images, previews[-1].images, atol=ROUNDING)
+
+
+def test_guidance_options_reach_the_prior(dar):
+    generate = functools.partial(dar.prior.generate_indices, LABELS, rng=jax.random.key(0))
+    free, ends_early, list_of_two, tuple_of_two = (
+        np.asarray(generate(**options))
+        for options in (
+            {},
+            {"guidance_scale": 8.0, "guidance_interval": (0, 3)},
+            {"guidance_scale": [1.1, 8.0]},
+            {"guidance_scale": (1.1, 8.0)},
+        )
+    )
+    np.testing.assert_array_equal(list_of_two, tuple_of_two)
+    assert np.any(ends_early[:, :4] != free[:, :4])
+    cosine = generate(guidance_scale=(1.1, 8.0), guidance_schedule="cosine")
+    assert np.any(cosine != tuple_of_two)
 
 
 def test_stream_draws_the_tokens_of_generate_indices(prior, previews):
@@ -182,6 +236,20 @@ def test_encode_refuses(tokenizer, images, message):
         (zeros(2, 16), {"noise": ones(2, 33, 32, 3)}, "image of 33x32 pixels"),
         (zeros(2, 16), {"start_image": ones(2, 8, 8, 3)}, r"start_image has shape \(2, 8, 8, 3\)"),
         (zeros(2, 16), {"solver": "heun"}, "solver 'heun'"),
+        (zeros(2, 16), {"known": ones(2, 32, 32, 3)}, "needs both known= .* and mask="),
+        (zeros(2, 16), {"known": ones(1, 8, 8, 3), "mask": zeros(8, 8)}, "known has shape"),
+        (
+            zeros(2, 16),
+            {"known": ones(2, 32, 32, 3), "mask": zeros(2, 8, 8)},
+            r"mask has shape \(2, 8, 8\), expected \(2, 32, 32\)",
+        ),
+        (
+            zeros(2, 16),
+            {"known": ones(2, 32, 32, 3), "mask": zeros(32, 32) + 255},
+            "mask must hold 0 .* and 1",
+        ),
+        (zeros(4, 16), {"microbatch": 3}, "microbatch=3 must divide the batch of 4"),
+        (zeros(4, 16), {"microbatch": 0}, "microbatch=0 must divide"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -205,15 +273,19 @@ def test_decode_refuses(tokenizer, indices, options, message):
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"top_k": -1}, "top_k=-1"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
+        ([1], {"guidance_schedule": "square"}, "guidance_schedule 'square' must be one of"),
+        ([1], {"guidance_interval": (3, 16)}, r"guidance_interval=\(3, 16\) must be"),
         ([1], {"solver": "heun"}, "solver 'heun'"),
+        ([1], {"mask": zeros(32, 32)}, "needs both known= .* and mask="),
+        ([1, 2, 3], {"microbatch": 2}, "microbatch=2 must divide the batch of 3"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_generate_refuses(dar, labels, options, message):
+def test_stream_refuses_at_the_call(dar, labels, options, message):
     options = {"rng": jax.random.key(0)} | options
     with pytest.raises(ValueError, match=message):
-        dar.generate(labels, **options)
-    if "solver" not in options:
+        dar.stream(labels, **options)
+    if not options.keys() & {"solver", "mask", "microbatch"}:
         with pytest.raises(ValueError, match=message):
             dar.prior.generate_indices(labels, **options)
 
