@@ -230,7 +230,7 @@ def _row(name: str, report: dict[str, Any]) -> str:
     memory = {part: f"{size / 1e9:.2f}" for part, size in report["memory"].items()}
     kinds = dict.fromkeys(each["kind"] for each in report["collectives"])
     received = ", ".join(
-        f"{_total(report, kind, 'count')} {kind} {_total(report, kind, 'bytes') / 1e6:.4g} MB"
+        f"{_total(report, kind, 'count'):g} {kind} {_total(report, kind, 'bytes') / 1e6:.4g} MB"
         for kind in kinds
     )
     cells = [
@@ -253,7 +253,8 @@ def _row(name: str, report: dict[str, Any]) -> str:
 
 
 def _total(report: dict[str, Any], kind: str, field: str) -> float:
-    return sum(each[field] for each in report["collectives"] if each["kind"] == kind)
+    values = (each[field] for each in report["collectives"] if each["kind"] == kind)
+    return sum(values, start=0.0)
 
 
 def _shape_of_tokenizer(config: ml_collections.ConfigDict) -> TokenizerConfig | None:
