@@ -5,7 +5,9 @@
 
 Modes:
     train     train config.task; run the same command again to resume (default)
-    sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz
+    sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz; or, with
+              config.sample.num_images, a large set that resumes; with .prefix_image, layout
+              control or variations; with .inpaint_image and .inpaint_mask, in-painting
     evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json
     benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl
     cache     a data set in the form that training reads fastest -> WORKDIR

@@ -71,6 +71,7 @@ def test_whole_numbers_serve_as_floats():
         ({"part": 3}, r"model\.part: expected a block of keys, got 3"),
         ({"part": None}, r"model\.part: expected a block of keys, got None"),
         ({"shape": 3}, r"model\.shape: expected a list, got 3"),
+        ({"shape": (3, "x")}, r"model\.shape: expected int, got 'x'"),
         ({"name": ["x"]}, r"model\.name: expected str, got \['x'\]"),
     ],
 )

@@ -86,3 +86,14 @@ def test_unreadable_directory_is_one_line(tmp_path, damage):
     with pytest.raises(ValueError, match="is not a readable model directory") as caught:
         model_dir.load_model(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_fingerprint_tells_models_apart(tmp_path):
+    _save(tmp_path / "model")
+    _save(tmp_path / "model" / "tokenizer")
+    before = model_dir.fingerprint(tmp_path / "model")
+    assert model_dir.fingerprint(tmp_path / "model") == before
+    _save(tmp_path / "model" / "tokenizer", PARAMS | {"scale": jnp.float32(0.2)})
+    assert model_dir.fingerprint(tmp_path / "model") != before
+    with pytest.raises(ValueError, match="not a readable model directory"):
+        model_dir.fingerprint(tmp_path / "none")
