@@ -102,15 +102,13 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Return the collectives of one run, by kind and group size, those of most bytes first."""
         count, size = collections.Counter(), collections.Counter()
-        for computation, instruction, runs in self._instructions():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
+        for computation, instruction, runs in self._communication():
+            kind = _kind(instruction)
             scatter = kind == "all-reduce" and SCATTER_FUSION in computation
             kind = "reduce-scatter" if scatter else kind
             group = self._group_size(instruction)
-            operands = self.computations[computation]
-            operand_bytes = sum(type_bytes(operands[name].type) for name in instruction.operands)
+            operands = self._operand_types(computation, instruction)
+            operand_bytes = sum(type_bytes(type_) for type_ in operands)
             count[kind, group] += runs
             size[kind, group] += runs * COLLECTIVES[kind](operand_bytes, group)
         found = [Collective(*key, count[key], size[key]) for key in count]
@@ -123,17 +121,40 @@ class Program:
         slices and updates in place count what they touch. Buffers that TPU's compiler keeps on
         chip (memory space `S(1)`) count nothing, padding neither.
         """
-        traffic = (
-            runs * self._traffic(self.computations[computation], instruction)
-            for computation, instruction, runs in self._instructions()
-            if computation not in self._fused
-        )
-        return sum(traffic, start=0.0)
+        moved = 0.0
+        for computation, instruction, runs in self._instructions():
+            if computation not in self._fused and _kind(instruction) not in COLLECTIVES:
+                moved += runs * self._traffic(computation, instruction)
+        for computation, instruction, runs in self._communication():
+            operands = self._operand_types(computation, instruction)
+            started = instruction.opcode.endswith("-start")  # whose type repeats the operands
+            arrays = [instruction.type] if started else [*operands, instruction.type]
+            moved += runs * sum(type_bytes(type_, off_chip=True) for type_ in arrays)
+        return moved
 
     def _instructions(self) -> Iterator[tuple[str, Instruction, int]]:
         for computation, runs in self._runs.items():
             for instruction in self.computations[computation].values():
                 yield computation, instruction, runs
+
+    def _communication(self) -> Iterator[tuple[str, Instruction, int]]:
+        """Each collective once, with the times that it starts.
+
+        TPU's compiler spreads one over several fusions, whose computation it hides behind; what
+        they have in common is the channel. Those in between may lie in a loop.
+        """
+        channels: dict[str, tuple[str, Instruction, int]] = {}
+        for computation, instruction, runs in self._instructions():
+            if _kind(instruction) not in COLLECTIVES:
+                continue
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = channel[1] if channel and computation in self._fused else instruction.name
+            if key not in channels or runs < channels[key][2]:
+                channels[key] = (computation, instruction, runs)
+        yield from channels.values()
+
+    def _operand_types(self, computation: str, instruction: Instruction) -> list[str]:
+        return [self.computations[computation][name].type for name in instruction.operands]
 
     def _visit(self, name: str, runs: int) -> None:
         self._runs[name] += runs
@@ -188,21 +209,60 @@ class Program:
             return math.prod(int(part or sizes[axis]) for axis, part in axes)
         return self.num_devices
 
-    def _traffic(self, instructions: dict[str, Instruction], instruction: Instruction) -> float:
+    def _traffic(self, computation: str, instruction: Instruction) -> float:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done"):
             return 0.0
-        operands = [instructions[name].type for name in instruction.operands]
+        if opcode == "fusion":
+            return self._fusion_traffic(self._fused_by(instruction))
+        operands = self._operand_types(computation, instruction)
         if opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * type_bytes(instruction.type, off_chip=True)
         if opcode == "dynamic-update-slice":
             return 2 * type_bytes(operands[1], off_chip=True)
-        if opcode == "fusion":
-            callees = dict(_CALLEE.findall(instruction.attributes))
-            return _fusion_traffic(self.computations[callees["calls"].lstrip("%")])
         if opcode.endswith("-start"):  # its type repeats the operands
             return 2 * sum(type_bytes(type_, off_chip=True) for type_ in operands)
         return sum(type_bytes(type_, off_chip=True) for type_ in [*operands, instruction.type])
+
+    def _fused_by(self, fusion: Instruction) -> dict[str, Instruction]:
+        callees = dict(_CALLEE.findall(fusion.attributes))
+        return self.computations[callees["calls"].lstrip("%")]
+
+    def _fusion_traffic(self, fused: dict[str, Instruction]) -> float:
+        root = list(fused.values())[-1]
+        results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        parameters = [each for each in fused.values() if each.opcode == "parameter"]
+        moved = sum((_written(fused, result) for result in results), start=0.0)
+        return moved + sum(
+            self._read(fused, each) for each in parameters if type_bytes(each.type, off_chip=True)
+        )
+
+    def _read(self, fused: dict[str, Instruction], value: Instruction) -> float:
+        """Bytes of a fusion's parameter that its users look at."""
+        whole, total = type_bytes(value.type), 0.0
+        for user in fused.values():
+            for position, operand in enumerate(user.operands):
+                if operand == value.name:
+                    total += self._read_by(fused, user, position, whole)
+        return min(total, whole)
+
+    def _read_by(
+        self, fused: dict[str, Instruction], user: Instruction, position: int, whole: float
+    ) -> float:
+        if user.opcode == "tuple" or _kind(user) in COLLECTIVES:
+            return 0.0  # handed through
+        if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+            return type_bytes(user.type)
+        if user.opcode == "dynamic-update-slice" and position == 0:
+            return 0.0
+        if user.opcode == "bitcast":
+            return self._read(fused, user)
+        if user.opcode == "fusion":
+            inner = self._fused_by(user)
+            parameters = [each for each in inner.values() if each.opcode == "parameter"]
+            (parameter,) = (each for each in parameters if each.arguments == str(position))
+            return self._read(inner, parameter)
+        return whole
 
 
 def type_bytes(type_: str, *, off_chip: bool = False) -> float:
@@ -225,6 +285,10 @@ def _itemsize(dtype: str) -> float:
         return 1.0
     bits = re.search(r"\d+", dtype)
     return int(bits[0]) / 8 if bits else 0.0
+
+
+def _kind(instruction: Instruction) -> str:
+    return instruction.opcode.removesuffix("-start")
 
 
 def _parse(line: str) -> Instruction:
@@ -274,41 +338,17 @@ def _increment(body: dict[str, Instruction], index: int) -> int:
     return 1
 
 
-def _fusion_traffic(fused: dict[str, Instruction]) -> float:
-    users = collections.defaultdict(list)
-    for instruction in fused.values():
-        for position, operand in enumerate(instruction.operands):
-            users[operand].append((instruction, position))
-    root = list(fused.values())[-1]
-    results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    total = sum(_written(fused, result) for result in results)
-    for parameter in fused.values():
-        if parameter.opcode == "parameter" and type_bytes(parameter.type, off_chip=True):
-            total += _read(users, parameter)
-    return total
-
-
 def _written(fused: dict[str, Instruction], result: Instruction) -> float:
+    """Bytes of a fusion's result that are new."""
     if not type_bytes(result.type, off_chip=True):
         return 0.0
     while result.opcode == "bitcast":
         result = fused[result.operands[0]]
+    if result.opcode == "parameter" or _kind(result) in COLLECTIVES:
+        return 0.0  # handed through
     if result.opcode == "dynamic-update-slice":
         return type_bytes(fused[result.operands[1]].type)
     return type_bytes(result.type)
-
-
-def _read(users: dict[str, list[tuple[Instruction, int]]], value: Instruction) -> float:
-    """Bytes of a fusion's parameter that its users look at."""
-    total = 0.0
-    for user, position in users[value.name]:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-            total += type_bytes(user.type)
-        elif user.opcode == "bitcast":
-            total += _read(users, user)
-        elif user.opcode != "dynamic-update-slice" or position:
-            return type_bytes(value.type)
-    return min(total, type_bytes(value.type))
 
 
 def traced_flops(jaxpr: Any) -> float:

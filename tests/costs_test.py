@@ -116,6 +116,61 @@ def test_programs_of_the_tpu_compiler_are_understood():
     ]
 
 
+CHAIN_TEXT = """\
+%row (w: f32[50,8], n: s32[]) -> f32[1,8] {
+  %w = f32[50,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %cut = f32[1,8]{1,0} dynamic-slice(%w, %n), dynamic_slice_sizes={1,8}
+}
+
+%part (q: f32[2,8], r: f32[8,8], v: f32[50,8], m: s32[]) -> (f32[8,8], f32[1,8]) {
+  %q = f32[2,8]{1,0} parameter(0)
+  %r = f32[8,8]{1,0} parameter(1)
+  %v = f32[50,8]{1,0} parameter(2)
+  %m = s32[]{:S(2)} parameter(3)
+  %gather.1 = f32[8,8]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,1,2,3}}
+  %inner = f32[1,8]{1,0} fusion(%v, %m), kind=kLoop, calls=%row
+  %twice = f32[1,8]{1,0} add(%inner, %inner)
+  ROOT %out = (f32[8,8]{1,0}, f32[1,8]{1,0}) tuple(%gather.1, %twice)
+}
+
+%first (q: f32[2,8]) -> f32[8,8] {
+  %q0 = f32[2,8]{1,0} parameter(0)
+  ROOT %gather.0 = f32[8,8]{1,0} all-gather(%q0), channel_id=7, replica_groups={{0,1,2,3}}
+}
+
+%do (c: (f32[2,8], f32[8,8], f32[50,8], s32[])) -> f32[8,8] {
+  %c = (f32[2,8], f32[8,8], f32[50,8], s32[]) parameter(0)
+  %a = f32[2,8]{1,0} get-tuple-element(%c), index=0
+  %b = f32[8,8]{1,0} get-tuple-element(%c), index=1
+  %d = f32[50,8]{1,0} get-tuple-element(%c), index=2
+  %e = s32[]{:S(2)} get-tuple-element(%c), index=3
+  ROOT %middle = (f32[8,8]{1,0}, f32[1,8]{1,0}) fusion(%a, %b, %d, %e), kind=kCustom, calls=%part
+}
+
+%go (g: s32[]) -> pred[] {
+  %g = s32[] parameter(0)
+  ROOT %always = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[2,8]) -> f32[8,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %begin = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%first
+  ROOT %loop = f32[8,8] while(%begin), condition=%go, body=%do, {"known_trip_count":{"n":"5"}}
+}
+"""
+"""A gather that begins in one fusion and goes on, hidden, in those of a loop."""
+
+
+def test_collective_spread_over_fusions_counts_once():
+    assert Program(CHAIN_TEXT, 4).collectives() == [Collective("all-gather", 4, 1, 2 * 8 * 4.0 * 3)]
+
+
+def test_traffic_of_fusions_leaves_out_what_is_handed_through():
+    a_row, gathered = 8 * 4, (2 + 8) * 8 * 4
+    assert Program(CHAIN_TEXT, 4).memory_traffic() == 5 * (a_row + a_row) + gathered
+
+
 def test_loop_without_a_readable_bound_is_named():
     program = Program(TPU_TEXT.replace("direction=LT", "direction=NE"), DEVICES)
     assert program.unknown_loops == {"while.1"}
