@@ -16,18 +16,18 @@ from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
 from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 
-NUM_TOKENS = 16
+NUM_TOKENS = 32
 CODEBOOK_SIZE = 256
 
 
 def tokenizer(config: ml_collections.ConfigDict) -> None:
-    """16 tokens in 8 groups for a 32x32 image."""
+    """32 tokens in 4 groups for a 32x32 image; 2 of the 8 denoising steps per group."""
     config.task = "dar_tokenizer"
     config.model = common.block(
         TokenizerConfig(
             image_size=32,
             num_tokens=NUM_TOKENS,
-            num_groups=8,
+            num_groups=4,
             num_steps=8,
             codebook_size=CODEBOOK_SIZE,
             code_dim=4,
@@ -38,7 +38,9 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
                 patch_size=4,
                 dim=64,
                 depth=3,
-                head_dim=16,
+                # An image token learns where it is from how each head weighs the condition
+                # tokens of a step: it takes several of both.
+                head_dim=8,
                 rope_base=100.0,  # an 8x8 grid needs short wavelengths
                 time_shift=5.0,  # small pictures show through little noise: stay near the noise
                 feature_layer=None,
@@ -66,7 +68,7 @@ def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate:
 
 
 def dar(config: ml_collections.ConfigDict) -> None:
-    """A Llama over the tokenizer's 16 tokens."""
+    """A Llama over the tokenizer's 32 tokens."""
     config.task = "dar_prior"
     config.tokenizer = "runs/mnist/tokenizer/model"
     config.model = common.block(
