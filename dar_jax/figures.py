@@ -57,7 +57,7 @@ def prefixes(
         rows += [reference, *drawn]
     return images.labelled_grid(
         np.concatenate(rows),
-        [f"{count} tokens" for count in config.prefix_tokens],
+        [f"{count} token{'s' * (count != 1)}" for count in config.prefix_tokens],
         columns=1 + len(labels),
         header=["reference", *(class_name(pipeline, label) for label in labels.tolist())],
     )
