@@ -51,7 +51,8 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
     config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.compute.unroll = True
     config.data.batch_size = 32
-    short_schedule(config, steps=2500, learning_rate=1e-2)
+    config.optimizer.weight_decay = 0.1  # 4,500 pictures are few: held-out ones gain a point
+    short_schedule(config, steps=2800, learning_rate=1e-2)
 
 
 def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate: float) -> None:
@@ -64,7 +65,7 @@ def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate:
         decay_end=steps,
         ema_decay=0.99,
     )
-    config.train.update(steps=steps, log_every=50, checkpoint_every=500, image_every=500)
+    config.train.update(steps=steps, log_every=50, checkpoint_every=500, image_every=1000)
 
 
 def dar(config: ml_collections.ConfigDict) -> None:
@@ -85,8 +86,8 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.compute.unroll = True
     config.data.batch_size = 64
     config.optimizer.weight_decay = 0.05
-    short_schedule(config, steps=1000, learning_rate=4e-3)
-    config.sample.guidance_scale = (2.0,)
+    short_schedule(config, steps=500, learning_rate=4e-3)
+    config.sample.guidance_scale = (1.1, 3.0)
     config.sample.prefix_tokens = (1, 2, 4, 8)
 
 

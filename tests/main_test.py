@@ -87,11 +87,11 @@ def test_sample_mode_writes_grid_strip_and_indices(trained):
     assert "6 of 6 images" in output
     samples = np.load(root / "dar/samples/samples.npz")
     assert samples["labels"].tolist() == [7, 7, 7, 1, 1, 1]
-    assert samples["indices"].shape == (6, 16)
+    assert samples["indices"].shape == (6, 32)
     grid = Image.open(root / "dar/samples/grid.png")
     strip = Image.open(root / "dar/samples/previews.png")
     assert grid.height == strip.height  # two rows each
-    assert strip.width > grid.width  # eight previews against three images
+    assert strip.width > grid.width  # four previews against three images
 
 
 IN_THE_FLAGS = {

@@ -127,7 +127,7 @@ def test_to_torch_refuses_what_the_reference_cannot_hold(tmp_path):
     shapes = FunctionalModel(Tokenizer, config).abstract_params()
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     model_dir.save_model(tmp_path / "m", "dar_tokenizer", dataclasses.asdict(config), params, {})
-    with pytest.raises(ValueError, match="cannot hold max_tokens=16, only 1024"):
+    with pytest.raises(ValueError, match="cannot hold max_tokens=32, only 1024"):
         convert(TOKENIZER, tmp_path / "out", tmp_path / "m", to="torch")
     assert not (tmp_path / "out").exists()
 
