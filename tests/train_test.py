@@ -27,7 +27,7 @@ import sys
 from tests import train_test
 train_test.run(sys.argv[1], steps=int(sys.argv[2]))
 """
-KILL_TIMEOUT_S = 60
+KILL_TIMEOUT_S = 300
 SMALL = 2**16
 """Bytes; more than any file of a run has but for its checkpoints."""
 

@@ -77,7 +77,7 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The last complete step, or None."""
-        return max(self._manager.all_steps(read=True), default=None)
+        return max(ocp.utils.checkpoint_steps(self._directory), default=None)
 
     def describe_latest(self) -> str:
         """Name the last complete checkpoint, waiting for a save under way."""

@@ -91,7 +91,7 @@ def _join(arguments: Mapping[str, Any], timeout_s: float) -> None:
     def connect() -> None:
         try:
             jax.distributed.initialize(**arguments)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # raised again below, where it can be caught
             errors.append(error)
 
     thread = threading.Thread(target=connect, daemon=True)
@@ -103,8 +103,11 @@ def _join(arguments: Mapping[str, Any], timeout_s: float) -> None:
             f"the job's processes did not all meet at {where} within {timeout_s:g} s; check that "
             "every process runs and reaches process 0 there, or raise --join_timeout"
         )
-    if errors:
+    if not errors:
+        return
+    if isinstance(errors[0], RuntimeError | ValueError):
         raise ValueError(f"cannot join the job at {where}: {errors[0]}") from errors[0]
+    raise errors[0]
 
 
 def check_same_everywhere(settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,158 @@
+"""Jobs of several processes on this machine: joining, agreeing, dying, being preempted."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dar_jax.training import distributed
+from tests import train_test
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUN_JOB = """
+import sys, time
+from dar_jax.training import distributed
+process, address, workdir, pause = int(sys.argv[1]), *sys.argv[2:4], float(sys.argv[4])
+distributed.initialize(address, 2, process, timeout_s=120.0)
+from tests.training import distributed_test
+distributed_test.train_toy(workdir, pause)
+"""
+STEPS = 40
+TIMEOUT_S = 900
+"""A process that waits for a dead one gives up after 100 s."""
+
+
+def train_toy(workdir, pause):
+    """What each process of a job runs; `pause` seconds before every step."""
+    put_batch = train_test.train.sharding.put_batch
+
+    def slow_put_batch(*arguments):
+        time.sleep(pause)
+        return put_batch(*arguments)
+
+    train_test.train.sharding.put_batch = slow_put_batch
+    config = train_test.make_config(STEPS, log_every=3, checkpoint_every=10)
+    config.mesh = {"data": 2, "fsdp": 2}
+    train_test.train.train(config, workdir, train_test.ToyTask())
+
+
+def free_address():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def start(command):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def start_job(workdir, pause=0.0):
+    address = free_address()
+    return [start(["-c", RUN_JOB, i, address, workdir, pause]) for i in range(2)]
+
+
+def finish(processes):
+    """Wait for all; return the exit statuses and what was written to standard error."""
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
+def run_job(workdir):
+    status, errors = finish(start_job(workdir))
+    assert status == [0, 0], errors
+
+
+@pytest.mark.slow  # five runs of two processes: about 70 s on 2 idle cores
+def test_killed_and_preempted_jobs_end_as_the_uninterrupted_one(tmp_path):
+    run_job(tmp_path / "whole")
+
+    job = start_job(tmp_path / "killed", pause=0.2)
+    train_test.wait_for_step(job[0], tmp_path / "killed", step=10)
+    os.kill(job[1].pid, signal.SIGKILL)
+    status, _ = finish(job)
+    assert status[0] != 0 and status[1] == -signal.SIGKILL
+    run_job(tmp_path / "killed")
+    train_test.assert_same_run(tmp_path / "whole", tmp_path / "killed", STEPS)
+
+    job = start_job(tmp_path / "preempted", pause=0.2)
+    train_test.wait_for_step(job[0], tmp_path / "preempted", step=10)
+    os.kill(job[1].pid, signal.SIGTERM)
+    status, errors = finish(job)
+    assert status == [0, 0], errors
+    steps = [int(path.name) for path in (tmp_path / "preempted" / "checkpoints").iterdir()]
+    assert 10 < max(steps) < STEPS
+    assert not (tmp_path / "preempted" / "model").exists()
+    run_job(tmp_path / "preempted")
+    train_test.assert_same_run(tmp_path / "whole", tmp_path / "preempted", STEPS)
+
+
+def command_line(*arguments):
+    return ["-m", "dar_jax.main", "--config=configs/mnist.py:tokenizer", *arguments]
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_are_refused(tmp_path):
+    join = [f"--coordinator_address={free_address()}", "--num_processes=2"]
+    workdir = f"--workdir={tmp_path / 'new'}"
+    rates = ("--config.optimizer.learning_rate=0.5", "--config.optimizer.learning_rate=0.25")
+    status, errors = finish(
+        [
+            start(command_line(workdir, *join, f"--process_id={process}", rate))
+            for process, rate in enumerate(rates)
+        ]
+    )
+    assert status == [2, 2]
+    message = "process 1 has config.optimizer.learning_rate=0.25, process 0 has 0.5; start all"
+    for error in errors:
+        assert f"dar_jax: error: {message}" in error and "Traceback" not in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_coordinator_that_does_not_answer_is_one_line_in_time(tmp_path):
+    join = [f"--coordinator_address={free_address()}", "--num_processes=2", "--process_id=1"]
+    arguments = [f"--workdir={tmp_path / 'new'}", *join, "--join_timeout=1"]
+    status, (error,) = finish([start(command_line(*arguments))])
+    assert status == [2]
+    assert error.count("\n") == 1 and "did not all meet at 127.0.0.1:" in error and "1 s" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", None, 0), "belong together; got localhost:1, None, 0"),
+        (("localhost", 2, 0), "'localhost' must be HOST:PORT"),
+        (("localhost:1", 2, 2), "process_id 2 must be from 0 to num_processes - 1 = 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize(*arguments, timeout_s=1.0)
+
+
+def test_a_process_alone_joins_nothing(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    distributed.initialize(None, None, None, timeout_s=1.0)
+    distributed.check_same_everywhere({"config": {"a": 1}})
+    assert not distributed.jax.distributed.is_initialized()

@@ -1,0 +1,112 @@
+"""Every task has the same loss and gradients on one device and on any mesh of eight."""
+
+import jax
+import numpy as np
+import pytest
+
+from dar_jax.common import model_dir
+from dar_jax.models.dar.decoder import FlowDecoderConfig
+from dar_jax.models.dar.encoder import EncoderConfig
+from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
+from dar_jax.training import sharding
+from dar_jax.training.optimizer import OptimizerConfig
+from dar_jax.training.sharding import MeshConfig
+from dar_jax.training.state import create_state
+from dar_jax.training.step import make_train_step
+
+RTOL = 1e-6
+"""Of the loss, and of the gradient as one vector: sums over shards round differently in float32."""
+LEAF_RTOL = 1e-5
+"""Of each parameter's gradient: some are small sums of large terms."""
+NOISE = 1e-3
+"""Gradients this much smaller than the largest are rounding errors of sums that cancel, as those
+of the biases of keys, which the softmax does not see."""
+TOKENIZER = TokenizerConfig(
+    image_size=16,
+    num_tokens=4,
+    num_groups=2,
+    num_steps=2,
+    codebook_size=32,
+    code_dim=4,
+    max_tokens=4,
+    encoder=EncoderConfig(patch_size=8, dim=32, depth=2, head_dim=16),
+    condition=ConditionConfig(dim=32, depth=1, head_dim=16),
+    decoder=FlowDecoderConfig(patch_size=8, dim=32, depth=1, head_dim=16, feature_layer=None),
+)
+PRIOR = LlamaConfig(
+    num_layers=2, num_heads=2, dim=32, ffn_dim=64, vocab_size=32, num_tokens=4, num_classes=10
+)
+OPTIMIZER = OptimizerConfig(warmup_steps=0, b1=0.0, clip_norm=1e9, ema_decay=0.9)
+"""Without momentum and clipping, the first moment after one step is the gradient."""
+
+
+def perturbed(params, rng):
+    """Move parameters off their initial values, of which zeros would hide half the network."""
+    leaves, structure = jax.tree.flatten(params)
+    rngs = jax.random.split(rng, len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [x + 0.1 * jax.random.normal(rng, x.shape) for x, rng in zip(leaves, rngs, strict=True)],
+    )
+
+
+def loss_and_gradients(task, mesh):
+    """Run one train step from the same parameters on the same batch."""
+    params = perturbed(task.init(jax.random.key(1)), jax.random.key(2))
+    params = sharding.put(params, mesh)
+    state = create_state(task, OPTIMIZER, jax.random.key(0), mesh=mesh, params=params)
+    step = make_train_step(task, OPTIMIZER, jax.tree.map(lambda leaf: leaf.sharding, state))
+    rng = np.random.default_rng(0)
+    batch = {
+        "pixels": rng.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, 16, dtype=np.int32),
+    }
+    frozen = sharding.put(task.frozen(), mesh)
+    state, metrics = step(state, sharding.put_batch(batch, mesh), frozen)
+    return float(metrics.loss.compute()), jax.device_get(state.opt_state[1][0].mu)
+
+
+@pytest.fixture(scope="module", params=["tokenizer", "prior"])
+def task(request, tmp_path_factory):
+    tokenizer = DarTokenizerTask(TOKENIZER, TokenizerLossConfig(), Compute())
+    if request.param == "tokenizer":
+        return tokenizer
+    directory = tmp_path_factory.mktemp("models") / "tokenizer"
+    params = perturbed(tokenizer.init(jax.random.key(3)), jax.random.key(4))
+    model_dir.save_model(directory, tokenizer.kind, tokenizer.model_config(), params, {})
+    return DarPriorTask(PRIOR, str(directory), Compute())
+
+
+@pytest.fixture(scope="module")
+def expected(task):
+    return loss_and_gradients(task, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_device(task, expected, shape, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**6)
+    loss, gradients = loss_and_gradients(task, sharding.make_mesh(MeshConfig(*shape)))
+    assert loss == pytest.approx(expected[0], rel=RTOL)
+    norms = jax.tree.map(np.linalg.norm, expected[1])
+    errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b), gradients, expected[1])
+    total = [np.linalg.norm(jax.tree.leaves(tree)) for tree in (errors, norms)]
+    assert total[0] <= RTOL * total[1]
+    largest = max(jax.tree.leaves(norms))
+    ratios = jax.tree.map(lambda e, norm: e / max(norm, NOISE * largest), errors, norms)
+    assert {k: v for k, v in named(ratios).items() if v > LEAF_RTOL} == {}
+
+
+def named(tree):
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in pairs}
