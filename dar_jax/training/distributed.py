@@ -3,6 +3,7 @@
 The engine is `jax.distributed`; a single process needs none of it.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -69,8 +70,9 @@ def initialize(
 
 def _in_cluster() -> bool:
     slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    tpu = any(name in os.environ for name in TPU_VARIABLES)
-    return slurm or tpu or any(pathlib.Path(path).exists() for path in TPU_DEVICES)
+    pod = any(name in os.environ for name in TPU_VARIABLES)
+    chips = any(pathlib.Path(path).exists() for path in TPU_DEVICES)
+    return slurm or pod or (chips and importlib.util.find_spec("libtpu") is not None)
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> None:
