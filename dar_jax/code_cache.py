@@ -74,9 +74,9 @@ def write_codes(config: ml_collections.ConfigDict, workdir: str, pictures_per_sh
         seen = data if split == "train" else dataclasses.replace(data, crop="center", flip=False)
         examples = _read(sources[split], pictures, seen, tally=tallies[split])
         progress = Progress(len(pictures))
-        for crops, label in encoder.encode(examples, len(pictures), num_crops(seen)):
-            progress.add(1)
-            yield codes.pack(crops, label)
+        for group in encoder.encode(examples, len(pictures), num_crops(seen)):
+            progress.add(len(group))
+            yield from (codes.pack(crops, label) for crops, label in group)
 
     shards.write_splits(open_workdir(workdir), contents, records)
 
@@ -133,8 +133,8 @@ class Encoder:
         examples: Iterator[tuple[UInt8[np.ndarray, "crops _ _ 3"], int]],
         num_pictures: int,
         num_crops: int,
-    ) -> Iterator[tuple[Int[np.ndarray, "crops N"], int]]:
-        """Yield the codes of all crops of every picture, and its label, in order.
+    ) -> Iterator[list[tuple[Int[np.ndarray, "crops N"], int]]]:
+        """Yield the codes of all crops of every picture, and its label, in order, in groups.
 
         Args:
             examples: crops and labels.
@@ -151,19 +151,18 @@ class Encoder:
             indices = _encode(self._model, self._params, rows)
             # The devices are at one batch while the one before is fetched.
             if pending is not None:
-                yield from _by_picture(*pending)
+                yield _by_picture(*pending)
             pending = (group, indices)
         if pending is not None:
-            yield from _by_picture(*pending)
+            yield _by_picture(*pending)
 
 
 def _by_picture(
     group: Sequence[tuple[np.ndarray, int]], indices: Int[Array, "rows N"]
-) -> Iterator[tuple[Int[np.ndarray, "crops N"], int]]:
-    rows, first = np.asarray(indices), 0
-    for crops, label in group:
-        yield rows[first : first + len(crops)], label
-        first += len(crops)
+) -> list[tuple[Int[np.ndarray, "crops N"], int]]:
+    ends = np.cumsum([len(crops) for crops, _ in group])
+    rows = np.split(np.asarray(indices), ends)[: len(group)]  # the rest is padding
+    return [(codes_of, label) for codes_of, (_, label) in zip(rows, group, strict=True)]
 
 
 def _read(

@@ -29,7 +29,7 @@ class DataConfig:
     """The data of one run.
 
     Attributes:
-        source: "folder", "records", "tar", "tfds:NAME", "mnist" or "synthetic".
+        source: "folder", "records", "codes", "tar", "tfds:NAME", "mnist" or "synthetic".
         path: directory of the data; for tfds its data_dir, "" being tfds's own.
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.

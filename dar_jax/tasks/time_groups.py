@@ -40,4 +40,8 @@ def group_average(group: int) -> type[metrics.Metric]:
         def from_model_output(cls, *, group_sums: Array, **_) -> "GroupAverage":
             return cls(total=group_sums[0, group], count=group_sums[1, group])
 
+        def compute(self) -> Array:
+            mean = self.total / jnp.maximum(self.count, 1.0)
+            return jnp.where(self.count > 0, mean, jnp.nan)
+
     return GroupAverage

@@ -97,8 +97,12 @@ class Interval:
             self.restart_clock(step)
 
     def take(self, step: int) -> dict[str, float]:
-        """Return the averages under their logged names and begin anew."""
-        values = {f"train/{name}": float(v) for name, v in self._metrics.compute().items()}
+        """Return the averages under their logged names and begin anew.
+
+        Means of nothing (NaN), such as the loss of a time group that was not drawn, are left out.
+        """
+        averages = {f"train/{name}": float(v) for name, v in self._metrics.compute().items()}
+        values = {name: value for name, value in averages.items() if not np.isnan(value)}
         start_step, start_time = self._start
         if step > start_step:
             seconds = (time.monotonic() - start_time) / (step - start_step)

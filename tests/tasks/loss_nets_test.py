@@ -113,6 +113,8 @@ def check_time_groups(task, out):
     group = int(jnp.argmax(counts))
     metric = task.metrics()[f"flow_loss_{group + 1}"].from_model_output(**out)
     assert metric.merge(metric).compute() == pytest.approx(float(sums[group] / counts[group]))
+    empty = {"group_sums": jnp.zeros_like(out["group_sums"])}
+    assert np.isnan(task.metrics()["flow_loss_1"].from_model_output(**empty).compute())
 
 
 def test_time_group_is_that_of_the_window():

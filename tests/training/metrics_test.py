@@ -48,6 +48,13 @@ def test_interval_averages_and_starts_anew(monkeypatch):
     assert interval.take(4) == {"train/loss": 7.0, "train/grad_norm": 14.0, "train/mse": 21.0}
 
 
+def test_mean_of_nothing_is_left_out():
+    interval = metrics.Interval(16, flops_per_image=1.0, devices=jax.devices()[:1])
+    measured = dict(loss=jnp.ones(()), grad_norm=jnp.ones(()), mse=jnp.nan * jnp.ones(()))
+    interval.add(1, metrics.collection(ToyTask()).single_from_model_output(**measured))
+    assert interval.take(1) == {"train/loss": 1.0, "train/grad_norm": 1.0}
+
+
 def test_performance_of_a_known_chip_has_mfu():
     devices = [types.SimpleNamespace(device_kind="TPU v5 lite", core_on_chip=0)] * 2
     values = metrics.performance(0.5, 100, flops_per_image=1e12, devices=devices)
