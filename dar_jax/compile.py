@@ -131,7 +131,7 @@ def find_devices(topology: str) -> Sequence[Any]:
                 f"compile.topology={topology} needs TPU's compiler: pip install -e '.[tpu]'"
             ) from error
         raise ValueError(
-            f"unknown compile.topology {topology!r} ({error}); examples: {EXAMPLES}, {LOCAL}"
+            f"no compile.topology {topology!r}: {error}; examples: {EXAMPLES}, {LOCAL}"
         ) from error
 
 
