@@ -147,8 +147,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str) -> None:
         "dim": pipeline.prior.config.dim,
         "repeats": settings.repeats,
         "bandwidth": speed.bandwidth,
-        "read_bandwidth": speed.read_bandwidth,
-        "copy_bandwidth": speed.copy_bandwidth,
+        "product_bandwidth": speed.product_bandwidth,
         "matmul_flops": speed.flops,
     }
     rows = []
@@ -328,8 +327,8 @@ def describe(context: dict[str, Any]) -> str:
         f"{context['device']}, jax {context['jax']}, {context['dtype']}, {context['weights']} "
         f"weights; {context['num_layers']} layers of width {context['dim']}; bounds from "
         f"{context['bandwidth'] / GIGA:.4g} GB/s (one matrix-vector product: "
-        f"{context['read_bandwidth'] / GIGA:.4g}) and {context['matmul_flops'] / GIGA:.4g} GFLOP/s "
-        f"measured in this run; medians of {context['repeats']}"
+        f"{context['product_bandwidth'] / GIGA:.4g}) and "
+        f"{context['matmul_flops'] / GIGA:.4g} GFLOP/s measured in this run; medians of {context['repeats']}"
     )
 
 

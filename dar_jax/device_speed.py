@@ -5,7 +5,6 @@ unless it fits in a cache.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,20 +25,15 @@ class DeviceSpeed:
     """Measured speed of one device.
 
     Attributes:
-        read_bandwidth: bytes/s of a matrix-vector product, which reads its weights as decoding
-            does.
-        copy_bandwidth: bytes/s, read and written, of an update in place.
+        bandwidth: bytes/s at which the memory can be read, as decoding reads its weights: the
+            better one of a sum and a matrix-vector product.
+        product_bandwidth: bytes/s of the matrix-vector product.
         flops: FLOP/s of a matrix product.
     """
 
-    read_bandwidth: float
-    copy_bandwidth: float
+    bandwidth: float
+    product_bandwidth: float
     flops: float
-
-    @property
-    def bandwidth(self) -> float:
-        """What the memory can do: on CPU one product alone does not saturate it."""
-        return max(self.read_bandwidth, self.copy_bandwidth)
 
     def seconds(self, num_bytes: int, num_flops: int) -> float:
         """Least time to move the bytes and do the FLOPs, one hidden behind the other."""
@@ -49,32 +43,24 @@ class DeviceSpeed:
 def measure(dtype: jnp.dtype) -> DeviceSpeed:
     """Measure the default device at a dtype."""
     size = MATMUL_SIZES.get(jax.default_backend(), LARGE_MATMUL_SIZE)
+    product = _product_bandwidth(dtype, size)
     return DeviceSpeed(
-        read_bandwidth=_read_bandwidth(dtype, size),
-        copy_bandwidth=_copy_bandwidth(dtype),
+        # On CPU one product alone does not saturate the memory.
+        bandwidth=max(product, _sum_bandwidth(dtype)),
+        product_bandwidth=product,
         flops=_matmul_flops(dtype, size),
     )
 
 
-def _read_bandwidth(dtype: jnp.dtype, width: int) -> float:
+def _product_bandwidth(dtype: jnp.dtype, width: int) -> float:
     weights = jnp.ones((PROBE_BYTES // (width * dtype.itemsize), width), dtype)
     vector = jnp.ones((1, len(weights)), dtype)
     return weights.nbytes / best_seconds(jax.jit(jnp.matmul), vector, weights)
 
 
-def _copy_bandwidth(dtype: jnp.dtype) -> float:
-    # In place: a copy to fresh memory would measure the allocator.
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(array: jax.Array) -> jax.Array:
-        return array + 1
-
+def _sum_bandwidth(dtype: jnp.dtype) -> float:
     array = jnp.ones(PROBE_BYTES // dtype.itemsize, dtype)
-    num_bytes = 2 * array.nbytes
-    seconds = []
-    for _ in range(REPEATS + 1):
-        array, elapsed = timed(update, array)
-        seconds.append(elapsed)
-    return num_bytes / min(seconds[1:])
+    return array.nbytes / best_seconds(jax.jit(jnp.sum), array)
 
 
 def _matmul_flops(dtype: jnp.dtype, size: int) -> float:

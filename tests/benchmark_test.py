@@ -87,7 +87,7 @@ def test_benchmark_writes_every_measurement_beside_its_bound(config, tmp_path, c
         if line["phase"] == "tokens":
             assert line["tokens_per_second"] == pytest.approx(4 * line["images_per_second"])
     assert "random weights" in caplog.text
-    assert "about 0 s left" in caplog.text
+    assert re.search(r"about \d+ s left", caplog.text)
     # The table ends the output: a title, the column names and a line per measurement.
     assert len(caplog.messages[-1].splitlines()) == 1 + 1 + 1 + len(expected)
 
@@ -170,5 +170,5 @@ def test_released_sizes_take_the_default_tokenizer(tmp_path, monkeypatch):
 
 def test_device_speed_is_positive_and_finite():
     speed = device_speed.measure(jnp.dtype("bfloat16"))
-    assert 0 < speed.read_bandwidth <= speed.bandwidth < math.inf
+    assert 0 < speed.product_bandwidth <= speed.bandwidth < math.inf
     assert 0 < speed.flops < math.inf

@@ -9,7 +9,7 @@ from dar_jax.models.dar.llama import SIZES, LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.sampling_bounds import SamplingBounds
 
-H200 = DeviceSpeed(read_bandwidth=4.3e12, copy_bandwidth=4.3e12, flops=790e12)
+H200 = DeviceSpeed(bandwidth=4.3e12, product_bandwidth=4.3e12, flops=790e12)
 SMALL_TRAFFIC = 0.04  # the published bounds also count written caches and logits
 
 
