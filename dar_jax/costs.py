@@ -140,18 +140,18 @@ class Program:
     def _communication(self) -> Iterator[tuple[str, Instruction, int]]:
         """Each collective once, with the times that it starts.
 
-        TPU's compiler spreads one over several fusions, whose computation it hides behind; what
-        they have in common is the channel. Those in between may lie in a loop.
+        TPU's compiler spreads one over several fusions, whose computation it hides behind, and
+        names the chain; its links in between may lie in a loop.
         """
-        channels: dict[str, tuple[str, Instruction, int]] = {}
+        chains: dict[Any, tuple[str, Instruction, int]] = {}
         for computation, instruction, runs in self._instructions():
             if _kind(instruction) not in COLLECTIVES:
                 continue
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            key = channel[1] if channel and computation in self._fused else instruction.name
-            if key not in channels or runs < channels[key][2]:
-                channels[key] = (computation, instruction, runs)
-        yield from channels.values()
+            links = re.findall(r"(?:chain_id=\"|channel_id=)(\d+)", instruction.attributes)
+            key = tuple(links) if "chain_id" in instruction.attributes else instruction.name
+            if key not in chains or runs < chains[key][2]:
+                chains[key] = (computation, instruction, runs)
+        yield from chains.values()
 
     def _operand_types(self, computation: str, instruction: Instruction) -> list[str]:
         return [self.computations[computation][name].type for name in instruction.operands]
@@ -202,7 +202,7 @@ class Program:
         listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
         if listed:
             return len(listed[1].split(","))
-        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
         if mesh:
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
             axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
@@ -220,8 +220,11 @@ class Program:
             return 2 * type_bytes(instruction.type, off_chip=True)
         if opcode == "dynamic-update-slice":
             return 2 * type_bytes(operands[1], off_chip=True)
-        if opcode.endswith("-start"):  # its type repeats the operands
-            return 2 * sum(type_bytes(type_, off_chip=True) for type_ in operands)
+        if opcode.endswith("-start"):  # of a copy or a slice; its type repeats the operands
+            source = type_bytes(operands[0])
+            is_read = type_bytes(operands[0], off_chip=True) > 0
+            written = type_bytes(instruction.type, off_chip=True) - source * is_read
+            return written + (type_bytes(instruction.type) - source) * is_read
         return sum(type_bytes(type_, off_chip=True) for type_ in [*operands, instruction.type])
 
     def _fused_by(self, fusion: Instruction) -> dict[str, Instruction]:

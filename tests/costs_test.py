@@ -89,7 +89,7 @@ HloModule jit_step, is_scheduled=true
   %two = u32[]{:T(128)} constant(2)
   %next = u32[]{:T(128)} add(%i, %two)
   %x = bf16[16,256]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%s), index=1
-  %start = (bf16[16,256], bf16[16,1024]) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=4]{'b'}
+  %start = (bf16[16,256], bf16[16,1024]) all-gather-start(%x), GROUPS
   %done = bf16[16,1024]{1,0:T(8,128)(2,1)} all-gather-done(%start)
   ROOT %result = (u32[]{:T(128)}, bf16[16,256]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, %x)
 }
@@ -108,8 +108,12 @@ ENTRY %main (g: f32[8,16], x0: bf16[16,256]) -> f32[2,16] {
 reduce-scatters as fusions."""
 
 
+MESH_GROUPS = "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}"
+
+
 def test_programs_of_the_tpu_compiler_are_understood():
-    found = Program(TPU_TEXT, DEVICES).collectives()
+    text = TPU_TEXT.replace("GROUPS", MESH_GROUPS)
+    found = Program(text, DEVICES).collectives()
     assert found == [
         Collective("all-gather", 4, 3, 3.0 * 16 * 256 * 2 * 3),
         Collective("reduce-scatter", 4, 1, 8 * 16 * 4 * 3 / 4),
@@ -128,7 +132,7 @@ CHAIN_TEXT = """\
   %r = f32[8,8]{1,0} parameter(1)
   %v = f32[50,8]{1,0} parameter(2)
   %m = s32[]{:S(2)} parameter(3)
-  %gather.1 = f32[8,8]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,1,2,3}}
+  %gather.1 = f32[8,8]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,1,2,3}}, {chain_id="0"}
   %inner = f32[1,8]{1,0} fusion(%v, %m), kind=kLoop, calls=%row
   %twice = f32[1,8]{1,0} add(%inner, %inner)
   ROOT %out = (f32[8,8]{1,0}, f32[1,8]{1,0}) tuple(%gather.1, %twice)
@@ -136,7 +140,7 @@ CHAIN_TEXT = """\
 
 %first (q: f32[2,8]) -> f32[8,8] {
   %q0 = f32[2,8]{1,0} parameter(0)
-  ROOT %gather.0 = f32[8,8]{1,0} all-gather(%q0), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %gather.0 = f32[8,8] all-gather(%q0), channel_id=7, replica_groups={{0,1,2,3}}, {chain_id="0"}
 }
 
 %do (c: (f32[2,8], f32[8,8], f32[50,8], s32[])) -> f32[8,8] {

@@ -1,0 +1,105 @@
+"""Training the prior: what saves memory changes neither loss nor gradients; which work counts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dar_jax.common import model_dir
+from dar_jax.models.dar import work
+from dar_jax.models.dar.decoder import FlowDecoderConfig
+from dar_jax.models.dar.encoder import EncoderConfig
+from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import ConditionConfig, Tokenizer, TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.training import sharding
+from dar_jax.training.optimizer import OptimizerConfig
+from dar_jax.training.sharding import MeshConfig
+from dar_jax.training.state import create_state
+from dar_jax.training.step import make_train_step
+
+RTOL = 1e-6
+"""Of the gradient as one vector: sums in another order."""
+TOKENIZER = TokenizerConfig(
+    image_size=16,
+    num_tokens=8,
+    num_groups=2,
+    num_steps=2,
+    codebook_size=32,
+    code_dim=4,
+    max_tokens=8,
+    encoder=EncoderConfig(patch_size=8, dim=32, depth=1, head_dim=16),
+    condition=ConditionConfig(dim=32, depth=1, head_dim=16),
+    decoder=FlowDecoderConfig(patch_size=8, dim=32, depth=1, head_dim=16, feature_layer=None),
+)
+PRIOR = LlamaConfig(
+    num_layers=2,
+    num_heads=2,
+    dim=32,
+    ffn_dim=64,
+    vocab_size=32,
+    num_tokens=8,
+    num_classes=10,
+    token_dropout=0.0,
+    residual_dropout=0.0,
+    label_dropout=0.0,
+)
+"""Without dropout a step does not depend on how its random numbers are drawn."""
+OPTIMIZER = OptimizerConfig(warmup_steps=0, b1=0.0, clip_norm=1e9, ema_decay=0.0)
+"""Without momentum and clipping, the first moment after one step is the gradient."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tokenizer"
+    params = FunctionalModel(Tokenizer, TOKENIZER).init(jax.random.key(0))
+    model_dir.save_model(path, "dar_tokenizer", dataclasses.asdict(TOKENIZER), params, {})
+    return str(path)
+
+
+def step_of(task, accumulation=1):
+    """Loss and gradient of one step on 8 images over 4 devices, from parameters off zero."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    params = task.init(jax.random.key(1))
+    params["output"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(2), (32, 32))
+    state = create_state(
+        task, OPTIMIZER, jax.random.key(0), mesh=mesh, params=sharding.put(params, mesh)
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(task, OPTIMIZER, shardings, accumulation=accumulation)
+    rng = np.random.default_rng(0)
+    batch = {
+        "pixels": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, 8, dtype=np.int32),
+    }
+    frozen = sharding.put(task.frozen(), mesh)
+    state, metrics = step(state, sharding.put_batch(batch, mesh), frozen)
+    leaves = jax.tree.leaves(jax.device_get(state.opt_state[1][0].mu))
+    return float(metrics.loss.compute()), np.concatenate([leaf.ravel() for leaf in leaves])
+
+
+@pytest.fixture(scope="module")
+def plain(directory):
+    return step_of(DarPriorTask(PRIOR, directory, Compute()))
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation"),
+    [({"loss_chunks": 4, "remat": "dots"}, 1), ({"loss_chunks": 2, "remat": "blocks"}, 2)],
+)
+def test_what_saves_memory_changes_no_gradient(directory, plain, options, accumulation):
+    loss, gradient = step_of(DarPriorTask(PRIOR, directory, Compute(**options)), accumulation)
+    assert loss == pytest.approx(plain[0], rel=RTOL)
+    assert np.linalg.norm(plain[1]) > 0.1
+    assert np.linalg.norm(gradient - plain[1]) <= RTOL * np.linalg.norm(plain[1])
+
+
+def test_cached_codes_spare_the_work_of_encoding(directory):
+    encoding, cached = (
+        DarPriorTask(PRIOR, directory, Compute(), from_codes=codes) for codes in (False, True)
+    )
+    assert cached.flops_per_image == work.prior_train_flops(PRIOR)
+    assert encoding.flops_per_image - cached.flops_per_image == work.encode_flops(TOKENIZER)
