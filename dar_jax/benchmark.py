@@ -328,7 +328,8 @@ def describe(context: dict[str, Any]) -> str:
         f"weights; {context['num_layers']} layers of width {context['dim']}; bounds from "
         f"{context['bandwidth'] / GIGA:.4g} GB/s (one matrix-vector product: "
         f"{context['product_bandwidth'] / GIGA:.4g}) and "
-        f"{context['matmul_flops'] / GIGA:.4g} GFLOP/s measured in this run; medians of {context['repeats']}"
+        f"{context['matmul_flops'] / GIGA:.4g} GFLOP/s, "
+        f"measured in this run; medians of {context['repeats']}"
     )
 
 
