@@ -139,8 +139,8 @@ CHAIN_TEXT = """\
 }
 
 %first (q: f32[2,8]) -> f32[8,8] {
-  %q0 = f32[2,8]{1,0} parameter(0)
-  ROOT %gather.0 = f32[8,8] all-gather(%q0), channel_id=7, replica_groups={{0,1,2,3}}, {chain_id="0"}
+  %p = f32[2,8] parameter(0)
+  ROOT %gather.0 = f32[8,8] all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, {chain_id="0"}
 }
 
 %do (c: (f32[2,8], f32[8,8], f32[50,8], s32[])) -> f32[8,8] {
