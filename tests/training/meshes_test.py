@@ -70,7 +70,7 @@ def loss_and_gradients(task, mesh):
     return float(metrics.loss.compute()), jax.device_get(state.opt_state[1][0].mu)
 
 
-@pytest.fixture(scope="module", params=["tokenizer", "prior"])
+@pytest.fixture(scope="module", params=[pytest.param("tokenizer", marks=pytest.mark.slow), "prior"])
 def task(request, tmp_path_factory):
     tokenizer = DarTokenizerTask(TOKENIZER, TokenizerLossConfig(), Compute())
     if request.param == "tokenizer":
