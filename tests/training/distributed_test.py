@@ -116,7 +116,7 @@ def assert_same_end(workdir, other):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.slow  # five runs of two processes: about 70 s on 2 idle cores
+@pytest.mark.slow  # 3 minutes, half of which the survivor of a kill takes to notice
 def test_killed_and_preempted_jobs_end_as_the_uninterrupted_one(tmp_path):
     run_job(tmp_path / "whole")
 
