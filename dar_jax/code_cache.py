@@ -53,6 +53,11 @@ def write_codes(config: ml_collections.ConfigDict, workdir: str, pictures_per_sh
             f"config.data.crop={data.crop!r} never repeats a crop, so its codes cannot be cached; "
             f"use {' or '.join(CROPS)}"
         )
+    if data.padding:
+        raise ValueError(
+            f"config.data.padding={data.padding} moves a picture anew every time, so its codes "
+            "cannot be cached; use 0"
+        )
     encoder = Encoder(config.tokenizer, data.image_size)
     sources = {split: load_source(data, split) for split in SPLITS}
     contents = {

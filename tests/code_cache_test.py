@@ -203,6 +203,7 @@ def test_truncated_shard_is_refused(folder, tokenizer, whole, tmp_path):
     ("change", "message"),
     [
         ({"data.crop": "random"}, "data.crop='random' never repeats"),
+        ({"data.padding": 2}, "data.padding=2 moves a picture anew every time"),
         ({"data.image_size": 32}, "image_size=32, but .* takes images of 16"),
         ({"tokenizer": "/nowhere"}, "/nowhere is not a readable model directory"),
     ],

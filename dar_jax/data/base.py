@@ -37,6 +37,8 @@ class DataConfig:
         image_size: height and width of a training example, in pixels.
         crop: how a picture becomes a training example, see `transforms.CROPS`; the others are
             cropped at the centre.
+        padding: pixels that a training example gets on all sides before a square of its size is cut
+            out of it again: it is moved by up to as many along each axis; 0: it stays.
         flip: mirror every other training example.
         batch_size: pictures per step over all processes.
         num_threads: readers per process.
@@ -51,6 +53,7 @@ class DataConfig:
     test_fraction: float = 0.02
     image_size: int = 32
     crop: str = "center"
+    padding: int = 0
     flip: bool = False
     batch_size: int = 128
     num_threads: int = 8
@@ -61,8 +64,9 @@ class DataConfig:
         for name in ("image_size", "batch_size", "num_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers {self.num_workers} is negative")
+        for name in ("padding", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is negative")
         if self.crop not in CROPS:
             raise ValueError(f"unknown crop {self.crop!r}; available: {', '.join(CROPS)}")
         if not 0 < self.test_fraction < 1:

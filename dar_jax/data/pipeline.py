@@ -23,7 +23,7 @@ from dar_jax.common.typing import Any, UInt8
 from dar_jax.data.base import DataConfig, Source
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
 from dar_jax.data.sources import load_source
-from dar_jax.data.transforms import CROPS, center_crop, mirror
+from dar_jax.data.transforms import CROPS, center_crop, mirror, random_shift
 
 PREFETCHED_BATCHES = 2
 FLIP_PROBABILITY = 0.5
@@ -81,8 +81,10 @@ class TrainingExamples:
 def augment(
     pixels: UInt8[np.ndarray, "_ _ 3"], config: DataConfig, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Crop a picture, and mirror it or not, as the config says."""
+    """Crop a picture, move it, and mirror it or not, as the config says."""
     pixels = CROPS[config.crop](pixels, config.image_size, rng)
+    if config.padding:
+        pixels = random_shift(pixels, config.padding, rng)
     return mirror(pixels) if config.flip and rng.random() < FLIP_PROBABILITY else pixels
 
 

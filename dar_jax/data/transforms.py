@@ -72,6 +72,18 @@ def random_ten_crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixe
     return ten_crop(pixels, size)[rng.integers(10)]
 
 
+def random_shift(pixels: Pixels, padding: int, rng: np.random.Generator) -> Pixels:
+    """Repeat the border pixels `padding` times on all sides and cut out a picture of the old size.
+
+    The place is uniform, so the content moves by -padding .. padding pixels along each axis.
+    Repeating the border suits any background; for CIFAR it is zeros (He et al. 2016, section 4.2).
+    """
+    height, width, _ = pixels.shape
+    padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), "edge")
+    top, left = rng.integers(2 * padding, size=2, endpoint=True)
+    return padded[top : top + height, left : left + width]
+
+
 def mirror(pixels: Pixels) -> Pixels:
     """Exchange left and right."""
     return pixels[:, ::-1]

@@ -1,5 +1,7 @@
 """Input pipeline: order, epochs, shards, restoring."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,30 @@ def test_order_depends_on_the_seed_alone():
         _keys(_take(pipeline.train_iterator(CONFIG, seed), 3)) for seed in (1, 1, 2)
     )
     assert first == again and first != other
+
+
+def test_padding_moves_training_examples_by_record_and_leaves_evaluation_alone():
+    config = dataclasses.replace(CONFIG, padding=1)
+    iterator = pipeline.train_iterator(config, seed=0)
+    first, second = (_take(iterator, BATCHES_PER_EPOCH) for _ in range(2))
+    still = pipeline.train_iterator(CONFIG, seed=0)
+    for moved, original in zip(np.concatenate(first), np.concatenate(_take(still, 6)), strict=True):
+        padded = np.pad(original, ((1, 1), (1, 1), (0, 0)), "edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, original.shape)
+        assert (moved == windows.reshape(9, *original.shape)).all(axis=(1, 2, 3)).any()
+    assert len(set(_keys(first)) & set(_keys(second))) < NUM_PICTURES / 2  # drawn anew: 1 in 9
+    fresh = pipeline.train_iterator(config, seed=0)
+    fresh.set_state({"next_index": BATCHES_PER_EPOCH})
+    np.testing.assert_array_equal(_take(fresh, BATCHES_PER_EPOCH), second)
+    for moved, original in zip(
+        pipeline.eval_batches(config, "test"), pipeline.eval_batches(CONFIG, "test"), strict=True
+    ):
+        np.testing.assert_array_equal(moved["pixels"], original["pixels"])
+
+
+def test_negative_padding_is_refused():
+    with pytest.raises(ValueError, match="padding -1 is negative"):
+        dataclasses.replace(CONFIG, padding=-1)
 
 
 def test_restored_iterator_continues_where_it_was():

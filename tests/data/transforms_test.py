@@ -1,5 +1,6 @@
 """Crops against ADM's arithmetic, written out here with Pillow's calls alone."""
 
+import collections
 import math
 
 import numpy as np
@@ -103,3 +104,20 @@ def test_random_ten_crop_takes_each_of_the_ten():
     rng = np.random.default_rng(0)
     found = {transforms.random_ten_crop(pixels, 30, rng).tobytes() for _ in range(200)}
     assert found == set(crops) and len(found) == 10
+
+
+def test_random_shift_moves_the_content_by_up_to_the_padding_and_repeats_the_border():
+    pixels, padding = picture(9, 12), 2
+    rows, columns = np.arange(9), np.arange(12)
+    expected = {
+        (down, right): pixels[np.clip(rows - down, 0, 8)][:, np.clip(columns - right, 0, 11)]
+        for down in range(-padding, padding + 1)
+        for right in range(-padding, padding + 1)
+    }
+    shifts = {moved.tobytes(): shift for shift, moved in expected.items()}
+    rng = np.random.default_rng(0)
+    counts = collections.Counter(
+        shifts[transforms.random_shift(pixels, padding, rng).tobytes()] for _ in range(1000)
+    )
+    assert set(counts) == set(expected) and len(shifts) == 25
+    assert min(counts.values()) > 15  # of 40: the draws are uniform
