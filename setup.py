@@ -26,6 +26,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12",
         "pillow",
         "safetensors",
+        "scipy",
         "tensorboardX",
         "tensorflow-datasets",
     ],

@@ -34,7 +34,7 @@ class ConvertConfig:
             `hf://owner/name/file`; towards torch a model directory, where empty is WORKDIR/model.
         to: "jax" writes the model directory WORKDIR/model, "torch" writes WORKDIR/KIND.safetensors
             under the reference's names.
-        net: towards jax, a network of the tokenizer's loss instead of config.task: one of
+        net: towards jax, a frozen network of losses or evaluation instead of config.task: one of
             `frozen.NETS`, which says what `source` is then.
     """
 
@@ -93,7 +93,7 @@ def to_jax(source: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
 
 
 def frozen_to_jax(net: str, source: str, workdir: pathlib.Path) -> None:
-    """Write the model directory of a network of the tokenizer's loss."""
+    """Write the model directory of a frozen network of losses or evaluation."""
     if not source:
         raise ValueError("config.convert.source is empty: name a path or hf://owner/name/file")
     state_dict = {}

