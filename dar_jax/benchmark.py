@@ -22,10 +22,10 @@ from absl import logging
 
 from dar_jax import device_speed
 from dar_jax.common import files, model_dir
+from dar_jax.common.checks import check_microbatch
 from dar_jax.common.config import build
 from dar_jax.device_speed import DeviceSpeed, timed
 from dar_jax.models.dar import sampler, work
-from dar_jax.models.dar.inputs import check_microbatch
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute

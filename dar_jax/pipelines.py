@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dar_jax.common import model_dir
-from dar_jax.common.checks import check_range, check_shape
+from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.config import build
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.models.dar import sampler
@@ -19,7 +19,6 @@ from dar_jax.models.dar.inputs import (
     check_indices,
     check_known,
     check_labels,
-    check_microbatch,
     check_prefix,
     check_steps,
 )

@@ -1,4 +1,4 @@
-"""Checks of arrays that callers hand in: shapes and ranges, said in one line."""
+"""Checks of what callers hand in: shapes, ranges and parts of batches, said in one line."""
 
 from collections.abc import Sequence
 
@@ -24,3 +24,16 @@ def check_range(name: str, values: Any, stop: int) -> None:
     wrong = values[(values < 0) | (values >= stop)]
     if wrong.size:
         raise ValueError(f"{name}: {wrong.flat[0]} is out of range, expected 0..{stop - 1}")
+
+
+def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:
+    """Return the microbatch if it is smaller than the batch.
+
+    Raises:
+        ValueError: it does not divide the batch.
+    """
+    if microbatch is None:
+        return None
+    if microbatch < 1 or batch_size % min(microbatch, batch_size):
+        raise ValueError(f"microbatch={microbatch} must divide the batch of {batch_size} images")
+    return microbatch if microbatch < batch_size else None

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dar_jax.common.typing import Array, Float, UInt8
 
+RGB = 3
 LEGIBLE_SIZE = 64
 FONT_SIZE = 14
 FONT_MARGIN = 6

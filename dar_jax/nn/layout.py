@@ -1,4 +1,4 @@
-"""Keeping batches split over devices.
+"""Keeping batches split over devices, and cutting them to save memory.
 
 Where weights are split over the same devices as the batch (FSDP), XLA may well choose to split the
 widths of activations instead, and to gather whole batches on every device: it did for the D-AR
@@ -8,8 +8,9 @@ batch axis; how a batch is split, if at all, the trainer says.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import einops
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -36,3 +37,20 @@ def keep_batch_split(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *free))
     return jax.lax.with_sharding_constraint(x, where)
+
+
+def in_parts(function: Callable[..., Array], microbatch: int | None) -> Callable[..., Array]:
+    """Return the function of arrays [B, ...], evaluated on `microbatch` rows at a time.
+
+    Args:
+        function: treats the rows of its arguments independently.
+        microbatch: a divisor of B; None evaluates all rows at once.
+    """
+
+    def mapped(*batch: Array) -> Array:
+        # Rows of one part lie far apart, so that a batch split over devices stays split.
+        split, merge = "(b parts) ... -> parts b ...", "parts b ... -> (b parts) ..."
+        parts = [einops.rearrange(array, split, b=microbatch) for array in batch]
+        return einops.rearrange(jax.lax.map(lambda part: function(*part), parts), merge)
+
+    return function if microbatch is None else mapped

@@ -2,7 +2,8 @@
 
 Every weight is defined by one formula (`weights.json` lists seed, name, shape, offset, scale):
 
-    seed32 = crc32(utf8(f"{seed}:{name}"))
+    seed32 = crc32(utf8(f"{seed}:{name}"))          or, where `weights.json` has that `seeding`,
+             (crc32(utf8(name)) + seed) % 2**32
     z      = numpy.random.RandomState(seed32).standard_normal(shape)    # float64, C order
     value  = float32(offset + scale * z)
 
@@ -19,14 +20,24 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parent
 COMPARED_ROLES = ("output", "exact")
+SEEDINGS = {
+    "crc32(seed:name)": lambda seed, name: zlib.crc32(f"{seed}:{name}".encode()),
+    "crc32(name) + seed": lambda seed, name: (zlib.crc32(name.encode()) + seed) % 2**32,
+}
+"""How a tensor's own seed follows from that of its folder."""
 
 
 def make(
-    seed: int, name: str, shape: Sequence[int], offset: float = 0.0, scale: float = 1.0
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    offset: float = 0.0,
+    scale: float = 1.0,
+    *,
+    seeding: str = "crc32(seed:name)",
 ) -> np.ndarray:
     """One tensor of the recipe; large inputs are made under a name starting with `input/`."""
-    seed32 = zlib.crc32(f"{seed}:{name}".encode())
-    z = np.random.RandomState(seed32).standard_normal(tuple(shape))
+    z = np.random.RandomState(SEEDINGS[seeding](seed, name)).standard_normal(tuple(shape))
     return (offset + scale * z).astype(np.float32)
 
 
@@ -38,13 +49,15 @@ def load_json(folder: str, name: str) -> Any:
 def load_state_dict(folder: str) -> dict[str, np.ndarray]:
     """All tensors of a folder under the reference's names, float32, the reference's layouts."""
     recipe = load_json(folder, "weights")
+    seeding = {"seeding": recipe["seeding"]} if "seeding" in recipe else {}
     state_dict = {}
     for tensor in recipe["tensors"]:
         name, shape = tensor["name"], tensor["shape"]
         if "value" in tensor:
             state_dict[name] = np.asarray(tensor["value"], np.float32).reshape(shape)
         else:
-            state_dict[name] = make(recipe["seed"], name, shape, tensor["offset"], tensor["scale"])
+            size = tensor["offset"], tensor["scale"]
+            state_dict[name] = make(recipe["seed"], name, shape, *size, **seeding)
     return state_dict
 
 

@@ -7,7 +7,10 @@ import pytest
 
 from tests.golden import fixtures
 
-FOLDERS = sorted(path.parent.name for path in (fixtures.ROOT / "dar").glob("*/arrays.json"))
+FOLDERS = sorted(
+    path.parent.relative_to(fixtures.ROOT).as_posix()
+    for path in fixtures.ROOT.glob("*/*/arrays.json")
+)
 
 
 @pytest.fixture
@@ -62,7 +65,18 @@ def test_recipe_is_stable():
     np.testing.assert_array_equal(kernel.ravel()[:3], stored)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_every_folder_lists_its_arrays(name):
-    for io_name in fixtures.load_json(f"dar/{name}", "arrays"):
-        assert fixtures.Compare(f"dar/{name}", io_name).arrays
+def test_other_seeding_is_that_of_the_original():
+    folder = "transdiff/kl_vae_groups32"
+    weights = fixtures.load_state_dict(folder)
+    checks = fixtures.load_json(folder, "config")["weights_check"]
+    assert len(checks) == 5
+    for name, check in checks.items():
+        array = weights[name].astype(np.float64)
+        np.testing.assert_array_equal(array.ravel()[:3], check["head"])
+        assert np.sum(array**2) == pytest.approx(check["sumsq"], rel=1e-12)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_folder_lists_its_arrays(folder):
+    for io_name in fixtures.load_json(folder, "arrays"):
+        assert fixtures.Compare(folder, io_name).arrays

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dar_jax.common.image import RGB
 from dar_jax.common.typing import Array, Float
-from dar_jax.models.dar.encoder import RGB
 from dar_jax.nn.adaln import modulate
 from dar_jax.nn.attention import Attention
 from dar_jax.nn.compute import Compute

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from dar_jax.common.image import RGB
 from dar_jax.common.typing import Array, Bool, Float
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import FRAMEWORK_INIT, layer_norm, linear
@@ -17,8 +18,6 @@ from dar_jax.nn.patch import patchify
 from dar_jax.nn.rope import append_identity, rope_2d
 from dar_jax.nn.stack import Stack
 from dar_jax.nn.transformer import TransformerBlock
-
-RGB = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,16 +94,3 @@ def check_known(known: Any, mask: Any, shape: tuple[int, int, int]) -> sampler.K
     if not np.isin(mask, (0, 1)).all():
         raise ValueError("mask must hold 0 (unknown) and 1 (known) only: compare it to a threshold")
     return sampler.Known(known, np.broadcast_to(mask, shape).astype(bool))
-
-
-def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:
-    """Return the microbatch if it is smaller than the batch.
-
-    Raises:
-        ValueError: it does not divide the batch.
-    """
-    if microbatch is None:
-        return None
-    if microbatch < 1 or batch_size % min(microbatch, batch_size):
-        raise ValueError(f"microbatch={microbatch} must divide the batch of {batch_size} images")
-    return microbatch if microbatch < batch_size else None

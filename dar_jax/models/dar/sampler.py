@@ -25,6 +25,7 @@ from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.layout import in_parts
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig
 
@@ -150,13 +151,7 @@ def _velocity(tokenizer: Tokenizer, microbatch: int | None) -> Callable[..., Arr
     def velocity(x: Array, t: Array, window: Array) -> Array:
         return tokenizer.velocity(x, t, window).velocity
 
-    def in_parts(*batch: Array) -> Array:
-        # Images of one part lie far apart, so that a batch split over devices stays split.
-        split, merge = "(b parts) ... -> parts b ...", "parts b ... -> (b parts) ..."
-        parts = [einops.rearrange(array, split, b=microbatch) for array in batch]
-        return einops.rearrange(jax.lax.map(lambda part: velocity(*part), parts), merge)
-
-    return velocity if microbatch is None else in_parts
+    return in_parts(velocity, microbatch)
 
 
 def _constraint(

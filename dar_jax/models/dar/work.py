@@ -14,8 +14,8 @@ A figure counts what the model asks for, not what a program does: recomputed blo
 
 from collections.abc import Sequence
 
+from dar_jax.common.image import RGB
 from dar_jax.models.dar.decoder import FEATURE_GRID, NUM_MODULATIONS, FlowDecoderConfig
-from dar_jax.models.dar.encoder import RGB
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.transformer import MLP_RATIO

@@ -3,7 +3,7 @@
 One multiply-add is 2 FLOPs; see `models.dar.work` for what is counted.
 """
 
-from dar_jax.models.dar.encoder import RGB
+from dar_jax.common.image import RGB
 from dar_jax.models.dar.work import attention_flops, linear_flops
 from dar_jax.models.frozen.dinov2 import MLP_RATIO, Dinov2Config
 from dar_jax.models.frozen.lpips import LpipsConfig
