@@ -48,9 +48,14 @@ class DecodingState(NamedTuple):
     key_mask: Array | None
 
 
+def _static() -> Any:
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """What stays fixed while decoding; hashable, a static argument of the compiled programs.
+    """What stays fixed while decoding: a tree whose only leaf is the temperature of `sampling`.
 
     Attributes:
         model: see `DecodableModel`.
@@ -59,10 +64,10 @@ class Decoder:
         guided: every image has a conditional and an unconditional row.
     """
 
-    model: Any
-    num_condition: int
+    model: Any = _static()
+    num_condition: int = _static()
     sampling: SamplingConfig
-    guided: bool
+    guided: bool = _static()
 
     def draw(
         self, rngs: PRNGKeys, logits: Float[Array, "R V"], index: Int[Array, ""] | int, scale: Array
@@ -79,7 +84,7 @@ class Decoder:
         return jnp.repeat(tokens, 2, axis=0) if self.guided else tokens
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
+@jax.jit
 def prefill(
     decoder: Decoder,
     params: Params,
@@ -110,7 +115,7 @@ def prefill(
     return DecodingState(decoder.draw(rngs, logits, index, scales[index]), caches, key_mask)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "start", "stop"))
+@functools.partial(jax.jit, static_argnames=("start", "stop"))
 def decode(
     decoder: Decoder,
     params: Params,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.common.typing import Array, Float, Int, PRNGKeys
+from dar_jax.common.typing import Any, Array, Float, Int, PRNGKeys
 
 MIN_TEMPERATURE = 1e-5
 MIN_LINEAR_START = 1.001
@@ -16,9 +16,12 @@ unconditional branch runs at all."""
 SCHEDULES = ("linear", "cosine")
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How a token is drawn from guided logits.
+
+    A tree: compiled programs take any temperature, and are of one `top_k` and `top_p`.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
@@ -26,12 +29,13 @@ class SamplingConfig:
         top_p: keep the most likely tokens up to this total probability; 1 keeps all.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Any = 1.0
+    top_k: int = dataclasses.field(default=0, metadata={"static": True})
+    top_p: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def __post_init__(self):
-        if self.temperature < 0:
+        # What JAX builds inside and between compiled programs holds no number.
+        if isinstance(self.temperature, int | float) and self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy)")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off)")
@@ -123,7 +127,7 @@ def filter_logits(logits: Float[Array, "B V"], *, top_k: int, top_p: float) -> A
 
 def scale_and_filter(logits: Float[Array, "B V"], config: SamplingConfig) -> Array:
     """Logits of the distribution that tokens are drawn from."""
-    logits = logits / max(config.temperature, MIN_TEMPERATURE)
+    logits = logits / jnp.maximum(config.temperature, MIN_TEMPERATURE)
     return filter_logits(logits, top_k=config.top_k, top_p=config.top_p)
 
 
@@ -131,7 +135,6 @@ def sample_token(
     rngs: PRNGKeys, logits: Float[Array, "B V"], config: SamplingConfig
 ) -> Int[Array, " B"]:
     """Draw one token per row with the row's own key; temperature 0 takes the arg-max."""
-    if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = scale_and_filter(logits, config)
-    return jax.vmap(jax.random.categorical)(rngs, logits).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(rngs, scale_and_filter(logits, config))
+    greedy = jnp.argmax(logits, axis=-1)
+    return jnp.where(config.temperature == 0, greedy, drawn).astype(jnp.int32)

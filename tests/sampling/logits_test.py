@@ -65,6 +65,21 @@ def test_temperature_zero_is_greedy():
     np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=-1))
 
 
+def test_one_compiled_program_takes_every_temperature():
+    logits, rngs, traced = jax.random.normal(jax.random.key(1), (6, 50)), keys(6), []
+
+    @jax.jit
+    def sample(config):
+        traced.append(config)
+        return sample_token(rngs, logits, config)
+
+    rows = [sample(SamplingConfig(temperature)) for temperature in (0.0, 0.7, 1.0, 3.0)]
+    assert len(traced) == 1
+    for temperature, row in zip((0.0, 0.7, 1.0, 3.0), rows, strict=True):
+        np.testing.assert_array_equal(row, sample_token(rngs, logits, SamplingConfig(temperature)))
+    assert np.any(rows[0] != rows[-1])
+
+
 def test_guide_extrapolates_from_the_unconditional_logits():
     conditional, unconditional = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 3.0]])
     scales = jnp.array([0.0, 1.0, 3.0])
