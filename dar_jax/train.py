@@ -99,12 +99,20 @@ class Run:
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Build the task that the configuration names and train it."""
-    train(config, workdir, tasks.build(config))
+    """Build the task that the configuration names and train it.
+
+    Raises:
+        Preempted: SIGTERM came; all is saved.
+        ValueError: see `train`.
+    """
+    if not train(config, workdir, tasks.build(config)):
+        raise distributed.Preempted
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
+def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
     """Train to `config.train.steps`, resuming from the latest checkpoint, and export the model.
+
+    Returns whether it got there: a preempted run saves and stops early.
 
     Raises:
         ValueError: the configuration or the workdir cannot be used, or the loss stopped being
@@ -137,9 +145,11 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> None:
     finally:
         checkpoints.close()
         iterator.close()
-    if int(state.step) >= settings.train.steps:
+    done = int(state.step) >= settings.train.steps
+    if done:
         _export(run, state)
         distributed.wait_for_all("export")
+    return done
 
 
 def parse(config: ml_collections.ConfigDict) -> Settings:

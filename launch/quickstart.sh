@@ -21,7 +21,7 @@ if ! cmp -s setup.py "$venv/installed"; then
 fi
 
 run() { "$venv/bin/python" -m dar_jax.main "$@"; }
-dar=(--config=configs/mnist.py:dar --config.tokenizer=$runs/tokenizer/model --workdir=$runs/dar)
+dar=(--config=configs/mnist.py:dar "--config.tokenizer=$runs/tokenizer/model" "--workdir=$runs/dar")
 
 run --config=configs/mnist.py:tokenizer --workdir=$runs/tokenizer
 run "${dar[@]}"

@@ -28,6 +28,10 @@ SHUTDOWN_TIMEOUT_S = 60
 ABSENT = "(absent)"
 
 
+class Preempted(Exception):  # noqa: N818, no error
+    """The run was told to stop, and can go on from what it saved."""
+
+
 def initialize(
     coordinator_address: str | None,
     num_processes: int | None,

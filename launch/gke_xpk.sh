@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Train on TPU slices of a GKE cluster: submit an xpk workload that runs dar_jax.main on all hosts.
+#   NAME=dar-l CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b TPU=v6e-16 SLICES=2 \
+#     IMAGE=us-docker.pkg.dev/my-project/images/dar_jax:tpu bash launch/gke_xpk.sh [--dry-run] \
+#     --config=configs/imagenet_dar.py:l --workdir=runs/dar_l --config.mesh.dcn_data=2
+# IMAGE is launch/Dockerfile built with EXTRA=tpu. All hosts must share the workdir, for example on
+# Filestore: xpk storage attach --type=gcpfilestore --auto-mount=true --mount-point=/dar_jax/runs
+# A preempted run saves and ends with status 143, which xpk restarts: it resumes.
+set -euo pipefail
+
+fail() { echo "launch/gke_xpk.sh: $1" >&2; exit 2; }
+run() { if [[ -n $dry_run ]]; then echo "${@@Q}"; else "$@"; fi; }
+
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+for example in NAME=dar-l CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b TPU=v6e-16 \
+  IMAGE=us-docker.pkg.dev/my-project/images/dar_jax:tpu; do
+  variable=${example%%=*}
+  [[ -n ${!variable:-} ]] || fail "$variable is not set, e.g. $example"
+done
+(($# > 0)) || fail "no arguments for dar_jax.main, e.g. --config=FILE --workdir=runs/NAME"
+
+# `exec`: the signal that announces a preemption must reach Python, not a shell around it.
+run xpk workload create --workload="$NAME" \
+  --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
+  --tpu-type="$TPU" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \
+  --max-restarts=100 --termination-grace-period-seconds=300 \
+  --command="exec python -m dar_jax.main$(printf ' %q' "$@")"

@@ -1,0 +1,265 @@
+"""The launch scripts: the commands they would run, and two of them for real on a CPU."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"])
+VENV = pathlib.Path(sys.executable).parents[1]
+MAX_LINES = 40
+START_TIMEOUT_S = 300
+ARGUMENTS = ["--config=configs/imagenet_dar.py:l", "--config.sample.guidance_scale=(1.1, 8.0)"]
+VARIABLES = {
+    "tpu_pod.sh": dict(
+        NAME="dar", ZONE="us-east5-b", TPU="v6e-16", RUNTIME="v2-alpha-tpuv6e", SHARE="10.0.0.2:/r"
+    ),
+    "gke_xpk.sh": dict(
+        NAME="dar", CLUSTER="pool", PROJECT="own", ZONE="us-east5-b", TPU="v6e-16", IMAGE="dar:tpu"
+    ),
+    "gpu_node.sh": {},
+    "slurm.sbatch": {},
+}
+
+
+def run(script, *arguments, **variables):
+    """Run a launch script outside the checkout; return (exit status, output, errors)."""
+    environment = {"PATH": os.environ["PATH"], "VENV": str(VENV), **variables}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / script), *arguments],
+        cwd=ROOT.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def commands(script, *arguments, **variables):
+    """The words of every command that a dry run prints."""
+    status, output, errors = run(
+        script, "--dry-run", *arguments, **{**VARIABLES[script], **variables}
+    )
+    assert status == 0 and not errors, errors
+    return [shlex.split(line) for line in output.splitlines()]
+
+
+def assert_runs_main(command):
+    """A shell would run `dar_jax.main` with exactly ARGUMENTS."""
+    words = shlex.split(command, posix=True)
+    start = words.index("dar_jax.main") + 1
+    assert words[start : start + len(ARGUMENTS)] == ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        ("create", "tpu-vm create dar --accelerator-type=v6e-16 --version=v2-alpha-tpuv6e"),
+        (
+            "queue",
+            "queued-resources create dar --accelerator-type=v6e-16 --node-id=dar"
+            " --runtime-version=v2-alpha-tpuv6e",
+        ),
+        ("state", "queued-resources describe dar --format=value(state.state)"),
+        ("delete", "tpu-vm delete dar --quiet"),
+        ("unqueue", "queued-resources delete dar --force --quiet"),
+        ("logs", "tpu-vm ssh dar --worker=0 --command=tail\\ -n\\ +1\\ -F\\ dar_jax/train.log"),
+    ],
+)
+def test_tpu_pod_manages_the_slice(action, expected):
+    words = ["gcloud", "compute", "tpus", *shlex.split(expected), "--zone=us-east5-b"]
+    assert commands("tpu_pod.sh", action) == [words]
+
+
+def test_tpu_pod_takes_spot_capacity():
+    for action in ("create", "queue"):
+        (command,) = commands("tpu_pod.sh", action, SPOT="1")
+        assert "--spot" in command
+
+
+def test_tpu_pod_copies_installs_and_runs_on_all_hosts():
+    archive, copy, install, start, follow = commands("tpu_pod.sh", "run", *ARGUMENTS)
+    assert archive[:2] == ["git", "archive"]
+    assert copy[3:6] == ["tpu-vm", "scp", "dar_jax.tar.gz"]
+    for command in (copy, install, start):
+        assert "--worker=all" in command and "--zone=us-east5-b" in command
+    assert "mount 10.0.0.2:/r runs" in install[7] and "-e .[tpu]" in install[7]
+    assert_runs_main(start[7].removeprefix("--command="))
+    assert start[7].endswith("&"), "the run must outlive the connection"
+    assert "--worker=0" in follow
+
+
+def test_gke_xpk_submits_a_workload_that_restarts():
+    (command,) = commands("gke_xpk.sh", *ARGUMENTS, SLICES="4")
+    assert command[:3] == ["xpk", "workload", "create"]
+    flags = dict(word.split("=", 1) for word in command[3:])
+    assert_runs_main(flags.pop("--command"))
+    assert flags == {
+        "--workload": "dar",
+        "--cluster": "pool",
+        "--project": "own",
+        "--zone": "us-east5-b",
+        "--tpu-type": "v6e-16",
+        "--num-slices": "4",
+        "--docker-image": "dar:tpu",
+        "--max-restarts": "100",
+        "--termination-grace-period-seconds": "300",
+    }
+
+
+def test_gpu_node_runs_one_process_and_installs_where_nothing_is(tmp_path):
+    python = f"{VENV}/bin/python"
+    expected = ["exec", python, "-m", "dar_jax.main", *ARGUMENTS]
+    assert commands("gpu_node.sh", *ARGUMENTS) == [expected]
+    make, install, _ = commands("gpu_node.sh", *ARGUMENTS, VENV=f"{tmp_path}/new")
+    assert make == ["python3", "-m", "venv", f"{tmp_path}/new"]
+    assert install[-2:] == ["--editable", ".[gpu]"]
+
+
+def test_slurm_runs_a_task_per_gpu_and_requeues():
+    (command,) = commands("slurm.sbatch", *ARGUMENTS)
+    assert command == ["srun", f"{VENV}/bin/python", "-m", "dar_jax.main", *ARGUMENTS]
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert options["signal"].startswith("TERM@")  # to the tasks, not to the script
+    assert "#SBATCH --requeue" in text
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(143, True), (0, False), (2, False)])
+def test_slurm_job_goes_back_to_the_queue_when_preempted_only(tmp_path, status, requeued):
+    for name, line in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done, _, _ = run("slurm.sbatch", *ARGUMENTS, PATH=path, SLURM_JOB_ID="17")
+    assert done == status
+    assert (tmp_path / "asked").exists() == requeued
+    if requeued:
+        assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+MISTAKES = [
+    *(
+        (script, name, f"{name} is not set, e.g. {name}=")
+        for script, names in VARIABLES.items()
+        for name in names
+    ),
+    *((script, None, "no arguments for dar_jax.main") for script in VARIABLES),
+]
+
+
+@pytest.mark.parametrize(("script", "missing", "message"), MISTAKES)
+def test_mistake_is_one_line_with_status_2(script, missing, message):
+    variables = {name: v for name, v in VARIABLES[script].items() if name != missing}
+    action = ["run"] if script == "tpu_pod.sh" else []
+    status, output, errors = run(script, *action, **variables)
+    assert status == 2 and not output
+    (line,) = errors.splitlines()
+    assert line.startswith(f"launch/{script}: {message}")
+
+
+def test_unknown_action_and_missing_environment_are_one_line(tmp_path):
+    status, _, errors = run("tpu_pod.sh", "dance", **VARIABLES["tpu_pod.sh"])
+    assert status == 2 and errors.count("\n") == 1 and "unknown action 'dance'" in errors
+    status, _, errors = run("slurm.sbatch", *ARGUMENTS, VENV=str(tmp_path))
+    assert status == 2 and errors.count("\n") == 1 and f"{tmp_path}/bin/python is missing" in errors
+
+
+def test_scripts_are_short_and_clean():
+    shellcheck = VENV / "bin" / "shellcheck"
+    done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    for path in (*SCRIPTS, ROOT / "launch/Dockerfile"):
+        assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a short training of a small tokenizer through `gpu_node.sh`."""
+    dims = [f"--config.model.{part}.dim=32" for part in ("encoder", "condition", "decoder")]
+    command = ["bash", f"{ROOT}/launch/gpu_node.sh", "--config=configs/mnist.py:tokenizer", *dims]
+    command += [f"--workdir={tmp_path}/run", "--config.compute.unroll=False"]
+    command += ["--config.train.steps=20", "--config.data.batch_size=4"]
+    command += ["--config.train.log_every=1", "--config.train.image_every=0"]
+    environment = {**os.environ, "VENV": str(VENV), "XLA_FLAGS": ""}
+    started = []
+
+    def start():
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_gpu_node_trains_and_after_sigterm_resumes(start, tmp_path):
+    process, lines = start(), tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (lines.exists() and lines.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not (tmp_path / "run/model").exists()
+    assert 2 <= lines.read_text().count("\n") < 20
+
+    assert start().wait() == 0
+    assert lines.read_text().count("\n") == 20
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def dockerfile():
+    """The instructions of the Dockerfile as (name, rest of the line)."""
+    text = (ROOT / "launch/Dockerfile").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [tuple(line.split(" ", 1)) for line in lines]
+
+
+def test_dockerfile_copies_what_exists():
+    steps = dockerfile()
+    assert [name for name, _ in steps][:2] == ["FROM", "ARG"]
+    assert steps[-1] == ("ENTRYPOINT", '["python", "-m", "dar_jax.main"]')
+    for name, rest in steps:
+        if name == "COPY":
+            assert all((ROOT / source).exists() for source in rest.split()[:-1])
+
+
+@pytest.mark.slow
+def test_docker_steps_build_something_that_runs(tmp_path):
+    """The steps of the Dockerfile, in a new environment instead of an image."""
+    image = tmp_path / "image"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    environment = {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    for name, rest in dockerfile():
+        match name:
+            case "ARG":
+                environment |= [rest.split("=")]
+            case "WORKDIR":
+                (image / rest.lstrip("/")).mkdir(parents=True)
+                workdir = image / rest.lstrip("/")
+            case "COPY":
+                *sources, target = rest.split()
+                copy = ["cp", "-rT" if target == sources[0] else "-r"]
+                sources = [str(ROOT / source) for source in sources]
+                subprocess.run([*copy, *sources, target], cwd=workdir, check=True)
+            case "RUN":
+                subprocess.run(["sh", "-ec", rest], cwd=workdir, env=environment, check=True)
+            case "ENTRYPOINT":
+                entrypoint = json.loads(rest)
+    command = [*entrypoint, "--config=configs/mnist.py:tokenizer", "--workdir=runs/new"]
+    command += ["--config.train.steps=1", "--config.data.batch_size=8"]
+    subprocess.run(command, cwd=workdir, env=environment, check=True)
+    assert (workdir / "runs/new/model/model.safetensors").exists()
