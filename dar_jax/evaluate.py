@@ -15,7 +15,7 @@ from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.classifier import Classifier
 from dar_jax.evaluation.reconstruction import psnr
-from dar_jax.generation import SampleConfig, generate, load_dar, pad, whole_batch
+from dar_jax.generation import SampleConfig, drawing, generate, load, pad, whole_batch
 from dar_jax.models.dar.sampler import initial_noise
 from dar_jax.pipelines import DarPipeline, image_keys
 
@@ -39,7 +39,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     settings = build(EvaluateConfig, config.evaluate.to_dict(), "config.evaluate")
     data = build(DataConfig, config.data.to_dict(), "config.data")
-    sampling, pipeline = load_dar(config, workdir)
+    sampling, pipeline = load(config, workdir)
     train, test = (load_pixels(data, split) for split in ("train", "test"))
 
     logging.info("Fitting the classifier to %d real images", len(train[1]))
@@ -49,7 +49,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
         **evaluate_reconstruction(pipeline, classifier, sampling, *test),
         **evaluate_generation(pipeline, classifier, settings, sampling),
         "num_generated": settings.num_images,
-        **sampling.drawing,
+        **drawing(sampling, pipeline),
         "seed": sampling.seed,
     }
     path = pathlib.Path(workdir) / "evaluation.json"
@@ -107,7 +107,7 @@ def evaluate_generation(
     pipeline: DarPipeline, classifier: Classifier, settings: EvaluateConfig, sampling: SampleConfig
 ) -> dict[str, float | list[float]]:
     """Generated images, and their previews, against the class that they were asked for."""
-    labels = np.arange(settings.num_images, dtype=np.int32) % pipeline.prior.config.num_classes
+    labels = np.arange(settings.num_images, dtype=np.int32) % pipeline.num_classes
     hits = [
         [classifier.predict(preview) == batch.labels for preview in batch.previews]
         for batch in generate(pipeline, labels, sampling)

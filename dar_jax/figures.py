@@ -45,7 +45,7 @@ def prefixes(
             "set config.sample.labels to it"
         )
     picture = read_picture("config.sample.prefix_image", config.prefix_image, data)
-    reference = center_crop(picture, pipeline.tokenizer.config.image_size)[None]
+    reference = center_crop(picture, pipeline.image_size)[None]
     batch = pad(images.to_float(reference), whole_batch(pipeline, 1))
     tokens = np.asarray(pipeline.tokenizer.encode(batch))[:1]
     labels = np.repeat(np.int32(classes), config.variations or 1)
@@ -71,7 +71,7 @@ def inpainting(
     Raises:
         ValueError: picture or mask cannot be read or differ in size, or a label is out of range.
     """
-    size = pipeline.tokenizer.config.image_size
+    size = pipeline.image_size
     classes = classes_of(pipeline, config)
     picture = read_picture("config.sample.inpaint_image", config.inpaint_image, data)
     redrawn = read_mask(config.inpaint_mask, picture, size, data)

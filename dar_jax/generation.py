@@ -1,4 +1,4 @@
-"""Images from a prior's model directory with the options of `config.sample`, batch by batch."""
+"""Images from a model directory with the options of `config.sample`, batch by batch."""
 
 import dataclasses
 import datetime
@@ -20,8 +20,7 @@ from dar_jax.common.config import build
 from dar_jax.common.typing import Any, Array, Int, UInt8
 from dar_jax.evaluation.image_set import FORMATS, ImageSet
 from dar_jax.nn.compute import Compute
-from dar_jax.pipelines import DarPipeline, from_pretrained
-from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+from dar_jax.pipelines import Pipeline, TokenizerPipeline, from_pretrained
 from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 MAX_CLASSES = 10
@@ -92,20 +91,6 @@ class SampleConfig:
             raise ValueError(f"variations={self.variations} needs prefix_image=FILE")
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
-        SamplingConfig(self.temperature, self.top_k, self.top_p)
-        guidance_schedule(self.guidance_scale, num_tokens=1, schedule=self.guidance_schedule)
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """How tokens are drawn, as the pipelines take it."""
-        return dict(
-            guidance_scale=self.guidance_scale,
-            guidance_schedule=self.guidance_schedule,
-            guidance_interval=self.guidance_interval or None,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
 
 
 class Batch(NamedTuple):
@@ -113,36 +98,36 @@ class Batch(NamedTuple):
 
     Attributes:
         labels: [n].
-        previews: after every group of tokens; the last ones are the images.
-        indices: tokens.
+        previews: the last ones are the images.
+        kept: what the pipeline keeps beside the images, [n, ...].
     """
 
     labels: Int[np.ndarray, " n"]
-    previews: UInt8[np.ndarray, "groups n H W 3"]
-    indices: Int[np.ndarray, "n N"]
+    previews: UInt8[np.ndarray, "previews n H W 3"]
+    kept: dict[str, np.ndarray]
 
 
-def load_dar(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig, DarPipeline]:
+def load(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig, Pipeline]:
     """Load the model directory that `config.sample` names onto this process's devices.
 
     Raises:
-        ValueError: it cannot be read or is no D-AR prior, or a block of the config is wrong.
+        ValueError: it cannot be read or draws no images, or a block of the config is wrong.
     """
     settings = build(SampleConfig, config.sample.to_dict(), "config.sample")
     compute = build(Compute, config.compute.to_dict(), "config.compute")
     mesh = make_mesh(build(MeshConfig, config.mesh.to_dict(), "config.mesh"), jax.local_devices())
     path = model_path(settings, workdir)
     pipeline = from_pretrained(path, compute=compute, mesh=mesh)
-    if not isinstance(pipeline, DarPipeline):
+    if isinstance(pipeline, TokenizerPipeline):
         raise ValueError(f"{path} holds a tokenizer; sampling needs a prior's model directory")
-    # Here, so that a mistake in the interval comes before anything is written.
-    guidance_schedule(
-        settings.guidance_scale,
-        pipeline.prior.config.num_tokens,
-        schedule=settings.guidance_schedule,
-        interval=settings.guidance_interval or None,
-    )
+    # Here, so that a mistake comes before anything is written.
+    pipeline.check_options(**drawing(settings, pipeline))
     return settings, pipeline
+
+
+def drawing(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """How images are drawn, as `pipeline.stream` takes it."""
+    return {name: getattr(config, name) for name in pipeline.drawing_options}
 
 
 def model_path(config: SampleConfig, workdir: str) -> str:
@@ -151,14 +136,14 @@ def model_path(config: SampleConfig, workdir: str) -> str:
 
 
 def classes_of(
-    pipeline: DarPipeline, config: SampleConfig, most: int | None = MAX_CLASSES
+    pipeline: Pipeline, config: SampleConfig, most: int | None = MAX_CLASSES
 ) -> tuple[int, ...]:
     """The labels that the config lists, or the first `most` classes.
 
     Raises:
         ValueError: a label is no class of the model.
     """
-    num_classes = pipeline.prior.config.num_classes
+    num_classes = pipeline.num_classes
     wrong = [label for label in config.labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(
@@ -167,14 +152,14 @@ def classes_of(
     return config.labels or tuple(range(num_classes))[:most]
 
 
-def class_name(pipeline: DarPipeline, label: int) -> str:
+def class_name(pipeline: Pipeline, label: int) -> str:
     """Name and index of a class, once if they are the same."""
     name = pipeline.class_names[label] if label < len(pipeline.class_names) else str(label)
     return name if name == str(label) else f"{name} ({label})"
 
 
 def generate(
-    pipeline: DarPipeline,
+    pipeline: Pipeline,
     labels: Int[np.ndarray, " B"],
     config: SampleConfig,
     **per_image: np.ndarray,
@@ -185,7 +170,7 @@ def generate(
         pipeline: the models.
         labels: classes.
         config: options.
-        **per_image: further arguments of `DarPipeline.stream` with one row per label.
+        **per_image: further arguments of `Pipeline.stream` with one row per label.
 
     Raises:
         ValueError: a label is no class.
@@ -195,15 +180,16 @@ def generate(
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
         rows = {name: pad(values[part], size) for name, values in per_image.items()}
-        stream = pipeline.stream(pad(labels[part], size), **_options(config, first), **rows)
+        options = _options(config, pipeline, first)
+        stream = pipeline.stream(pad(labels[part], size), **options, **rows)
         steps = list(stream)
         count = len(labels[part])
         previews = np.stack([images.to_pixels(step.images)[:count] for step in steps])
-        yield Batch(labels[part], previews, np.asarray(steps[-1].indices)[:count])
+        yield Batch(labels[part], previews, _kept(pipeline, steps[-1], count))
         progress.add(count)
 
 
-def fill(image_set: ImageSet, pipeline: DarPipeline, config: SampleConfig) -> None:
+def fill(image_set: ImageSet, pipeline: Pipeline, config: SampleConfig) -> None:
     """Generate the images that the set lacks, then wait until other processes have made theirs.
 
     Every process works on its own devices and shares nothing but the directory.
@@ -214,13 +200,14 @@ def fill(image_set: ImageSet, pipeline: DarPipeline, config: SampleConfig) -> No
     finish = None
     for first, stop in runs:
         labels = pad(image_set.labels_of(first, stop), size)
-        generated = pipeline.generate(labels, **_options(config, first))
+        generated = pipeline.generate(labels, **_options(config, pipeline, first))
         pixels = images.to_pixels(generated.images)
+        fetch_kept = functools.partial(_kept, pipeline, generated, stop - first)
         # Write one batch while the devices are at the next.
         if finish is not None:
             finish()
         finish = functools.partial(
-            _write, image_set, progress, first, stop - first, pixels, generated.indices
+            _write, image_set, progress, first, stop - first, pixels=pixels, fetch_kept=fetch_kept
         )
     if finish is not None:
         finish()
@@ -232,11 +219,17 @@ def _write(
     progress: "Progress",
     first: int,
     count: int,
+    *,
     pixels: Array,
-    indices: Array,
+    fetch_kept: Callable[[], dict[str, np.ndarray]],
 ) -> None:
-    image_set.write(first, np.asarray(pixels)[:count], np.asarray(indices)[:count])
+    image_set.write(first, np.asarray(pixels)[:count], fetch_kept())
     progress.add(count)
+
+
+def _kept(pipeline: Pipeline, generated: Any, count: int) -> dict[str, np.ndarray]:
+    """Fetch what the pipeline keeps beside the first `count` images."""
+    return {name: np.asarray(getattr(generated, name))[:count] for name in pipeline.kept_fields}
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -246,19 +239,19 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def identity(config: SampleConfig, pipeline: DarPipeline, workdir: str) -> dict[str, Any]:
+def identity(config: SampleConfig, pipeline: Pipeline, workdir: str) -> dict[str, Any]:
     """Everything that the images of a set depend on, besides their labels."""
     return {
         "model": model_dir.fingerprint(model_dir.locate(model_path(config, workdir))),
-        "dtype": pipeline.prior.model.compute.dtype,
+        "dtype": pipeline.compute.dtype,
         "seed": config.seed,
-        **config.drawing,
+        **drawing(config, pipeline),
     }
 
 
-def whole_batch(pipeline: DarPipeline, size: int) -> int:
+def whole_batch(pipeline: Pipeline, size: int) -> int:
     """The least batch size from `size` on that divides over the devices."""
-    shards = math.prod(pipeline.prior.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = math.prod(pipeline.mesh.shape[axis] for axis in BATCH_AXES)
     return math.ceil(size / shards) * shards
 
 
@@ -267,8 +260,9 @@ def pad(values: np.ndarray, size: int) -> np.ndarray:
     return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1), "edge")
 
 
-def _options(config: SampleConfig, first_index: int) -> dict[str, Any]:
-    return dict(rng=jax.random.key(config.seed), first_index=first_index, **config.drawing)
+def _options(config: SampleConfig, pipeline: Pipeline, first_index: int) -> dict[str, Any]:
+    rng = jax.random.key(config.seed)
+    return dict(rng=rng, first_index=first_index, **drawing(config, pipeline))
 
 
 class Progress:

@@ -20,10 +20,10 @@ from dar_jax.generation import (
     fill,
     generate,
     identity,
-    load_dar,
+    load,
     wait_for,
 )
-from dar_jax.pipelines import DarPipeline
+from dar_jax.pipelines import Pipeline
 from dar_jax.train import open_workdir
 
 DIRECTORY_NAME = "samples"
@@ -45,7 +45,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
         ValueError: a model, picture or directory cannot be used, or a label is no class.
     """
     data = build(DataConfig, config.data.to_dict(), "config.data")
-    settings, pipeline = load_dar(config, workdir)
+    settings, pipeline = load(config, workdir)
     if settings.num_images:
         make_set(pipeline, settings, workdir)
         return
@@ -61,7 +61,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     write(workdir, pictures, arrays)
 
 
-def make_set(pipeline: DarPipeline, settings: SampleConfig, workdir: str) -> None:
+def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     """Make the images that `samples/set` still lacks, then one file of them all.
 
     Raises:
@@ -75,7 +75,7 @@ def make_set(pipeline: DarPipeline, settings: SampleConfig, workdir: str) -> Non
     made, total = settings.num_images - lacking, settings.num_images
     logging.info("%s has %d of %d images", image_set.directory, made, total)
     fill(image_set, pipeline, settings)
-    size = pipeline.tokenizer.config.image_size
+    size = pipeline.image_size
     path = directory / f"samples_{total}x{size}x{size}x3.npz"
     if jax.process_index() == 0 and (lacking or not path.exists()):
         image_set.merge(path)
@@ -85,16 +85,19 @@ def make_set(pipeline: DarPipeline, settings: SampleConfig, workdir: str) -> Non
 
 
 def draw_grid(
-    pipeline: DarPipeline, settings: SampleConfig
+    pipeline: Pipeline, settings: SampleConfig
 ) -> tuple[dict[str, UInt8[np.ndarray, "H W 3"]], dict[str, np.ndarray]]:
     """Return the grid and the strip of previews, and the arrays that they show."""
     classes = classes_of(pipeline, settings)
     labels = np.repeat(np.int32(classes), settings.images_per_class)
     batches = list(generate(pipeline, labels, settings))
     previews = np.concatenate([batch.previews for batch in batches], axis=1)
-    indices = np.concatenate([batch.indices for batch in batches])
+    kept = {
+        name: np.concatenate([batch.kept[name] for batch in batches])
+        for name in pipeline.kept_fields
+    }
     pictures = grid_and_strip(previews, [class_name(pipeline, label) for label in classes])
-    return pictures, dict(labels=labels, indices=indices, images=previews[-1])
+    return pictures, dict(labels=labels, **kept, images=previews[-1])
 
 
 def grid_and_strip(

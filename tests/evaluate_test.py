@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from dar_jax import evaluate
+from dar_jax import evaluate, generation
 from dar_jax.evaluation.classifier import Classifier
-from dar_jax.generation import load_dar
 from tests import tiny_model
 
 NUM_IMAGES = 12
@@ -30,7 +29,7 @@ def load(tmp_path_factory):
     def load(batch_size):
         config = common.base()
         config.sample.update(model=str(path), batch_size=batch_size)
-        return load_dar(config, "")
+        return generation.load(config, "")
 
     return load
 

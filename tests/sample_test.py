@@ -203,10 +203,10 @@ def test_layout_keeps_the_first_tokens_under_every_label(run, batches, tmp_path)
         np.testing.assert_array_equal(row[0], reference)
         np.testing.assert_array_equal(row[1:], batch.previews[-1])
         np.testing.assert_array_equal(batch.labels, [3, 1, 4])
-    tokens = batches[1].indices
+    tokens = batches[1].kept["indices"]
     assert (tokens[:, :4] == tokens[0, :4]).all()
-    assert (batches[0].indices[:, :2] == tokens[0, :2]).all()
-    assert len(np.unique(batches[0].indices[:, 2:], axis=0)) == 3
+    assert (batches[0].kept["indices"][:, :2] == tokens[0, :2]).all()
+    assert len(np.unique(batches[0].kept["indices"][:, 2:], axis=0)) == 3
     assert [path.name for path in samples.iterdir()] == ["layout.png"]
 
 
@@ -214,8 +214,8 @@ def test_variations_share_a_prefix_and_a_label(run, batches):
     samples = run(prefix_image="test:3", prefix_tokens=(4,), variations=5, labels=(2,))
     (batch,) = batches
     np.testing.assert_array_equal(batch.labels, [2] * 5)
-    assert (batch.indices[:, :4] == batch.indices[0, :4]).all()
-    assert len(np.unique(batch.indices[:, 4:], axis=0)) == 5
+    assert (batch.kept["indices"][:, :4] == batch.kept["indices"][0, :4]).all()
+    assert len(np.unique(batch.kept["indices"][:, 4:], axis=0)) == 5
     pictures, _ = cells(samples / "variations.png", rows=1, columns=6)
     np.testing.assert_array_equal(pictures[0, 1:], batch.previews[-1])
 

@@ -5,7 +5,7 @@ a set can be made larger later. Pieces appear whole or not at all under names th
 they hold, so their names alone say what is missing:
 
     manifest.json            what the images are made with
-    00000064-00000128.npz    `arr_0` uint8 [64, H, W, 3], `labels` [64], `indices` [64, N]
+    00000064-00000128.npz    `arr_0` uint8 [64, H, W, 3], `labels` [64], e.g. `indices` [64, N]
     00000064.png             instead, one image a file
 
 Several processes may write one directory at the same time: each takes every P-th batch.
@@ -106,9 +106,15 @@ class ImageSet:
             yield from ((start + int(first), start + int(stop)) for first, stop in edges)
 
     def write(
-        self, first: int, pixels: UInt8[np.ndarray, "n H W 3"], indices: Int[np.ndarray, "n N"]
+        self, first: int, pixels: UInt8[np.ndarray, "n H W 3"], kept: Mapping[str, np.ndarray]
     ) -> None:
-        """Write the images from `first` on, and their tokens where the format has room for them."""
+        """Write the images from `first` on.
+
+        Args:
+            first: index of the first one.
+            pixels: the images.
+            kept: arrays [n, ...] to write beside them where the format has room.
+        """
         stop = first + len(pixels)
         if self.format == "png":
             for index, image in zip(range(first, stop), pixels, strict=True):
@@ -117,7 +123,7 @@ class ImageSet:
             return
         labels = self.labels_of(first, stop)
         with replacing(self.directory / f"{first:08d}-{stop:08d}.npz") as temporary:
-            np.savez(temporary, arr_0=pixels, labels=labels, indices=indices)
+            np.savez(temporary, arr_0=pixels, labels=labels, **kept)
 
     def read(self) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """Yield all images in order, piece by piece.

@@ -27,7 +27,8 @@ def fill(image_set, batch_size, processes=1, stop_after=None):
             if len(written) == stop_after:
                 return written
             pixels = np.stack([picture(index) for index in range(first, stop)])
-            image_set.write(first, pixels, np.zeros((stop - first, 2), np.int32))
+            indices = np.zeros((stop - first, 2), np.int32)
+            image_set.write(first, pixels, {"indices": indices})
             written.append((first, stop))
     return written
 
@@ -137,7 +138,7 @@ def test_merging_holds_few_pieces_at_a_time(tmp_path):
     image_set = ImageSet(tmp_path, 64, LABELS)
     piece = np.zeros((4, 128, 128, 3), np.uint8)
     for first in range(0, 64, 4):
-        image_set.write(first, piece, np.zeros((4, 1), np.int32))
+        image_set.write(first, piece, {})
     tracemalloc.start()
     image_set.merge(tmp_path / "merged.npz")
     _, peak = tracemalloc.get_traced_memory()

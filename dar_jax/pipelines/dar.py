@@ -1,19 +1,15 @@
-"""The Python API: load a model directory; encode, decode, generate, stream."""
+"""D-AR: images to tokens and back, labels to tokens, labels to images."""
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dar_jax.common import model_dir
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
-from dar_jax.common.config import build
-from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeyArray
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.inputs import (
     check_indices,
@@ -27,13 +23,15 @@ from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
+from dar_jax.pipelines.base import cast_kernels, image_keys, put_batch, require_rng
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-from dar_jax.training.sharding import batch_sharding, check_batch_size, fsdp_sharding
+from dar_jax.training.sharding import fsdp_sharding
 
 Guidance = float | int | Sequence[float | int]
 """One scale for all tokens, or the first and last of a ramp; 1 is no guidance."""
 Interval = int | Sequence[int] | None
-"""First and last token that is guided, see `sampling.logits.guidance_schedule`; None is all."""
+"""First and last token that is guided, see `sampling.logits.guidance_schedule`; None (or an empty
+sequence) is all."""
 
 
 class Generated(NamedTuple):
@@ -66,7 +64,7 @@ class TokenizerPipeline:
     @functools.cached_property
     def decoding_params(self) -> Params:
         """Parameters with the matrices in the compute dtype, cast once: what decoding reads."""
-        return _cast_kernels(self.params, self.model.compute.jnp_dtype)
+        return cast_kernels(self.params, self.model.compute.jnp_dtype)
 
     def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B N"]:
         """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
@@ -75,7 +73,7 @@ class TokenizerPipeline:
             ValueError: another shape, or a batch that does not divide over the mesh.
         """
         check_shape("images", images, ("B", "H", "W", 3))
-        return _encode(self.model, self.params, _put_batch(images, self.mesh))
+        return _encode(self.model, self.params, put_batch(images, self.mesh))
 
     def decode(
         self,
@@ -117,9 +115,9 @@ class TokenizerPipeline:
         num_steps = config.num_steps if num_steps is None else num_steps
         stop_step = check_steps(config, num_steps, num_groups, start_step)
         check_indices(indices, config, num_groups)
-        put = functools.partial(_put_batch, mesh=self.mesh)
+        put = functools.partial(put_batch, mesh=self.mesh)
         if noise is None:
-            rngs = put(image_keys(_require_rng(rng), len(indices)))
+            rngs = put(image_keys(require_rng(rng), len(indices)))
             noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
         check_shape("noise", noise, (len(indices), "H", "W", 3))
         if start_image is not None:
@@ -166,9 +164,9 @@ class PriorPipeline:
         Raises:
             ValueError: a label or token out of range, or captions of another shape.
         """
-        labels = _put_batch(check_labels(labels, self.config), self.mesh)
+        labels = put_batch(check_labels(labels, self.config), self.mesh)
         check_range("indices", indices, self.config.vocab_size)
-        return _logits(self.model, self.params, labels, _put_batch(indices, self.mesh))
+        return _logits(self.model, self.params, labels, put_batch(indices, self.mesh))
 
     def generate_indices(
         self,
@@ -189,10 +187,10 @@ class PriorPipeline:
         No key is needed at temperature 0. `labels` may be captions [B, T, F].
         """
         # Greedy decoding draws nothing.
-        rng = jax.random.key(0) if temperature == 0 and rng is None else _require_rng(rng)
+        rng = jax.random.key(0) if temperature == 0 and rng is None else require_rng(rng)
         config = self.config
         labels = check_labels(labels, config)
-        put = functools.partial(_put_batch, mesh=self.mesh)
+        put = functools.partial(put_batch, mesh=self.mesh)
         groups = sampler.generate_indices(
             self.model.unstacked(),
             self.unstacked_params,
@@ -207,7 +205,13 @@ class PriorPipeline:
 
 
 class DarPipeline:
-    """A prior and its tokenizer: class labels to images."""
+    """A prior and its tokenizer: class labels to images. See `pipelines.base.Pipeline`."""
+
+    drawing_options = (
+        *("guidance_scale", "guidance_schedule", "guidance_interval"),
+        *("temperature", "top_k", "top_p"),
+    )
+    kept_fields = ("indices",)
 
     def __init__(
         self,
@@ -219,6 +223,36 @@ class DarPipeline:
         self.prior = prior
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
+
+    @property
+    def num_classes(self) -> int:
+        return self.prior.config.num_classes
+
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.config.image_size
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.prior.mesh
+
+    @property
+    def compute(self) -> Compute:
+        return self.prior.model.compute
+
+    def check_options(
+        self,
+        *,
+        guidance_scale: Guidance,
+        guidance_schedule: str,
+        guidance_interval: Interval,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        """Raise ValueError if `stream` would refuse these drawing options."""
+        SamplingConfig(temperature, top_k, top_p)
+        _scales(self.prior.config, guidance_scale, guidance_schedule, guidance_interval)
 
     def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
         """Generate one image per label; the options are those of `stream`."""
@@ -275,16 +309,16 @@ class DarPipeline:
             ValueError: a label, prefix, mask or sampling parameter out of range, or a batch that
                 does not divide over the mesh; at the call, not at the first preview.
         """
-        config, size = self.prior.config, self.tokenizer.config.image_size
+        config, size = self.prior.config, self.image_size
         labels = check_labels(labels, config)
-        put = functools.partial(_put_batch, mesh=self.prior.mesh)
+        put = functools.partial(put_batch, mesh=self.mesh)
         return sampler.stream(
             self.prior.model.unstacked(),
             self.prior.unstacked_params,
             self.tokenizer.model,
             self.tokenizer.decoding_params,
             put(labels),
-            put(image_keys(_require_rng(rng), len(labels), first_index)),
+            put(image_keys(require_rng(rng), len(labels), first_index)),
             _scales(config, guidance_scale, guidance_schedule, guidance_interval),
             sampling=SamplingConfig(temperature, top_k, top_p),
             solver=solver,
@@ -295,84 +329,11 @@ class DarPipeline:
         )
 
 
-Pipeline = TokenizerPipeline | DarPipeline
-
-
-def from_pretrained(
-    path: str | os.PathLike, *, compute: Compute | None = None, mesh: Mesh | None = None
-) -> Pipeline:
-    """Load a model directory; its kind is read from `config.json`.
-
-    Args:
-        path: directory with `config.json` and `model.safetensors` (and a prior's tokenizer), a
-            workdir that holds it as `model`, or `hf://owner/name[/directory]`.
-        compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
-        mesh: spread parameters and batches over these devices; each one reads its own part only.
-
-    Raises:
-        ValueError: no such directory, an unknown kind, or weights that do not fit the config.
-    """
-    directory = model_dir.locate(path)
-    loaded = model_dir.load_config(directory)
-    class_names = loaded.get("class_names", ())
-    match loaded["kind"]:
-        case "dar_tokenizer":
-            loaded_model = _load(Tokenizer, TokenizerConfig, directory, compute, mesh)
-            return TokenizerPipeline(*loaded_model, class_names=class_names, mesh=mesh)
-        case "dar_prior":
-            nested = model_dir.tokenizer_of(directory)
-            prior = PriorPipeline(*_load(Llama, LlamaConfig, directory, compute, mesh), mesh=mesh)
-            tokenizer = from_pretrained(nested, compute=compute, mesh=mesh)
-            sampler.check_pair(prior.config, tokenizer.config, str(nested))
-            return DarPipeline(prior, tokenizer, class_names=class_names)
-        case kind:
-            raise ValueError(f"{path}: unknown kind {kind!r}; known: dar_tokenizer, dar_prior")
-
-
-def _load(
-    cls: type, config_class: type, path: os.PathLike, compute: Compute | None, mesh: Mesh | None
-) -> tuple[FunctionalModel, Params]:
-    config = build(config_class, model_dir.load_config(path)["model"], str(path))
-    model = FunctionalModel(cls, config, compute or Compute())
-    like = model.abstract_params()
-    shardings = None if mesh is None else fsdp_sharding(like, mesh)
-    return model, model_dir.load_params(path, like, shardings)
-
-
-def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
-    """One key per image index, whatever the batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(num_images))
-
-
-def _require_rng(rng: PRNGKeyArray | None) -> PRNGKeyArray:
-    if rng is None:
-        raise ValueError("rng is missing: pass rng=jax.random.key(seed)")
-    return rng
-
-
 def _scales(
     config: LlamaConfig, scale: Guidance, schedule: str, interval: Interval
 ) -> Float[np.ndarray, " N"]:
+    interval = None if np.size(interval or ()) == 0 else interval
     return guidance_schedule(scale, config.num_tokens, schedule=schedule, interval=interval)
-
-
-def _put_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Put a tree of arrays [B, ...] on the device, or split them over the mesh."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, batch)
-    for leaf in jax.tree.leaves(batch):
-        check_batch_size(len(leaf), mesh)
-    return jax.device_put(batch, batch_sharding(mesh))
-
-
-def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
-    """Cast what linear layers cast at every call; norms and the codebook stay float32."""
-    return {
-        name: _cast_kernels(value, dtype)
-        if isinstance(value, dict)
-        else value.astype(dtype if name == "kernel" else value.dtype)
-        for name, value in params.items()
-    }
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,0 +1,117 @@
+"""What pipelines of all kinds share: their surface, keys of images, batches, parameters."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.nn.compute import Compute
+from dar_jax.training.sharding import batch_sharding, check_batch_size
+
+
+@runtime_checkable
+class Preview(Protocol):
+    """An image that is not finished: `step` steps are taken; `images` [B, H, W, 3] in [-1, 1]."""
+
+    step: int
+    images: Array
+
+
+@runtime_checkable
+class Pipeline(Protocol):
+    """Class labels to images, whatever the model.
+
+    Attributes:
+        class_names: of the classes that have a name.
+        drawing_options: names of what `stream` takes from `config.sample`.
+        kept_fields: fields of the last preview that are kept beside the images.
+    """
+
+    class_names: tuple[str, ...]
+    drawing_options: tuple[str, ...]
+    kept_fields: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 .. num_classes - 1."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that a batch is split over."""
+
+    @property
+    def compute(self) -> Compute:
+        """Execution choices."""
+
+    def check_options(self, **options: Any) -> None:
+        """Raise ValueError if `stream` would refuse these drawing options."""
+
+    def generate(
+        self,
+        labels: Array | np.ndarray | Sequence[int],
+        *,
+        rng: PRNGKeyArray,
+        first_index: int = 0,
+        **options: Any,
+    ) -> Any:
+        """Return the end of `stream`: `.images` and the kept fields."""
+
+    def stream(
+        self,
+        labels: Array | np.ndarray | Sequence[int],
+        *,
+        rng: PRNGKeyArray,
+        first_index: int = 0,
+        **options: Any,
+    ) -> Iterator[Preview]:
+        """Return previews of one image per label; the last one is the image.
+
+        Image i depends on `fold_in(rng, first_index + i)` and its label only.
+        """
+
+
+def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
+    """One key per image index, whatever the batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(num_images))
+
+
+def require_rng(rng: PRNGKeyArray | None) -> PRNGKeyArray:
+    """Return the key.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if rng is None:
+        raise ValueError("rng is missing: pass rng=jax.random.key(seed)")
+    return rng
+
+
+def put_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Put a tree of arrays [B, ...] on the device, or split them over the mesh.
+
+    Raises:
+        ValueError: a batch does not divide over the mesh.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    for leaf in jax.tree.leaves(batch):
+        check_batch_size(len(leaf), mesh)
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
+    """Cast what linear layers cast at every call; norms and the codebook stay float32."""
+    return {
+        name: cast_kernels(value, dtype)
+        if isinstance(value, dict)
+        else value.astype(dtype if name == "kernel" else value.dtype)
+        for name, value in params.items()
+    }
