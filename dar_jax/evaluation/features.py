@@ -119,8 +119,8 @@ class FeatureExtractor:
         outputs = jax.eval_shape(self._compute, self._params, one)
         self.dims = {kind: leaf.shape[1] for kind, leaf in outputs.items()}
 
-    def features(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> dict[str, np.ndarray]:
-        """Compute the features: float32 [N, D] of each kind in `dims`.
+    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the features of uint8 [N, H, W, 3]: float32 [N, D] of each kind in `dims`.
 
         Raises:
             ValueError: the images are not uint8 [N, H, W, 3].

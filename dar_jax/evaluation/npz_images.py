@@ -3,7 +3,6 @@
 import os
 import zipfile
 from collections.abc import Iterator
-from typing import IO
 
 import numpy as np
 
@@ -64,7 +63,7 @@ class NpzImages:
             raise ValueError(f"{self.path} is damaged or cut short ({error})") from error
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Read the shape, whether it is in Fortran's order, and the dtype."""
     version = np.lib.format.read_magic(file)
     if version not in HEADERS:

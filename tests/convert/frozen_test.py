@@ -1,4 +1,4 @@
-"""Frozen networks from the command line of `--mode=convert`, as the tokenizer's loss reads them."""
+"""Frozen networks from the command line of `--mode=convert`, as their users read them."""
 
 import dataclasses
 
@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 
 from configs import imagenet_tokenizer
-from dar_jax.convert import command, dinov2, lpips, rules
+from dar_jax.convert import command, dinov2, frozen, inception, lpips, rules
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES, Dinov2
+from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
 from dar_jax.nn.functional import FunctionalModel
 
@@ -50,6 +51,18 @@ def test_lpips_joins_a_classifier_and_its_heads(tmp_path):
     params = pretrained.lpips_params(str(tmp_path), "alexnet")
     expected = lpips.from_reference(whole, model.config, model.abstract_params())
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(params), jax.tree.leaves(expected))
+
+
+def test_inception_is_found_by_evaluation(tmp_path, monkeypatch):
+    small = InceptionConfig(blocks=(), spatial_block="")
+    for module in (frozen, pretrained):
+        monkeypatch.setattr(module, "InceptionConfig", lambda: small)
+    state_dict = random_state_dict(inception.table(small), FunctionalModel(Inception, small))
+    convert(tmp_path, "inception", state_dict | {"fc.bias": np.zeros(1008, np.float32)})
+    params = pretrained.inception_params(str(tmp_path))
+    variance = params["conv2d_4a_3x3"]["variance"]
+    np.testing.assert_array_equal(variance, state_dict["Conv2d_4a_3x3.bn.running_var"])
+    np.testing.assert_array_equal(params["logits"]["kernel"], state_dict["fc.weight"].T)
 
 
 def test_unknown_network_and_missing_heads_are_one_line(tmp_path):
