@@ -25,9 +25,15 @@ def to_float(
     return pixels.astype(np.float32) / 127.5 - 1.0
 
 
-def to_pixels(image: Float[Array, "*batch C"]) -> UInt8[Array, "*batch C"]:
-    """Map float to uint8 as the reference's sampling scripts do: trunc(clip(127.5 x + 128))."""
-    return jnp.clip(127.5 * image + 128.0, 0.0, 255.0).astype(jnp.uint8)
+def to_pixels(
+    image: Float[Array | np.ndarray, "*batch C"],
+) -> UInt8[Array | np.ndarray, "*batch C"]:
+    """Map float to uint8 as the reference's sampling scripts do: trunc(clip(127.5 x + 128)).
+
+    Like `to_float`, it computes where the image is: what is on the host stays there.
+    """
+    xp = image.__array_namespace__()
+    return xp.clip(127.5 * image + 128.0, 0.0, 255.0).astype(np.uint8)
 
 
 def grid(pixels: UInt8[np.ndarray, "N H W C"], columns: int, border: int = 1) -> np.ndarray:

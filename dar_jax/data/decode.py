@@ -11,6 +11,7 @@ dropped and of an animation the first frame is taken, except that
 import contextlib
 import io
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -67,14 +68,29 @@ class CorruptTally:
             )
 
 
-def decode(data: bytes, name: str) -> UInt8[np.ndarray, "H W 3"]:
+def decode(
+    data: bytes,
+    name: str,
+    *,
+    formats: Sequence[str] | None = None,
+    max_pixels: int | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decode the bytes of an image file.
 
+    Args:
+        data: the bytes.
+        name: for messages.
+        formats: names of formats that Pillow may try; None is all that it knows.
+        max_pixels: a picture of more is refused before it is decoded.
+
     Raises:
-        UnreadablePictureError: they are corrupt, truncated or no picture.
+        UnreadablePictureError: they are corrupt, truncated, too large or no picture.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise UnreadablePictureError(f"{name}: {size} pixels, more than {max_pixels:,}")
             image.load()
             _turn_upright(image)
             return np.asarray(_to_rgb(image))
