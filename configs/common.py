@@ -9,6 +9,7 @@ from dar_jax.cache import CacheConfig
 from dar_jax.compile import CompileConfig
 from dar_jax.convert.command import ConvertConfig
 from dar_jax.data.sources import DataConfig
+from dar_jax.demo import DemoConfig
 from dar_jax.evaluate import EvaluateConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.sample import SampleConfig
@@ -40,6 +41,7 @@ def base() -> ml_collections.ConfigDict:
             compile=block(CompileConfig()),
             benchmark=block(BenchmarkConfig()),
             wandb=block(WandbConfig()),
+            demo=block(DemoConfig()),
         )
     )
 

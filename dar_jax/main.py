@@ -14,10 +14,12 @@ Modes:
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
     compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16, which
               needs not be at hand ("local": the devices that are) -> WORKDIR/compile.json
+    demo      WORKDIR/model -> a page on which images grow while their tokens are generated, at
+              http://127.0.0.1:7860; config.demo.host and .port change that
 
 Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
 --coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1. SIGTERM saves and stops
-with --preempted_status (0); a mistake of the user's is one line and status 2.
+with status 143; a mistake of the user's is one line and status 2.
 
 JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
 
@@ -27,12 +29,13 @@ config.sample.guidance_scale, config.sample.seed, config.convert.source, config.
 """
 
 import logging as python_logging
+import signal
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax import benchmark, cache, compile, evaluate, sample, train
+from dar_jax import benchmark, cache, compile, demo, evaluate, sample, train
 from dar_jax.convert import command
 from dar_jax.training import distributed
 
@@ -44,7 +47,11 @@ MODES = {
     "convert": command.convert,
     "compile": compile.compile_programs,
     "benchmark": benchmark.benchmark,
+    "demo": demo.demo,
 }
+
+STATUS_PREEMPTED = 128 + signal.SIGTERM
+"""Schedulers that restart what fails take the status 0 for the end of the training."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run reads and writes.")
@@ -53,11 +60,6 @@ _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of pr
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 _JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300.0, "Seconds to wait for other processes.")
-_PREEMPTED_STATUS = flags.DEFINE_integer(
-    "preempted_status",
-    0,
-    "Exit status after SIGTERM, all saved; e.g. 143 for schedulers that restart only what fails.",
-)
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> None:
         _join_job()
         MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
     except distributed.Preempted:
-        sys.exit(_PREEMPTED_STATUS.value)
+        sys.exit(STATUS_PREEMPTED)
     except ValueError as error:
         _fail(error)
 
