@@ -19,7 +19,7 @@ Modes:
 
 Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
 --coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1. SIGTERM saves and stops
-with status 143; a mistake of the user's is one line and status 2.
+with --preempted_status (0); a mistake of the user's is one line and status 2.
 
 JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
 
@@ -29,7 +29,6 @@ config.sample.guidance_scale, config.sample.seed, config.convert.source, config.
 """
 
 import logging as python_logging
-import signal
 import sys
 
 from absl import app, flags, logging
@@ -50,9 +49,6 @@ MODES = {
     "demo": demo.demo,
 }
 
-STATUS_PREEMPTED = 128 + signal.SIGTERM
-"""Schedulers that restart what fails take the status 0 for the end of the training."""
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run reads and writes.")
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
@@ -60,6 +56,11 @@ _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of pr
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 _JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300.0, "Seconds to wait for other processes.")
+_PREEMPTED_STATUS = flags.DEFINE_integer(
+    "preempted_status",
+    0,
+    "Exit status after SIGTERM, all saved; e.g. 143 for schedulers that restart only what fails.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         _join_job()
         MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
     except distributed.Preempted:
-        sys.exit(STATUS_PREEMPTED)
+        sys.exit(_PREEMPTED_STATUS.value)
     except ValueError as error:
         _fail(error)
 

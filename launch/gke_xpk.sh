@@ -25,4 +25,4 @@ run xpk workload create --workload="$NAME" \
   --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
   --tpu-type="$TPU" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \
   --max-restarts=100 --termination-grace-period-seconds=300 \
-  --command="exec python -m dar_jax.main$(printf ' %q' "$@")"
+  --command="exec python -m dar_jax.main$(printf ' %q' "$@") --preempted_status=143"

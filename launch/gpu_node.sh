@@ -2,7 +2,7 @@
 # Train on all GPUs of one machine, which one process drives; the arguments are dar_jax.main's.
 #   bash launch/gpu_node.sh [--dry-run] --config=configs/imagenet_dar.py:l --workdir=runs/dar_l
 # VENV is the virtual environment to use (default .venv-gpu, made if there is none). SIGTERM saves
-# and stops, with status 143; after that or anything else, the same command resumes.
+# and stops; after that or anything else, the same command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

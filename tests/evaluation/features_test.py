@@ -1,16 +1,20 @@
 """Feature networks by name: batches, devices, names and bad input."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dar_jax.common import model_dir
+from dar_jax.convert import inception as convert_inception
 from dar_jax.evaluation import features
 from dar_jax.evaluation.features import FeatureExtractor, metric_name
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig, StageConfig
 from dar_jax.nn.functional import FunctionalModel
+from tests.models.inception_test import scaled_state_dict
 from tests.random_params import random_params
 
 TOLERANCE = 1e-5  # float32; another batch size may be another order of sums
@@ -38,6 +42,23 @@ def test_features_do_not_depend_on_batch_size_or_devices():
     ):
         np.testing.assert_allclose(other.features(PIXELS)["pool"], expected, rtol=TOLERANCE)
     assert extractor.features(PIXELS[:0])["pool"].shape == (0, 6)
+
+
+@pytest.mark.slow
+def test_features_of_inception_do_not_depend_on_batch_size_or_devices(monkeypatch):
+    inception = features.EXTRACTORS["inception"]
+    like = inception.model.abstract_params()
+    params = convert_inception.from_reference(scaled_state_dict(), inception.model.config, like)
+    network = dataclasses.replace(inception, load=lambda weights: params)
+    monkeypatch.setitem(features.EXTRACTORS, "inception", network)
+    extractor = FeatureExtractor("inception", batch_size=3)
+    assert extractor.dims == {"pool": 2048, "spatial": 2023, "logits": 1008}
+    expected = extractor.features(PIXELS)
+    sharded = NamedSharding(Mesh(jax.devices(), "data"), PartitionSpec("data"))
+    found = FeatureExtractor("inception", batch_size=8, sharding=sharded).features(PIXELS)
+    for kind, array in expected.items():
+        assert array.shape == (len(PIXELS), extractor.dims[kind])
+        np.testing.assert_allclose(found[kind], array, rtol=0, atol=1e-4)
 
 
 def test_small_images_are_enlarged_and_large_ones_are_not():
