@@ -3,8 +3,8 @@
 #   NAME=dar-l CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b TPU=v6e-16 SLICES=2 \
 #     IMAGE=us-docker.pkg.dev/my-project/images/dar_jax:tpu bash launch/gke_xpk.sh [--dry-run] \
 #     --config=configs/imagenet_dar.py:l --workdir=runs/dar_l --config.mesh.dcn_data=2
-# IMAGE is launch/Dockerfile built with EXTRA=tpu. All hosts must share the workdir, for example on
-# Filestore: xpk storage attach --type=gcpfilestore --auto-mount=true --mount-point=/dar_jax/runs
+# IMAGE is launch/Dockerfile built with EXTRA=tpu. All hosts must share the workdir's storage:
+# `xpk storage attach` with --type=gcpfilestore --auto-mount=true --mount-point=/dar_jax/runs.
 # A preempted run saves and ends with status 143, which xpk restarts: it resumes.
 set -euo pipefail
 

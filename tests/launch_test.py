@@ -17,6 +17,14 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT 
 VENV = pathlib.Path(sys.executable).parents[1]
 MAX_LINES = 40
 START_TIMEOUT_S = 300
+SMALL = [
+    *(f"--config.model.{part}.dim=32" for part in ("encoder", "condition", "decoder")),
+    "--config.compute.unroll=False",
+    "--config.data.batch_size=4",
+    "--config.train.log_every=1",
+    "--config.train.image_every=0",
+]
+"""A model and batches that compile and train in seconds."""
 ARGUMENTS = ["--config=configs/imagenet_dar.py:l", "--config.sample.guidance_scale=(1.1, 8.0)"]
 VARIABLES = {
     "tpu_pod.sh": dict(
@@ -189,11 +197,8 @@ def test_scripts_are_short_and_clean():
 @pytest.fixture
 def start(tmp_path):
     """Starts a short training of a small tokenizer through `gpu_node.sh`."""
-    dims = [f"--config.model.{part}.dim=32" for part in ("encoder", "condition", "decoder")]
-    command = ["bash", f"{ROOT}/launch/gpu_node.sh", "--config=configs/mnist.py:tokenizer", *dims]
-    command += [f"--workdir={tmp_path}/run", "--config.compute.unroll=False"]
-    command += ["--config.train.steps=20", "--config.data.batch_size=4"]
-    command += ["--config.train.log_every=1", "--config.train.image_every=0"]
+    command = ["bash", f"{ROOT}/launch/gpu_node.sh", "--config=configs/mnist.py:tokenizer", *SMALL]
+    command += [f"--workdir={tmp_path}/run", "--config.train.steps=20"]
     environment = {**os.environ, "VENV": str(VENV), "XLA_FLAGS": ""}
     started = []
 
@@ -245,7 +250,8 @@ def test_docker_steps_build_something_that_runs(tmp_path):
     """The steps of the Dockerfile, in a new environment instead of an image."""
     image = tmp_path / "image"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    environment = {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    path = f"{tmp_path}/venv/bin:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": "", "XLA_FLAGS": ""}
     for name, rest in dockerfile():
         match name:
             case "ARG":
@@ -262,7 +268,7 @@ def test_docker_steps_build_something_that_runs(tmp_path):
                 subprocess.run(["sh", "-ec", rest], cwd=workdir, env=environment, check=True)
             case "ENTRYPOINT":
                 entrypoint = json.loads(rest)
-    command = [*entrypoint, "--config=configs/mnist.py:tokenizer", "--workdir=runs/new"]
-    command += ["--config.train.steps=1", "--config.data.batch_size=8"]
+    command = [*entrypoint, "--config=configs/mnist.py:tokenizer", "--workdir=runs/new", *SMALL]
+    command += ["--config.train.steps=1"]
     subprocess.run(command, cwd=workdir, env=environment, check=True)
     assert (workdir / "runs/new/model/model.safetensors").exists()

@@ -8,8 +8,11 @@ import pytest
 import wandb
 from PIL import Image
 
+from dar_jax import train
 from dar_jax.training import metrics, tracking
 from dar_jax.training.tracking import WandbConfig
+from tests import train_test
+from tests.training.toy_task import ToyTask
 
 
 @pytest.fixture
@@ -45,6 +48,22 @@ def test_figures_and_pictures_are_kept_offline_and_a_resumed_run_has_the_same_id
             assert text.encode() in record
         (picture,) = run.rglob("samples*.png")
         np.testing.assert_array_equal(Image.open(picture), np.full((4, 6, 3), steps[-1], np.uint8))
+
+
+@pytest.mark.slow
+def test_training_that_resumes_is_tracked(workdir):
+    for steps in (2, 4):
+        config = train_test.make_config(steps, image_every=2)
+        config.wandb = {"project": "digits"}
+        train.train(config, str(workdir / "toy"), ToyTask())
+        wandb.teardown()
+    for run, step in zip(sorted(workdir.glob("toy/wandb/offline-run-*")), (2, 4), strict=True):
+        (record,) = (path.read_bytes() for path in run.glob("*.wandb"))
+        assert b"train/loss" in record and b"perf/images_per_second" in record
+        (picture,) = run.rglob("*.png")
+        name = picture.name.split(f"_{step}_")[0]
+        written = Image.open(workdir / f"toy/images/{name}_{step:07d}.png")
+        np.testing.assert_array_equal(Image.open(picture), written)
 
 
 def test_missing_client_is_one_line_before_anything_is_written(monkeypatch):
