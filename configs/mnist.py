@@ -14,7 +14,9 @@ from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
+from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
+from dar_jax.tasks.kl_vae import KlVaeLossConfig
 
 NUM_TOKENS = 32
 CODEBOOK_SIZE = 256
@@ -91,7 +93,27 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.sample.prefix_tokens = (1, 2, 4, 8)
 
 
+def kl_vae(config: ml_collections.ConfigDict) -> None:
+    """An autoencoder of 8x8x4 latents for a 32x32 image."""
+    config.task = "kl_vae"
+    config.model = common.block(
+        KlVaeConfig(
+            width=16,
+            width_factors=(1, 2, 4),
+            num_blocks=1,
+            attention_levels=(),
+            latent_channels=4,
+            num_groups=8,
+            latent_scale=1.0,
+        )
+    )
+    config.loss = common.block(KlVaeLossConfig(kl_weight=1e-3, perceptual_weight=0.0))
+    config.data.batch_size = 32
+    short_schedule(config, steps=1000, learning_rate=2e-3)
+    config.optimizer.name = "adamw"  # most kernels are convolutions, which Muon leaves to AdamW
+
+
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:
     config = common.base()
-    common.variant(name, {"tokenizer": tokenizer, "dar": dar})(config)
+    common.variant(name, {"tokenizer": tokenizer, "dar": dar, "kl_vae": kl_vae})(config)
     return config

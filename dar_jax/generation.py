@@ -20,7 +20,7 @@ from dar_jax.common.config import build
 from dar_jax.common.typing import Any, Array, Int, UInt8
 from dar_jax.evaluation.image_set import FORMATS, ImageSet
 from dar_jax.nn.compute import Compute
-from dar_jax.pipelines import Pipeline, TokenizerPipeline, from_pretrained
+from dar_jax.pipelines import Pipeline, from_pretrained
 from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 MAX_CLASSES = 10
@@ -118,7 +118,7 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig,
     mesh = make_mesh(build(MeshConfig, config.mesh.to_dict(), "config.mesh"), jax.local_devices())
     path = model_path(settings, workdir)
     pipeline = from_pretrained(path, compute=compute, mesh=mesh)
-    if isinstance(pipeline, TokenizerPipeline):
+    if not isinstance(pipeline, Pipeline):
         raise ValueError(f"{path} holds a tokenizer; sampling needs a prior's model directory")
     # Here, so that a mistake comes before anything is written.
     pipeline.check_options(**drawing(settings, pipeline))

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from configs import image_folder, imagenet_dar, imagenet_tokenizer, mnist
+from configs import image_folder, imagenet_dar, imagenet_kl_vae, imagenet_tokenizer, mnist
 from dar_jax import tasks, train
 from dar_jax.common import model_dir
 from dar_jax.common.config import build
@@ -19,7 +19,9 @@ from tests.data import tiny_sets
 CONFIGS = {
     "mnist:tokenizer": lambda: mnist.get_config("tokenizer"),
     "mnist:dar": lambda: mnist.get_config("dar"),
+    "mnist:kl_vae": lambda: mnist.get_config("kl_vae"),
     "imagenet_tokenizer": imagenet_tokenizer.get_config,
+    "imagenet_kl_vae": imagenet_kl_vae.get_config,
     **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
     **{
         f"image_folder:{n}": lambda n=n: image_folder.get_config(n)
@@ -29,6 +31,7 @@ CONFIGS = {
 }
 PARAMETERS = {
     "imagenet_tokenizer": 307_444_672,
+    "imagenet_kl_vae": 66_456_019,
     "imagenet_dar:b": 110_888_448,
     "imagenet_dar:l": 342_910_976,
     "imagenet_dar:xl": 774_699_520,

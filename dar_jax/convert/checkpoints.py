@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from dar_jax.common import hub
 
-TORCH_SUFFIXES = (".pt", ".pth")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
 CONTAINERS = ("ema", "model", "module", "state_dict")
 """Entries that may hold the state dict, in the order of preference: the average first."""
@@ -51,8 +51,8 @@ def read_checkpoint(source: str) -> Checkpoint:
     """Read an official checkpoint.
 
     Args:
-        source: a `.safetensors` file, or a `.pt` or `.pth` file (which needs torch): a path, or
-            `hf://owner/name/file`.
+        source: a `.safetensors` file, or a `.pt`, `.pth` or `.ckpt` file (which needs torch): a
+            path, or `hf://owner/name/file`.
 
     Raises:
         ValueError: the file is missing, damaged or holds no state dict, its pickle names what is

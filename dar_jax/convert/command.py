@@ -14,11 +14,12 @@ from dar_jax.common import model_dir
 from dar_jax.common.config import build
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
-from dar_jax.convert import dar, frozen
+from dar_jax.convert import dar, frozen, kl_vae
 from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint, write_safetensors
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.sampler import check_pair
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.nn.functional import FunctionalModel
 
 DIRECTIONS = ("jax", "torch")
@@ -30,7 +31,7 @@ class ConvertConfig:
     """What is converted.
 
     Attributes:
-        source: an official checkpoint, `.pt` or `.safetensors`, as a path or
+        source: an official checkpoint, `.pt`, `.pth`, `.ckpt` or `.safetensors`, as a path or
             `hf://owner/name/file`; towards torch a model directory, where empty is WORKDIR/model.
         to: "jax" writes the model directory WORKDIR/model, "torch" writes WORKDIR/KIND.safetensors
             under the reference's names.
@@ -82,6 +83,11 @@ def to_jax(source: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
                 params = dar.prior_params(checkpoint.state_dict, model)
             _report(checkpoint, dar.UNUSED_PRIOR_KEYS)
             companions = _companions(config.tokenizer, model)
+        case "kl_vae":
+            model = build(KlVaeConfig, config.model.to_dict(), "config.model")
+            with _errors_name(source):
+                params = kl_vae.params(checkpoint.state_dict, model)
+            _report(checkpoint, kl_vae.unused_keys(checkpoint.state_dict))
         case _:
             raise ValueError(f"config.task={config.task!r} has no official checkpoints")
     directory = workdir / model_dir.WORKDIR_NAME
@@ -120,6 +126,10 @@ def to_torch(source: str, workdir: pathlib.Path) -> None:
             model = build(LlamaConfig, loaded["model"], str(directory))
             like = FunctionalModel(Llama, model).abstract_params()
             state_dict = dar.prior_state_dict(model_dir.load_params(directory, like), model)
+        case "kl_vae":
+            model = build(KlVaeConfig, loaded["model"], str(directory))
+            like = FunctionalModel(KlVae, model).abstract_params()
+            state_dict = kl_vae.state_dict(model_dir.load_params(directory, like), model)
         case kind:
             raise ValueError(f"{directory}: {kind!r} has no counterpart in the reference")
     path = workdir / f"{loaded['kind']}.safetensors"

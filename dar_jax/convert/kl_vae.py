@@ -9,11 +9,30 @@ from collections.abc import Iterable, Mapping
 from dar_jax.common.typing import Any, Params
 from dar_jax.convert import rules
 from dar_jax.models.kl_vae import GROUP_NORM_EPSILON, LATENT_SCALE, KlVae, KlVaeConfig
+from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
+from dar_jax.pipelines import KlVaePipeline
 
 NOMINAL_SIZE = 256
 """Image size at which the reference decides which levels have attention."""
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def from_reference(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any], *, compute: Compute | None = None
+) -> KlVaePipeline:
+    """Build the autoencoder from the reference's state dict (arrays) and arguments.
+
+    Args:
+        state_dict: arrays under the reference's names; those of no part of the model are ignored.
+        config: the reference's arguments, as `architecture` takes them; {} is MAR's KL-16.
+        compute: execution choices.
+
+    Raises:
+        ValueError: keys or shapes that do not fit the config, or an unsupported config.
+    """
+    model = FunctionalModel(KlVae, architecture(config), compute or Compute())
+    return KlVaePipeline(model, params(state_dict, model.config))
 
 
 def params(state_dict: Mapping[str, Any], config: KlVaeConfig) -> Params:

@@ -29,6 +29,7 @@ from dar_jax.nn.attention import Attention
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import FRAMEWORK_INIT, linear
 from dar_jax.nn.layout import in_parts
+from dar_jax.nn.stack import rematerialised
 
 LATENT_SCALE = 0.2325
 """1 / deviation of the released VAE's latents over ImageNet, as MAR and TransDiff fix it."""
@@ -261,12 +262,14 @@ class Level(nnx.Module):
             [AttentionBlock(out_dim, num_groups, compute=compute, rngs=rngs) for _ in attended]
         )
         self.resample = None if resample is None else resample(out_dim, compute=compute, rngs=rngs)
+        self.remat = compute.remat
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B _ _ _"]:
+        run = rematerialised(lambda block, x: block(x), self.remat)
         for number, residual in enumerate(self.residuals):
-            x = residual(x)
+            x = run(residual, x)
             if self.attentions:
-                x = self.attentions[number](x)
+                x = run(self.attentions[number], x)
         return x if self.resample is None else self.resample(x)
 
 

@@ -75,20 +75,22 @@ class Stack(nnx.Module):
             x = keep_batch_split(x)
             return nnx.merge(graphdef, params)(x, *args, **kwargs, **randomness), None
 
-        body = self._rematerialised(body)
+        body = rematerialised(body, self.compute.remat, in_loop=True)
         x, _ = jax.lax.scan(body, x, (stacked, rngs), unroll=self.compute.unroll)
         return keep_batch_split(x)
 
-    def _rematerialised(self, body: Callable) -> Callable:
-        match self.compute.remat:
-            case "none":
-                return body
-            case "blocks":
-                policy = None
-            case "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        # prevent_cse is only needed outside of loops.
-        return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+def rematerialised(body: Callable, policy_name: str, *, in_loop: bool = False) -> Callable:
+    """Return `body` with its backward pass recomputing what `Compute.remat` names."""
+    match policy_name:
+        case "none":
+            return body
+        case "blocks":
+            policy = None
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # prevent_cse is only needed outside of loops.
+    return jax.checkpoint(body, prevent_cse=not in_loop, policy=policy)
 
 
 def unstack(params: Params) -> Params:

@@ -10,15 +10,18 @@ from dar_jax.common.typing import Params
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines.base import Pipeline, image_keys
 from dar_jax.pipelines.dar import DarPipeline, Generated, PriorPipeline, TokenizerPipeline
+from dar_jax.pipelines.kl_vae import KlVaePipeline
 from dar_jax.training.sharding import fsdp_sharding
 
 __all__ = [
     "DarPipeline",
     "Generated",
+    "KlVaePipeline",
     "Pipeline",
     "PriorPipeline",
     "TokenizerPipeline",
@@ -26,10 +29,12 @@ __all__ = [
     "image_keys",
 ]
 
+KINDS = ("dar_tokenizer", "dar_prior", "kl_vae")
+
 
 def from_pretrained(
     path: str | os.PathLike, *, compute: Compute | None = None, mesh: Mesh | None = None
-) -> TokenizerPipeline | DarPipeline:
+) -> TokenizerPipeline | DarPipeline | KlVaePipeline:
     """Load a model directory; its kind is read from `config.json`.
 
     Args:
@@ -54,8 +59,11 @@ def from_pretrained(
             tokenizer = from_pretrained(nested, compute=compute, mesh=mesh)
             sampler.check_pair(prior.config, tokenizer.config, str(nested))
             return DarPipeline(prior, tokenizer, class_names=class_names)
+        case "kl_vae":
+            loaded_model = _load(KlVae, KlVaeConfig, directory, compute, mesh)
+            return KlVaePipeline(*loaded_model, class_names=class_names, mesh=mesh)
         case kind:
-            raise ValueError(f"{path}: unknown kind {kind!r}; known: dar_tokenizer, dar_prior")
+            raise ValueError(f"{path}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
 
 
 def _load(

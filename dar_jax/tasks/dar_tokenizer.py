@@ -43,7 +43,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.tasks.base import DISCRIMINATOR
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
-from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, perceptual_of_pair
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
 
 __all__ = ["DarTokenizerTask", "TokenizerLossConfig", "TrainingForward", "training_forward"]
@@ -227,8 +227,7 @@ class DarTokenizerTask:
         other = self._reconstruct(params, pixels, rng)[-1]
         values = {"psnr_db": psnr(np.asarray(pixels), np.asarray(other))}
         if self.nets.lpips is not None:
-            pair = images.to_float(pixels), images.to_float(other)
-            values["lpips"] = float(_perceptual(self.nets, frozen, *pair))
+            values["lpips"] = float(perceptual_of_pair(self.nets, frozen, pixels, other))
         return values
 
     def _reconstruct(
@@ -243,9 +242,6 @@ class DarTokenizerTask:
 
     def companions(self) -> dict[str, str]:
         return {}
-
-
-_perceptual = jax.jit(LossNets.perceptual, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -16,11 +16,13 @@ term is constant, not scaled by the ratio of two gradients as in VQGAN.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
+from dar_jax.common import image as images
+from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray, UInt8
 from dar_jax.losses.adversarial import (
     logistic_discriminator_loss,
     logistic_generator_loss,
@@ -72,8 +74,15 @@ class TokenizerLossConfig:
 class LossNets:
     """The networks that a loss config asks for; the others are None."""
 
-    def __init__(self, config: TokenizerLossConfig, model: TokenizerConfig, compute: Compute):
+    def __init__(
+        self, config: TokenizerLossConfig, model: TokenizerConfig | None, compute: Compute
+    ):
         """Choose the networks; nothing is loaded.
+
+        Args:
+            config: the weights.
+            model: the tokenizer whose features are aligned; None without alignment.
+            compute: execution choices.
 
         Raises:
             ValueError: the model has no features to align, or of another shape than DINOv2's.
@@ -156,6 +165,14 @@ class LossNets:
             "generator_loss": logistic_generator_loss(fixed_judge(predicted, t)),
             "discriminator_loss": time_weighted(loss, t),
         }
+
+
+@functools.partial(jax.jit, static_argnames="nets")
+def perceptual_of_pair(
+    nets: LossNets, frozen: Params, pixels: UInt8[Array, "B H W 3"], other: UInt8[Array, "B H W 3"]
+) -> Float[Array, ""]:
+    """Mean LPIPS of pairs of 8-bit images."""
+    return nets.perceptual(frozen, images.to_float(pixels), images.to_float(other))
 
 
 def _dinov2_of(model: TokenizerConfig) -> dinov2.Dinov2Config:

