@@ -2,18 +2,27 @@
 
 kind=images   encoded pictures in a few large files; train with `data.source=records`
 kind=codes    the codes of config.tokenizer, see `code_cache`; train with `data.source=codes`
+kind=latents  the latents of config.vae, see `latent_cache`; train with `data.source=latents`
+kind=references
+              an index of groups of pictures of one class, WORKDIR/references.jsonl, see
+              `data.references`; train with `data.references`
 """
 
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import ml_collections
+from absl import logging
 
-from dar_jax import code_cache
+from dar_jax import code_cache, latent_cache
 from dar_jax.common.config import build
-from dar_jax.data import records
+from dar_jax.common.files import replacing
+from dar_jax.data import records, references
 from dar_jax.data.sources import SPLITS, DataConfig, load_source
 from dar_jax.train import open_workdir
+
+INDEX_NAME = "references.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,31 @@ def _cache_codes(config: ml_collections.ConfigDict, settings: CacheConfig, workd
     code_cache.write_codes(config, workdir, settings.pictures_per_shard)
 
 
+def _cache_latents(config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str) -> None:
+    if "vae" not in config:
+        raise ValueError("kind='latents' needs a config of TransDiff, which names config.vae")
+    latent_cache.write_latents(config, workdir, settings.pictures_per_shard)
+
+
+def _cache_references(
+    config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str
+) -> None:
+    del settings
+    data = build(DataConfig, config.data.to_dict(), "config.data")
+    source = load_source(data, "train")
+    labels = references.labels_of(source)
+    size = max(data.num_references, references.GROUP_SIZE)
+    groups = references.make_groups(labels, source.class_names, size, seed=config.seed)
+    path = open_workdir(workdir) / INDEX_NAME
+    if jax.process_index() == 0:
+        with replacing(path) as temporary, temporary.open("w") as file:
+            file.writelines(references.lines_of(source, groups))
+        logging.info("Wrote %s: %d groups of %d pictures", path, len(groups), len(labels))
+
+
 KINDS: dict[str, Callable[[ml_collections.ConfigDict, CacheConfig, str], None]] = {
     "images": _cache_images,
     "codes": _cache_codes,
+    "latents": _cache_latents,
+    "references": _cache_references,
 }

@@ -17,7 +17,7 @@ from dar_jax import cache, code_cache, tasks
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.config import build
-from dar_jax.data import codes, pipeline, shards
+from dar_jax.data import codes, encoded, pipeline, shards
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop, ten_crop
@@ -149,7 +149,7 @@ def test_flip_doubles_the_crops():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     config = DataConfig(image_size=SIZE, crop="center", flip=True)
     crops = code_cache.crops_of(pixels, config)
-    assert len(crops) == code_cache.num_crops(config) == 2
+    assert len(crops) == code_cache.views_of(config).count == 2
     np.testing.assert_array_equal(crops[1], crops[0][:, ::-1])
 
 
@@ -226,8 +226,8 @@ def test_sidecar_says_what_the_codes_are(whole, tokenizer):
 def test_record_keeps_all_16_bits(tmp_path):
     values = np.array([[0, 1, 65535], [7, 256, 32768]])
     path = tmp_path / "one.array_record"
-    shards.write_shard(path, [codes.pack(values, label=3)])
+    shards.write_shard(path, [codes.FORM.pack(values, label=3)])
     records = grain.sources.ArrayRecordDataSource([str(path)])
-    source = codes.CodeSource(records, num_tokens=3, class_names=("a", "b", "c", "d"))
+    source = encoded.RecordedSource(records, codes.FORM, (3,), class_names=("a", "b", "c", "d"))
     np.testing.assert_array_equal(source[0]["codes"], values)
     assert source[0]["label"] == 3

@@ -29,7 +29,8 @@ class DataConfig:
     """The data of one run.
 
     Attributes:
-        source: "folder", "records", "codes", "tar", "tfds:NAME", "mnist" or "synthetic".
+        source: "folder", "records", "codes", "latents", "latent_folder", "tar", "tfds:NAME",
+            "mnist" or "synthetic".
         path: directory of the data; for tfds its data_dir, "" being tfds's own.
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.
@@ -40,6 +41,9 @@ class DataConfig:
         padding: pixels that a training example gets on all sides before a square of its size is cut
             out of it again: it is moved by up to as many along each axis; 0: it stays.
         flip: mirror every other training example.
+        num_references: pictures of one class in a training example, in an axis of their own; 1: a
+            training example is a picture.
+        references: index file of such groups, see `data.references`; "": they are drawn.
         batch_size: pictures per step over all processes.
         num_threads: readers per process.
         num_workers: reading processes beside each training process, each with `num_threads`; 0
@@ -55,13 +59,15 @@ class DataConfig:
     crop: str = "center"
     padding: int = 0
     flip: bool = False
+    num_references: int = 1
+    references: str = ""
     batch_size: int = 128
     num_threads: int = 8
     num_workers: int = 0
     max_corrupt_fraction: float = 0.01
 
     def __post_init__(self):
-        for name in ("image_size", "batch_size", "num_threads"):
+        for name in ("image_size", "batch_size", "num_threads", "num_references"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         for name in ("padding", "num_workers"):
@@ -69,6 +75,8 @@ class DataConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is negative")
         if self.crop not in CROPS:
             raise ValueError(f"unknown crop {self.crop!r}; available: {', '.join(CROPS)}")
+        if self.references and self.num_references == 1:
+            raise ValueError(f"references={self.references!r} needs num_references=4")
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction {self.test_fraction} is not between 0 and 1")
         if not 0 <= self.max_corrupt_fraction < 1:

@@ -60,17 +60,26 @@ def load_folder(config: DataConfig, split: str) -> FolderSource:
     if train_root == root or held_out is None:
         whole = _open(train_root, classes)
         parts = hold_out(whole.paths, whole.labels, config.test_fraction)
-        return _select(whole, parts[split != TRAIN_NAME])
+        return select(whole, parts[split != TRAIN_NAME])
     if split == TRAIN_NAME:
         return _open(train_root, classes)
     if not config.classes:
         _refuse_unknown(held_out, classes)
     source = _open(held_out, classes)
-    return _select(source, spread(source.paths))
+    return select(source, spread(source.paths))
+
+
+def open_folder(config: DataConfig, root: pathlib.Path, suffixes: tuple[str, ...]) -> FolderSource:
+    """Open all files with one of the suffixes below `root`, CLASS/name.
+
+    Raises:
+        ValueError: there are none, or the classes are others than `config.classes`.
+    """
+    return _open(root, _classes(config, root, suffixes), suffixes)
 
 
 @functools.lru_cache(maxsize=8)
-def scan(root: pathlib.Path) -> dict[str, tuple[str, ...]]:
+def scan(root: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, tuple[str, ...]]:
     """Find the pictures below `root`: class folder -> paths relative to `root`, both sorted.
 
     Pictures in `root` itself have the class folder "". Hidden files and folders do not count.
@@ -81,7 +90,7 @@ def scan(root: pathlib.Path) -> dict[str, tuple[str, ...]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = pathlib.PurePath(folder).relative_to(root)
         for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+            if not name.startswith(".") and name.lower().endswith(suffixes):
                 found.setdefault((*relative.parts, "")[0], []).append(str(relative / name))
                 count += 1
                 if count % LOG_EVERY == 0:
@@ -89,17 +98,19 @@ def scan(root: pathlib.Path) -> dict[str, tuple[str, ...]]:
     return {name: tuple(found[name]) for name in sorted(found)}
 
 
-def _classes(config: DataConfig, root: pathlib.Path) -> dict[str, str]:
+def _classes(
+    config: DataConfig, root: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES
+) -> dict[str, str]:
     """Class folder -> name of the class, in the order of the labels."""
-    found = scan(root)
+    found = scan(root, suffixes)
     if not found:
         raise ValueError(
-            f"data.path={str(root)!r} has no pictures ({', '.join(SUFFIXES)}); "
+            f"data.path={str(root)!r} has no pictures ({', '.join(suffixes)}); "
             "expected a folder per class, CLASS/name.jpg"
         )
     wanted = read_classes(config.classes)
     if wanted is None:
-        return _all_classes(root)
+        return _all_classes(root, suffixes)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ValueError(
@@ -109,8 +120,8 @@ def _classes(config: DataConfig, root: pathlib.Path) -> dict[str, str]:
     return wanted
 
 
-def _all_classes(root: pathlib.Path) -> dict[str, str]:
-    found = scan(root)
+def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    found = scan(root, suffixes)
     names = [name for name in found if name]
     if not names:
         logging.warning("%s has no class folders: all its pictures are of one class", root)
@@ -137,14 +148,17 @@ def _refuse_unknown(root: pathlib.Path, classes: Mapping[str, str]) -> None:
         )
 
 
-def _open(root: pathlib.Path, classes: Mapping[str, str]) -> FolderSource:
-    found = scan(root)
+def _open(
+    root: pathlib.Path, classes: Mapping[str, str], suffixes: tuple[str, ...] = SUFFIXES
+) -> FolderSource:
+    found = scan(root, suffixes)
     pairs = [(path, label) for label, name in enumerate(classes) for path in found.get(name, ())]
     paths, labels = zip(*pairs, strict=True) if pairs else ((), ())
     return FolderSource(root, paths, labels, tuple(classes.values()))
 
 
-def _select(source: FolderSource, indices: Sequence[int]) -> FolderSource:
+def select(source: FolderSource, indices: Sequence[int]) -> FolderSource:
+    """Return the source of some of the files, in this order."""
     return dataclasses.replace(
         source,
         paths=tuple(source.paths[i] for i in indices),

@@ -1,10 +1,13 @@
 """The input pipeline (grain): shuffled, augmented batches for training, ordered ones to evaluate.
 
-A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}` in NumPy. Training examples form one
-endless sequence: every epoch is a new order of all pictures, and how a picture is cropped is drawn
-from (seed, epoch, picture). Batch n is the sequence's n-th piece of `batch_size` examples, whatever
-number of processes, workers and threads read it; a batch may span two epochs, so none is short and
-no picture is dropped.
+A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}` in NumPy; sources of codes and of
+latents have "codes" or "moments" for pixels. With `data.num_references` a training batch has a
+second axis, [B, references, ...], of pictures of one class that are cropped independently.
+
+Training examples form one endless sequence: every epoch is a new order of all pictures, and how a
+picture is cropped is drawn from (seed, epoch, picture). Batch n is the sequence's n-th piece of
+`batch_size` examples, whatever number of processes, workers and threads read it; a batch may span
+two epochs, so none is short and no picture is dropped.
 
 A picture that cannot be read is replaced by the next one that can, so that the others keep their
 places.
@@ -20,6 +23,7 @@ import grain.experimental
 import numpy as np
 
 from dar_jax.common.typing import Any, UInt8
+from dar_jax.data import references
 from dar_jax.data.base import DataConfig, Source
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
 from dar_jax.data.sources import load_source
@@ -63,10 +67,12 @@ class TrainingExamples:
         position = ((self.first_batch + batch) * count + index) * self.part_size + offset
         picture = self.order[position]
         example = self._read(picture)
-        if "codes" in example:  # of all crops: the task draws one
-            return example
         rng = np.random.default_rng([self.seed, position // len(self.source), picture])
-        return {**example, "pixels": augment(example["pixels"], self.config, rng)}
+        if references.MEMBERS not in example:
+            return training_view(example, self.config, rng)
+        views = [training_view(m, self.config, rng) for m in example[references.MEMBERS]]
+        stacked = {name: np.stack([view[name] for view in views]) for name in views[0]}
+        return {**stacked, "label": example["label"]}
 
     def _read(self, index: int) -> dict[str, Any]:
         """Read the picture, or the first readable one after it; the tally ends the search."""
@@ -76,6 +82,27 @@ class TrainingExamples:
             except UnreadablePictureError as error:
                 self.tally.add(index, error)
             index = (index + 1) % len(self.source)
+
+
+def training_view(
+    example: dict[str, Any], config: DataConfig, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Draw what training sees of a picture this time; of codes the task draws the crop."""
+    if "pixels" in example:
+        return {**example, "pixels": augment(example["pixels"], config, rng)}
+    if "moments" in example:
+        version = int(config.flip and rng.random() < FLIP_PROBABILITY)
+        return {**example, "moments": example["moments"][version]}
+    return example
+
+
+def held_out_view(example: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    """Return what evaluation sees of a picture: the centre."""
+    if "pixels" in example:
+        return {**example, "pixels": center_crop(example["pixels"], config.image_size)}
+    if "moments" in example:
+        return {**example, "moments": example["moments"][0]}
+    return example
 
 
 def augment(
@@ -167,7 +194,7 @@ def train_iterator(config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)
             f"batch_size {config.batch_size} does not divide over {count} processes; "
             f"use a multiple of {count}"
         )
-    source = load_source(config, "train")
+    source = references.group(load_source(config, "train"), config, seed)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     tally = CorruptTally(len(source), config.max_corrupt_fraction)
     return TrainIterator(TrainingExamples(source, order, config, seed, part, 0, tally))
@@ -195,9 +222,7 @@ def eval_batches(
         except UnreadablePictureError as error:
             tally.add(index, error)
             return None
-        if "codes" in found:
-            return found
-        return {**found, "pixels": center_crop(found["pixels"], config.image_size)}
+        return held_out_view(found, config)
 
     dataset = grain.MapDataset.range(len(source)).map(example)
     batches = _read_ahead(dataset, config.num_threads, batch_size or config.batch_size)

@@ -6,6 +6,7 @@ from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source
 from dar_jax.data.codes import load_codes
 from dar_jax.data.embedded import load_mnist, load_synthetic
 from dar_jax.data.folder import load_folder
+from dar_jax.data.latents import load_latent_folder, load_latents
 from dar_jax.data.records import load_records
 from dar_jax.data.tar import load_tar
 from dar_jax.data.tfds import PREFIX, load_tfds
@@ -23,6 +24,8 @@ LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "folder": load_folder,
     "records": load_records,
     "codes": load_codes,
+    "latents": load_latents,
+    "latent_folder": load_latent_folder,
     "tar": load_tar,
     "mnist": load_mnist,
     "synthetic": load_synthetic,

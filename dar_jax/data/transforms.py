@@ -55,6 +55,14 @@ def random_crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
     return _cut(pixels, top, left, size)
 
 
+def random_square(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
+    """Crop a random square of the full shorter side and resize it (bicubic), as TransDiff does."""
+    side = min(pixels.shape[:2])
+    top, left = (int(rng.integers(length - side, endpoint=True)) for length in pixels.shape[:2])
+    square = Image.fromarray(_cut(pixels, top, left, side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
 def ten_crop(pixels: Pixels, size: int) -> UInt8[np.ndarray, "10 _ _ 3"]:
     """Take ten squares of a centre crop with int(1.1 * size) pixels a side.
 
@@ -103,6 +111,7 @@ def _cut(pixels: Pixels, top: int, left: int, size: int) -> Pixels:
 CROPS: dict[str, Callable[[Pixels, int, np.random.Generator], Pixels]] = {
     "center": lambda pixels, size, rng: center_crop(pixels, size),
     "random": random_crop,
+    "square": random_square,
     "ten_crop": random_ten_crop,
 }
 """How a picture becomes a training example; `DataConfig.crop` names one."""

@@ -5,16 +5,18 @@ import dataclasses
 import ml_collections
 
 from dar_jax.common.config import build as build_config
-from dar_jax.data import codes
+from dar_jax.data import codes, encoded
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.tasks.base import Task
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
+from dar_jax.tasks.kl_vae import KlVaeLossConfig, KlVaeTask
 
-TASKS = ("dar_tokenizer", "dar_prior")
+TASKS = ("dar_tokenizer", "dar_prior", "kl_vae")
 
 
 def build(
@@ -48,7 +50,7 @@ def build(
                 model = dataclasses.replace(model, num_classes=num_classes)
             from_codes = config.data.source == "codes"
             if from_codes and shape_of_tokenizer is None:
-                codes.check_tokenizer(config.data.path, config.tokenizer)
+                encoded.check_model(config.data.path, codes.FORM, config.tokenizer)
             return DarPriorTask(
                 model,
                 config.tokenizer,
@@ -56,5 +58,9 @@ def build(
                 shape_of_tokenizer=shape_of_tokenizer,
                 from_codes=from_codes,
             )
+        case "kl_vae":
+            model = build_config(KlVaeConfig, config.model.to_dict(), "config.model")
+            loss = build_config(KlVaeLossConfig, config.loss.to_dict(), "config.loss")
+            return KlVaeTask(model, loss, compute, image_size=config.data.image_size)
         case _:
             raise ValueError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")

@@ -1,0 +1,116 @@
+"""What a frozen model made of a data set, in ArrayRecord shards (see `shards`).
+
+A record is the label, 4 bytes, and an array [views, ...], all little-endian: a view is one of the
+crops of the picture that training may see.
+"""
+
+import dataclasses
+import os
+import struct
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from dar_jax.common import model_dir
+from dar_jax.common.typing import Any
+from dar_jax.data import shards
+from dar_jax.data.base import EncodedPicture
+
+LABEL = struct.Struct("<I")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is encoded how.
+
+    Attributes:
+        kind: of the shards.
+        name: of the array in an example.
+        dtype: of the array, little-endian.
+        model: key of the config that names the frozen model, and of the sidecar that holds the
+            fingerprint of its model directory.
+    """
+
+    kind: str
+    name: str
+    dtype: np.dtype
+    model: str
+
+    def pack(self, array: np.ndarray, label: int) -> bytes:
+        """Make a record."""
+        return LABEL.pack(label) + array.astype(self.dtype).tobytes()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedSource:
+    """Records of one split; `data.base.Source` with `form.name` for `pixels`.
+
+    Attributes:
+        records: of the shards.
+        form: of the records.
+        shape: of one view.
+        class_names: by label.
+    """
+
+    records: grain.sources.ArrayRecordDataSource
+    form: Form
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the array [views, *shape] and `label`, int32 []."""
+        record = self.records[index]
+        array = np.frombuffer(record, self.form.dtype, offset=LABEL.size)
+        array = array.astype(self.form.dtype.newbyteorder("=")).reshape(-1, *self.shape)
+        (label,) = LABEL.unpack_from(record)
+        return {self.form.name: array, "label": np.int32(label)}
+
+    def read(self, index: int) -> EncodedPicture:
+        """Refuse: the pictures are gone.
+
+        Raises:
+            ValueError: always.
+        """
+        kind = self.form.kind
+        raise ValueError(f"source {kind!r} holds {kind}, no pictures (asked for {index})")
+
+
+def open_split(
+    directory: str | os.PathLike, split: str, form: Form, shape: Sequence[int]
+) -> RecordedSource:
+    """Open a split of a cache.
+
+    Raises:
+        ValueError: it is missing, incomplete or broken.
+    """
+    sidecar = shards.read_sidecar(directory, form.kind)
+    records = shards.open_shards(directory, split, sidecar["counts"][split])
+    return RecordedSource(records, form, tuple(shape), tuple(sidecar["class_names"]))
+
+
+def check_model(directory: str, form: Form, model: str | os.PathLike) -> None:
+    """Check that a cache was made with a model.
+
+    Args:
+        directory: of the cache.
+        form: of its records.
+        model: the model directory.
+
+    Raises:
+        ValueError: it was made with another, or one of the two cannot be read.
+    """
+    expected = shards.read_sidecar(directory, form.kind)[form.model]
+    found = model_dir.fingerprint(model_dir.locate(model))
+    if found != expected:
+        raise ValueError(
+            f"{directory} holds {form.kind} of another {form.model} ({expected[:12]}) than {model} "
+            f"({found[:12]}): set --config.{form.model} to that one, or cache the {form.kind} again"
+        )
