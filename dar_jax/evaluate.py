@@ -97,7 +97,7 @@ def reconstruct(
         part = pixels[first : first + size]
         tokens = tokenizer.encode(pad(images.to_float(part), size))
         noise = initial_noise(image_keys(rng, size, first), part.shape[1:3])
-        decoded = images.to_pixels(tokenizer.decode(tokens, noise=noise))
+        decoded = images.to_pixels(tokenizer.decode(tokens, noise=noise, solver=sampling.solver))
         reconstruction.append(np.asarray(decoded)[: len(part)])
         indices.append(np.asarray(tokens)[: len(part)])
     return np.concatenate(reconstruction), np.concatenate(indices)

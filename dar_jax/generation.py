@@ -45,6 +45,7 @@ class SampleConfig:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the most likely tokens up to this probability; 1 is off.
+        solver: of D-AR's flow, see `flow.solvers`.
         batch_size: images that a process generates at a time.
         seed: image i depends on this seed, i and its label only.
         num_images: size of a set of images, classes in turns; 0 draws pictures to look at.
@@ -66,6 +67,7 @@ class SampleConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    solver: str = "adams_bashforth2"
     batch_size: int = 100
     seed: int = 0
     num_images: int = 0

@@ -1,5 +1,7 @@
 """`--mode=evaluate`: figures do not depend on how images are batched."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,28 @@ def test_reconstruction_does_not_depend_on_the_batch_size(load):
     np.testing.assert_array_equal(indices, other_indices)
     np.testing.assert_allclose(images.astype(int), others.astype(int), atol=1)
     assert images.shape == pixels.shape
+
+
+def test_solver_of_the_config_draws_reconstructions_and_generated_images(load):
+    settings, pipeline = load(8)
+    size = tiny_model.SIZE
+    pixels = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), np.uint8)
+    labels = np.arange(8, dtype=np.int32)
+    results = {}
+    for solver in ("adams_bashforth2", "euler"):
+        chosen = dataclasses.replace(settings, solver=solver)
+        reconstruction, _ = evaluate.reconstruct(pipeline, chosen, pixels)
+        (batch,) = evaluate.generate(pipeline, labels, chosen)
+        results[solver] = (
+            reconstruction,
+            batch.previews[-1],
+            batch.kept["indices"],
+            batch.previews[0],
+        )
+    for found, other in list(zip(*results.values(), strict=True))[:2]:
+        assert np.abs(found.astype(int) - other.astype(int)).max() > 1
+    for found, other in list(zip(*results.values(), strict=True))[2:]:
+        np.testing.assert_array_equal(found, other)  # tokens, and the first step
 
 
 def test_generation_is_judged_after_every_group(load):

@@ -278,6 +278,7 @@ MISTAKES = {
     "number": (dict(num_images=-1), "num_images=-1 must be at least 0"),
     "format": (dict(num_images=4, format="jpg"), "format='jpg' must be one of npz, png"),
     "schedule": (dict(num_images=4, guidance_schedule="sine"), "'sine'"),
+    "solver": (dict(num_images=4, solver="heun"), "'heun' must be one of euler, adams_bashforth2"),
     "interval": (dict(num_images=4, guidance_interval=(3, 99)), "guidance_interval=(3, 99)"),
     "three scales": (dict(num_images=4, guidance_scale=(1.0, 2.0, 3.0)), "(1.0, 2.0, 3.0)"),
 }

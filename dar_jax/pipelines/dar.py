@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeyArray
+from dar_jax.flow import solvers
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.inputs import (
     check_indices,
@@ -209,7 +210,7 @@ class DarPipeline:
 
     drawing_options = (
         *("guidance_scale", "guidance_schedule", "guidance_interval"),
-        *("temperature", "top_k", "top_p"),
+        *("temperature", "top_k", "top_p", "solver"),
     )
     kept_fields = ("indices",)
 
@@ -249,9 +250,11 @@ class DarPipeline:
         temperature: float,
         top_k: int,
         top_p: float,
+        solver: str,
     ) -> None:
         """Raise ValueError if `stream` would refuse these drawing options."""
         SamplingConfig(temperature, top_k, top_p)
+        solvers.coefficients(solver, num_steps=1)
         _scales(self.prior.config, guidance_scale, guidance_schedule, guidance_interval)
 
     def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
