@@ -157,7 +157,9 @@ def _compute(
     params: Params,
     pixels: UInt8[Array, "B H W 3"],
 ) -> dict[str, Float[Array, "B _"]]:
-    return apply(model.bind(params), pixels)
+    # Published statistics are of float32; accelerators would multiply in less.
+    with jax.default_matmul_precision("highest"):
+        return apply(model.bind(params), pixels)
 
 
 def _fetch(count: int, outputs: dict[str, Array]) -> dict[str, np.ndarray]:

@@ -44,6 +44,16 @@ def test_features_do_not_depend_on_batch_size_or_devices():
     assert extractor.features(PIXELS[:0])["pool"].shape == (0, 6)
 
 
+def test_convolutions_are_in_full_float32_on_every_platform():
+    network, pixels = features.EXTRACTORS["vgg16"], jax.ShapeDtypeStruct((1, 64, 64, 3), "uint8")
+    with jax.default_matmul_precision("bfloat16"):
+        program = features._compute.lower(
+            network.model, network.apply, SMALL.abstract_params(), pixels
+        ).as_text()
+    assert program.count("stablehlo.convolution") == 2
+    assert program.count("precision HIGHEST") == 2 * 2  # of both operands
+
+
 @pytest.mark.slow
 def test_features_of_inception_do_not_depend_on_batch_size_or_devices(monkeypatch):
     inception = features.EXTRACTORS["inception"]

@@ -31,8 +31,6 @@ PIXEL_CENTRE = 128.0
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
 NUM_LOGITS = 1008
-PRECISION = jax.lax.Precision.HIGHEST
-"""Published statistics are of float32; accelerators would multiply in less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +242,6 @@ class NormedConv(nnx.Module):
             padding=config.padding,
             use_bias=False,
             dtype=compute.jnp_dtype,
-            precision=PRECISION,
             rngs=rngs,
         )
         self.scale = nnx.Param(jnp.ones(config.width))
@@ -295,9 +292,7 @@ class Inception(nnx.Module):
             block = Block(channels, block_config, compute=compute, rngs=rngs)
             setattr(self, block_config.name, block)
             channels = block.out_channels
-        self.logits = nnx.Linear(
-            channels, NUM_LOGITS, use_bias=False, precision=PRECISION, rngs=rngs
-        )
+        self.logits = nnx.Linear(channels, NUM_LOGITS, use_bias=False, rngs=rngs)
 
     def __call__(self, pixels: UInt8[Array, "B H W 3"]) -> InceptionFeatures:
         """Compute the features, see the module."""
