@@ -144,6 +144,14 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
         checkpoints.wait()
     except OSError as error:
         raise ValueError(f"{error}; {checkpoints.describe_latest()}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason, latest = str(error).splitlines()[0], checkpoints.describe_latest(wait=False)
+        distributed.leave(
+            f"the job broke off, most likely because another process is lost: {reason}; {latest}; "
+            "start all processes again"
+        )
     finally:
         checkpoints.close()
         iterator.close()
@@ -171,7 +179,11 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
 
 
 def open_workdir(workdir: str) -> pathlib.Path:
-    """Return the absolute path of `workdir`, made if it is missing."""
+    """Return the absolute path of `workdir`, made if it is missing.
+
+    Raises:
+        ValueError: it cannot be used, or the processes of a job do not share it.
+    """
     if not workdir:
         raise ValueError("workdir is empty; name a directory with --workdir=DIR")
     path = pathlib.Path(workdir).absolute()
@@ -181,6 +193,7 @@ def open_workdir(workdir: str) -> pathlib.Path:
         raise ValueError(f"cannot use workdir {path}: {error.strerror}; choose another") from error
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise ValueError(f"cannot use workdir {path}: no permission to write it; choose another")
+    distributed.check_shared(path)
     return path
 
 

@@ -79,10 +79,11 @@ class Checkpoints:
         """The last complete step, or None."""
         return max(ocp.utils.checkpoint_steps(self._directory), default=None)
 
-    def describe_latest(self) -> str:
-        """Name the last complete checkpoint, waiting for a save under way."""
-        with contextlib.suppress(*SAVE_ERRORS):
-            self._manager.wait_until_finished()
+    def describe_latest(self, *, wait: bool = True) -> str:
+        """Name the last complete checkpoint, if told so after a save under way."""
+        if wait:
+            with contextlib.suppress(*SAVE_ERRORS):
+                self._manager.wait_until_finished()
         if self.latest_step is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self._directory / str(self.latest_step)}"

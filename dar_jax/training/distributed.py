@@ -7,11 +7,13 @@ import importlib.util
 import json
 import os
 import pathlib
+import secrets
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ GRACE_S = 3600
 """JAX ends the process with a stack trace once its own time is up: it gets more than we wait."""
 SHUTDOWN_TIMEOUT_S = 60
 """How long a process that fails alone waits for the others before it leaves."""
+STATUS_LOST_PEER = 1
 ABSENT = "(absent)"
 
 
@@ -144,6 +147,40 @@ def gather_texts(text: str) -> list[str]:
     lengths = multihost_utils.process_allgather(np.asarray(len(data)))
     rows = multihost_utils.process_allgather(np.pad(data, (0, max(lengths) - len(data))))
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def check_shared(directory: pathlib.Path) -> None:
+    """Raise ValueError, on all processes, unless `directory` is the same one to all of them.
+
+    Process 0 leaves a file there for a moment, of a name that no host can have seen before.
+    """
+    if jax.process_count() == 1:
+        return
+    (name, *_) = gather_texts(f".shared-{secrets.token_hex(8)}")
+    token = directory / name
+    if jax.process_index() == 0:
+        token.touch()
+    wait_for_all("token")
+    seen = gather_texts(str(token.exists()))
+    if jax.process_index() == 0:
+        token.unlink()
+    blind = [process for process, text in enumerate(seen) if text != str(True)]
+    if blind:
+        raise ValueError(
+            f"workdir {directory} is on process {', '.join(map(str, blind))} another directory "
+            "than on process 0; use one that all hosts share"
+        )
+
+
+def leave(message: str) -> NoReturn:
+    """End this process at once, with one line, because another one of the job is lost.
+
+    A normal exit would wait for the lost one, until JAX aborts it with a stack trace.
+    """
+    sys.stdout.flush()
+    sys.stderr.write(f"dar_jax: error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    os._exit(STATUS_LOST_PEER)
 
 
 def wait_for_all(what: str) -> None:
