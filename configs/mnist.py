@@ -51,6 +51,7 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
     )
     # A few thousand steps are too short for the codebook to fill by itself.
     config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
+    config.evaluate.evaluators = "reconstruction"
     config.compute.unroll = True
     # 4,500 pictures are few: what is held out gains from small shifts and from weight decay.
     config.data.update(batch_size=32, padding=1)
@@ -90,6 +91,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.data.batch_size = 64
     config.optimizer.weight_decay = 0.05
     short_schedule(config, steps=500, learning_rate=4e-3)
+    config.evaluate.evaluators = "reconstruction,previews"
     config.sample.guidance_scale = (1.0, 5.0)
     config.sample.solver = "euler"  # the last of 8 steps is too long to extrapolate over
     config.sample.prefix_tokens = (1, 2, 4, 8)
@@ -110,6 +112,7 @@ def kl_vae(config: ml_collections.ConfigDict) -> None:
         )
     )
     config.loss = common.block(KlVaeLossConfig(kl_weight=1e-3, perceptual_weight=0.0))
+    config.evaluate.evaluators = "reconstruction"
     config.data.batch_size = 32
     short_schedule(config, steps=1000, learning_rate=2e-3)
     config.optimizer.name = "adamw"  # most kernels are convolutions, which Muon leaves to AdamW
@@ -117,5 +120,7 @@ def kl_vae(config: ml_collections.ConfigDict) -> None:
 
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:
     config = common.base()
+    # A classifier judges digits well and within seconds; the large networks are there on demand.
+    config.evaluate.update(classifier=True, features="", lpips="", num_images=1000)
     common.variant(name, {"tokenizer": tokenizer, "dar": dar, "kl_vae": kl_vae})(config)
     return config

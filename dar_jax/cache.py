@@ -20,7 +20,7 @@ from dar_jax.common.config import build
 from dar_jax.common.files import replacing
 from dar_jax.data import records, references
 from dar_jax.data.sources import SPLITS, DataConfig, load_source
-from dar_jax.train import open_workdir
+from dar_jax.workdir import open_workdir
 
 INDEX_NAME = "references.jsonl"
 

@@ -24,7 +24,7 @@ from dar_jax.encoded_cache import Encoder, Views, write_encoded
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.train import open_workdir
+from dar_jax.workdir import open_workdir
 
 CROPS_PER_DEVICE = 64
 """Encoded at a time; their distances to 16,384 codes take 1 GB."""

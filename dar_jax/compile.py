@@ -37,6 +37,7 @@ from dar_jax.costs import Collective, Program, traced_flops
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.training import sharding
+from dar_jax.workdir import open_workdir
 
 LOCAL = "local"
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
@@ -96,7 +97,7 @@ def compile_programs(config: ml_collections.ConfigDict, workdir: str) -> None:
     mesh = sharding.make_mesh(train.parse(config).mesh, devices)
     task = tasks.build(config, shape_of_tokenizer=_shape_of_tokenizer(config))
     jobs = list(jobs_of(train.parse(config), task, mesh, settings.images_per_device))
-    directory = train.open_workdir(workdir)
+    directory = open_workdir(workdir)
     report = {
         "topology": settings.topology,
         "device_kind": devices[0].device_kind,

@@ -1,125 +1,82 @@
-"""`--mode=evaluate`: a model directory to figures, judged by a classifier of the real images."""
+"""`--mode=evaluate`: a model directory, or images, to figures, by one exact protocol.
 
-import dataclasses
-import json
+    generation      images i = 0 .. n-1 with labels i mod classes and keys fold_in(seed, i), to 8
+                    bits as trunc(clip(127.5 x + 128, 0, 255)); against a reference file, or against
+                    ADM centre crops of the data set
+    reconstruction  the held-out split, as the same centre crops in 8 bits that enter the model,
+                    against its reconstructions, 8-bit like samples; with the model's own solver and
+                    steps, image i drawing its noise from fold_in(seed, i)
+
+See `evaluators.EvaluateConfig` for what is measured, `evaluation.generation` for the distances,
+`evaluation.image_sources` for rounding, `evaluation.features` for the networks. Published figures
+(ImageNet 256 x 256) are of n = 50,000 images against the ADM suite's `VIRTUAL_imagenet256_labeled`:
+
+    --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz --config.evaluate.weights=DIR
+
+The reference implementation draws labels at random instead of in turns, and so does not have the
+same number of images of every class.
+"""
+
 import pathlib
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 
-from dar_jax.common import image as images
-from dar_jax.common.config import build
-from dar_jax.data.sources import DataConfig, load_source
-from dar_jax.data.transforms import center_crop
-from dar_jax.evaluation.classifier import Classifier
-from dar_jax.evaluation.reconstruction import psnr
-from dar_jax.generation import SampleConfig, drawing, generate, load, pad, whole_batch
-from dar_jax.models.dar.sampler import initial_noise
-from dar_jax.pipelines import DarPipeline, image_keys
+from dar_jax.common.typing import Any
+from dar_jax.common.version import revision, version
+from dar_jax.evaluation import report
+from dar_jax.evaluators import DIRECTORY_NAME, Evaluation
+from dar_jax.generation import model_path
+from dar_jax.training import distributed
+from dar_jax.workdir import open_workdir
 
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """How much is generated: `num_images`, the same number of every class."""
-
-    num_images: int = 1000
-
-    def __post_init__(self):
-        if self.num_images < 1:
-            raise ValueError(f"num_images={self.num_images} must be at least 1")
+RESULT_NAME = "evaluation.json"
+AFTER_EACH_GROUP = "_after_each_group"
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Print the figures of the model and write them to `WORKDIR/evaluation.json`.
+    """Print the figures that the config asks for and write them to `WORKDIR/evaluation.json`.
+
+    Curves over previews or guidance are drawn to `WORKDIR/evaluation/{previews,guidance}.png`.
 
     Raises:
-        ValueError: the model or the data set cannot be read.
+        ValueError: model, images, data, weights or reference cannot be had or do not fit.
     """
-    settings = build(EvaluateConfig, config.evaluate.to_dict(), "config.evaluate")
-    data = build(DataConfig, config.data.to_dict(), "config.data")
-    sampling, pipeline = load(config, workdir)
-    train, test = (load_pixels(data, split) for split in ("train", "test"))
+    evaluation = Evaluation(config, workdir)
+    images = evaluation.settings.images
+    subject = None if images else evaluation.load(model_path(evaluation.sampling, workdir))
+    directory = open_workdir(workdir)
+    if subject is None:
+        results = {**evaluation.of_images(), "images": images}
+    else:
+        results = {**evaluation.of_model(subject), **evaluation.made_with(subject)}
+    if jax.process_index() == 0:
+        results |= {"version": version(), "revision": revision()}
+        report.write_json(directory / RESULT_NAME, results)
+        logging.info("Wrote %s:\n%s", directory / RESULT_NAME, report.table(results))
+        draw(directory / DIRECTORY_NAME, results)
+    # A process that left a job long before the others would take them with it.
+    distributed.wait_for_all("the end of the evaluation")
 
-    logging.info("Fitting the classifier to %d real images", len(train[1]))
-    classifier = Classifier(*train)
-    figures = {
-        "classifier/accuracy_on_real": classifier.accuracy(*test),
-        **evaluate_reconstruction(pipeline, classifier, sampling, *test),
-        **evaluate_generation(pipeline, classifier, settings, sampling),
-        "num_generated": settings.num_images,
-        **drawing(sampling, pipeline),
-        "seed": sampling.seed,
+
+def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
+    """Draw what is varied."""
+    previews = {
+        name.removeprefix("generation/").removesuffix(AFTER_EACH_GROUP): values
+        for name, values in results.items()
+        if name.endswith(AFTER_EACH_GROUP)
     }
-    path = pathlib.Path(workdir) / "evaluation.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
-    width = max(map(len, figures))
-    table = "\n".join(f"{name:{width}}  {_format(value)}" for name, value in figures.items())
-    logging.info("Wrote %s:\n%s", path, table)
-
-
-def load_pixels(data: DataConfig, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pixels [N, H, W, 3], centre-cropped, and labels [N] of a small source."""
-    source = load_source(data, split)
-    records = [source[i] for i in range(len(source))]
-    pixels = np.stack([center_crop(r["pixels"], data.image_size) for r in records])
-    return pixels, np.stack([r["label"] for r in records])
-
-
-def evaluate_reconstruction(
-    pipeline: DarPipeline,
-    classifier: Classifier,
-    sampling: SampleConfig,
-    pixels: np.ndarray,
-    labels: np.ndarray,
-) -> dict[str, float]:
-    """Held-out images through the tokenizer and back."""
-    reconstruction, indices = reconstruct(pipeline, sampling, pixels)
-    kept = classifier.predict(reconstruction) == classifier.predict(pixels)
-    codebook_size = pipeline.tokenizer.config.codebook_size
-    return {
-        "reconstruction/label_kept": float(np.mean(kept)),
-        "reconstruction/accuracy": classifier.accuracy(reconstruction, labels),
-        "reconstruction/psnr_db": psnr(pixels, reconstruction),
-        "reconstruction/codebook_usage": len(np.unique(indices)) / codebook_size,
+    guidance = {
+        name.removeprefix("guidance/"): values
+        for name, values in results.items()
+        if name.startswith("guidance/")
     }
-
-
-def reconstruct(
-    pipeline: DarPipeline, sampling: SampleConfig, pixels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode and decode pixels [N, H, W, 3]; return them and the indices."""
-    tokenizer, rng = pipeline.tokenizer, jax.random.key(sampling.seed)
-    size = whole_batch(pipeline, min(sampling.batch_size, len(pixels)))
-    reconstruction, indices = [], []
-    for first in range(0, len(pixels), size):
-        part = pixels[first : first + size]
-        tokens = tokenizer.encode(pad(images.to_float(part), size))
-        noise = initial_noise(image_keys(rng, size, first), part.shape[1:3])
-        decoded = images.to_pixels(tokenizer.decode(tokens, noise=noise, solver=sampling.solver))
-        reconstruction.append(np.asarray(decoded)[: len(part)])
-        indices.append(np.asarray(tokens)[: len(part)])
-    return np.concatenate(reconstruction), np.concatenate(indices)
-
-
-def evaluate_generation(
-    pipeline: DarPipeline, classifier: Classifier, settings: EvaluateConfig, sampling: SampleConfig
-) -> dict[str, float | list[float]]:
-    """Generated images, and their previews, against the class that they were asked for."""
-    labels = np.arange(settings.num_images, dtype=np.int32) % pipeline.num_classes
-    hits = [
-        [classifier.predict(preview) == batch.labels for preview in batch.previews]
-        for batch in generate(pipeline, labels, sampling)
-    ]
-    accuracies = np.concatenate(hits, axis=1).mean(axis=1).tolist()
-    return {
-        "generation/accuracy": accuracies[-1],
-        "generation/accuracy_after_each_group": accuracies,
-    }
-
-
-def _format(value: float | list[float]) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_format, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if previews:
+        groups = range(1, len(next(iter(previews.values()))) + 1)
+        report.draw_curves(
+            directory / "previews.png", [*map(str, groups)], "groups of tokens", previews
+        )
+    if guidance:
+        ticks = [*map(report.format_value, guidance.pop("scales"))]
+        report.draw_curves(directory / "guidance.png", ticks, "guidance scale", guidance)

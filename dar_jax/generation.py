@@ -1,34 +1,28 @@
 """Images from a model directory with the options of `config.sample`, batch by batch."""
 
 import dataclasses
-import datetime
-import functools
 import math
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
 
 from dar_jax.common import image as images
-from dar_jax.common import model_dir
 from dar_jax.common.config import build
-from dar_jax.common.typing import Any, Array, Int, UInt8
-from dar_jax.evaluation.image_set import FORMATS, ImageSet
+from dar_jax.common.progress import Progress
+from dar_jax.common.typing import Any, Int, UInt8
+from dar_jax.evaluation.image_set import FORMATS
 from dar_jax.nn.compute import Compute
-from dar_jax.pipelines import Pipeline, from_pretrained
+from dar_jax.pipelines import KlVaePipeline, Pipeline, TokenizerPipeline, from_pretrained
 from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
+Autoencoder = TokenizerPipeline | KlVaePipeline
+"""Images to codes or latents and back; it draws none."""
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
-REPORT_SECONDS = 5.0
-"""Between two lines of progress."""
-POLL_SECONDS = 10.0
-"""Between two looks for what other processes write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +110,24 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig,
         ValueError: it cannot be read or draws no images, or a block of the config is wrong.
     """
     settings = build(SampleConfig, config.sample.to_dict(), "config.sample")
-    compute = build(Compute, config.compute.to_dict(), "config.compute")
-    mesh = make_mesh(build(MeshConfig, config.mesh.to_dict(), "config.mesh"), jax.local_devices())
     path = model_path(settings, workdir)
-    pipeline = from_pretrained(path, compute=compute, mesh=mesh)
+    pipeline = load_model(config, path)
     if not isinstance(pipeline, Pipeline):
         raise ValueError(f"{path} holds a tokenizer; sampling needs a prior's model directory")
     # Here, so that a mistake comes before anything is written.
     pipeline.check_options(**drawing(settings, pipeline))
     return settings, pipeline
+
+
+def load_model(config: ml_collections.ConfigDict, path: str) -> Pipeline | Autoencoder:
+    """Load any model directory onto this process's devices.
+
+    Raises:
+        ValueError: it cannot be read, or a block of the config is wrong.
+    """
+    compute = build(Compute, config.compute.to_dict(), "config.compute")
+    mesh = make_mesh(build(MeshConfig, config.mesh.to_dict(), "config.mesh"), jax.local_devices())
+    return from_pretrained(path, compute=compute, mesh=mesh)
 
 
 def drawing(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
@@ -182,8 +185,9 @@ def generate(
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
         rows = {name: pad(values[part], size) for name, values in per_image.items()}
-        options = _options(config, pipeline, first)
-        stream = pipeline.stream(pad(labels[part], size), **options, **rows)
+        stream = pipeline.stream(
+            pad(labels[part], size), **options(config, pipeline, first), **rows
+        )
         steps = list(stream)
         count = len(labels[part])
         previews = np.stack([images.to_pixels(step.images)[:count] for step in steps])
@@ -191,67 +195,28 @@ def generate(
         progress.add(count)
 
 
-def fill(image_set: ImageSet, pipeline: Pipeline, config: SampleConfig) -> None:
-    """Generate the images that the set lacks, then wait until other processes have made theirs.
-
-    Every process works on its own devices and shares nothing but the directory.
-    """
-    size = whole_batch(pipeline, config.batch_size)
-    runs = list(image_set.runs(size, jax.process_index(), jax.process_count()))
-    progress = Progress(sum(stop - first for first, stop in runs))
-    finish = None
-    for first, stop in runs:
-        labels = pad(image_set.labels_of(first, stop), size)
-        generated = pipeline.generate(labels, **_options(config, pipeline, first))
-        pixels = images.to_pixels(generated.images)
-        fetch_kept = functools.partial(_kept, pipeline, generated, stop - first)
-        # Write one batch while the devices are at the next.
-        if finish is not None:
-            finish()
-        finish = functools.partial(
-            _write, image_set, progress, first, stop - first, pixels=pixels, fetch_kept=fetch_kept
-        )
-    if finish is not None:
-        finish()
-    wait_for(lambda: not image_set.missing().any(), "the images of other processes")
-
-
-def _write(
-    image_set: ImageSet,
-    progress: "Progress",
-    first: int,
-    count: int,
-    *,
-    pixels: Array,
-    fetch_kept: Callable[[], dict[str, np.ndarray]],
-) -> None:
-    image_set.write(first, np.asarray(pixels)[:count], fetch_kept())
-    progress.add(count)
-
-
 def _kept(pipeline: Pipeline, generated: Any, count: int) -> dict[str, np.ndarray]:
     """Fetch what the pipeline keeps beside the first `count` images."""
     return {name: np.asarray(getattr(generated, name))[:count] for name in pipeline.kept_fields}
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that other processes do to the directory that all share."""
-    while not condition():
-        logging.info("Waiting for %s", what)
-        time.sleep(POLL_SECONDS)
+def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict[str, Any]:
+    """Everything that the images of a set depend on, besides their labels.
 
-
-def identity(config: SampleConfig, pipeline: Pipeline, workdir: str) -> dict[str, Any]:
-    """Everything that the images of a set depend on, besides their labels."""
+    Args:
+        config: how they are drawn.
+        pipeline: the model.
+        fingerprint: of its model directory.
+    """
     return {
-        "model": model_dir.fingerprint(model_dir.locate(model_path(config, workdir))),
+        "model": fingerprint,
         "dtype": pipeline.compute.dtype,
         "seed": config.seed,
         **drawing(config, pipeline),
     }
 
 
-def whole_batch(pipeline: Pipeline, size: int) -> int:
+def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:
     """The least batch size from `size` on that divides over the devices."""
     shards = math.prod(pipeline.mesh.shape[axis] for axis in BATCH_AXES)
     return math.ceil(size / shards) * shards
@@ -262,39 +227,7 @@ def pad(values: np.ndarray, size: int) -> np.ndarray:
     return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1), "edge")
 
 
-def _options(config: SampleConfig, pipeline: Pipeline, first_index: int) -> dict[str, Any]:
+def options(config: SampleConfig, pipeline: Pipeline, first_index: int) -> dict[str, Any]:
+    """All options of `pipeline.stream` for the images from `first_index` on."""
     rng = jax.random.key(config.seed)
     return dict(rng=rng, first_index=first_index, **drawing(config, pipeline))
-
-
-class Progress:
-    """Lines with the number of images made, the rate and the time left."""
-
-    def __init__(self, total: int):
-        self._total = total
-        self._done = 0
-        self._reported = time.monotonic()
-        self._clock = None
-
-    def add(self, count: int) -> None:
-        """Count a batch; say so after the first, now and then, and at the end."""
-        self._done += count
-        now = time.monotonic()
-        if self._clock is None:
-            # Compilation is no part of the rate.
-            self._clock = (self._done, now)
-            logging.info(
-                "%d of %d images in %.1f s, compilation included",
-                self._done,
-                self._total,
-                now - self._reported,
-            )
-        elif now - self._reported > REPORT_SECONDS or self._done >= self._total:
-            rate = (self._done - self._clock[0]) / (now - self._clock[1])
-            left = datetime.timedelta(seconds=math.ceil((self._total - self._done) / rate))
-            logging.info(
-                "%d of %d images, %.3g images/s, %s left", self._done, self._total, rate, left
-            )
-        else:
-            return
-        self._reported = now

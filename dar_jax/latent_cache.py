@@ -21,7 +21,7 @@ from dar_jax.encoded_cache import Encoder, Views, write_encoded
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.train import open_workdir
+from dar_jax.workdir import open_workdir
 
 IMAGES_PER_DEVICE = 32
 """Encoded at a time; at 256 pixels the released encoder's largest activation takes 1 GB."""

@@ -8,7 +8,10 @@ Modes:
     sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz; or, with
               config.sample.num_images, a large set that resumes; with .prefix_image, layout
               control or variations; with .inpaint_image and .inpaint_mask, in-painting
-    evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json
+    evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json; which, by
+              config.evaluate.evaluators: reconstruction, generation, previews, guidance (with
+              .guidance_scales); or, with config.evaluate.images, of a folder or .npz of images;
+              against config.evaluate.reference, an ADM .npz or a split of the data; resumes
     benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl
     cache     a data set in the form that training reads fastest -> WORKDIR
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
@@ -25,7 +28,9 @@ JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from ru
 
 Main keys: config.train.steps, config.data.source, config.data.batch_size,
 config.optimizer.learning_rate, config.compute.dtype, config.mesh.fsdp, config.sample.labels,
-config.sample.guidance_scale, config.sample.seed, config.convert.source, config.wandb.project.
+config.sample.guidance_scale, config.sample.seed, config.evaluate.features,
+config.evaluate.num_images, config.train.evaluate_every, config.convert.source,
+config.wandb.project.
 """
 
 import logging as python_logging

@@ -8,23 +8,25 @@ from PIL import Image
 
 from dar_jax import figures
 from dar_jax.common import image as images
+from dar_jax.common import model_dir
 from dar_jax.common.config import build
 from dar_jax.common.files import replacing
+from dar_jax.common.progress import wait_for
 from dar_jax.common.typing import UInt8
 from dar_jax.data.sources import DataConfig
 from dar_jax.evaluation.image_set import ImageSet
+from dar_jax.filling import fill
 from dar_jax.generation import (
     SampleConfig,
     class_name,
     classes_of,
-    fill,
     generate,
     identity,
     load,
-    wait_for,
+    model_path,
 )
 from dar_jax.pipelines import Pipeline
-from dar_jax.train import open_workdir
+from dar_jax.workdir import open_workdir
 
 DIRECTORY_NAME = "samples"
 """Subdirectory of the workdir that everything is written to."""
@@ -70,7 +72,8 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     classes = classes_of(pipeline, settings, most=None)
     directory = open_workdir(workdir) / DIRECTORY_NAME
     image_set = ImageSet(directory / SET_NAME, settings.num_images, classes, settings.format)
-    image_set.bind(identity(settings, pipeline, workdir))
+    fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
+    image_set.bind(identity(settings, pipeline, fingerprint))
     lacking = int(image_set.missing().sum())
     made, total = settings.num_images - lacking, settings.num_images
     logging.info("%s has %d of %d images", image_set.directory, made, total)

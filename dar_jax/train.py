@@ -8,7 +8,6 @@ waits for the host. Everything that a configuration can get wrong fails before t
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -26,6 +25,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.typing import Params
 from dar_jax.data import pipeline, sources
 from dar_jax.tasks.base import Task
+from dar_jax.train_evaluation import TrainEvaluation
 from dar_jax.training import checkpoint, distributed, metrics, sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
@@ -33,6 +33,7 @@ from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
 from dar_jax.training.tracking import WandbConfig
+from dar_jax.workdir import open_workdir
 
 CHECKPOINTS = "checkpoints"
 NUM_PICTURES = 16
@@ -58,6 +59,8 @@ class TrainConfig:
     """Model directory (or workdir, or hf:// address) whose parameters a new run starts from."""
     image_every: int = 1_000
     """0: no pictures."""
+    evaluate_every: int = 0
+    """Evaluate as `config.evaluate` says; 0: never. See `train_evaluation`."""
     accumulation: int = 1
     """Microbatches per step, one after the other: the same step with less memory."""
     profile_steps: tuple[int, ...] = ()
@@ -98,6 +101,7 @@ class Run:
     iterator: grain.DatasetIterator
     checkpoints: checkpoint.Checkpoints
     frozen: Params
+    evaluation: TrainEvaluation | None
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -130,6 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
     abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
     initial = _initial_params(settings, task, abstract, workdir)
     frozen = task.frozen()
+    evaluation = TrainEvaluation(config, workdir) if settings.train.evaluate_every else None
     directory = open_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(
         directory / CHECKPOINTS,
@@ -137,7 +142,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
         keep=settings.train.keep_checkpoints,
         keep_every=settings.train.keep_every,
     )
-    run = Run(task, settings, mesh, directory, iterator, checkpoints, frozen)
+    run = Run(task, settings, mesh, directory, iterator, checkpoints, frozen, evaluation)
     try:
         _describe(run, config, abstract)
         state = _fit(run, *_restore_or_create(run, abstract, initial))
@@ -157,7 +162,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
         iterator.close()
     done = int(state.step) >= settings.train.steps
     if done:
-        _export(run, state)
+        _export(run, state, run.workdir / "model")
         distributed.wait_for_all("export")
     return done
 
@@ -176,25 +181,6 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
         wandb=block(WandbConfig, "wandb"),
         seed=config.seed,
     )
-
-
-def open_workdir(workdir: str) -> pathlib.Path:
-    """Return the absolute path of `workdir`, made if it is missing.
-
-    Raises:
-        ValueError: it cannot be used, or the processes of a job do not share it.
-    """
-    if not workdir:
-        raise ValueError("workdir is empty; name a directory with --workdir=DIR")
-    path = pathlib.Path(workdir).absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot use workdir {path}: {error.strerror}; choose another") from error
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise ValueError(f"cannot use workdir {path}: no permission to write it; choose another")
-    distributed.check_shared(path)
-    return path
 
 
 def _bound_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -242,7 +228,8 @@ def _restore_or_create(
 def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
     config = run.settings.train
     first_step = int(state.step)
-    if first_step >= config.steps:
+    is_pending = run.evaluation is not None and run.evaluation.is_pending(first_step)
+    if first_step >= config.steps and not is_pending:
         logging.info(
             "%s is trained: step %d of %d; raise config.train.steps to go on",
             run.workdir,
@@ -254,6 +241,8 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
     report = _Report(run, writer, interval)
     try:
         with distributed.PreemptionNotice() as notice:
+            if is_pending:
+                _evaluate(run, state, first_step, writer=writer)
             return _loop(run, state, first_step, report=report, writer=writer, notice=notice)
     finally:
         writer.close()
@@ -295,6 +284,10 @@ def _loop(
             report.flush()
             _look(run, state, frozen, step, writer=writer)
             report.restart_clock(step)
+        if _is_due(step, config.evaluate_every, config.steps):
+            report.flush()
+            _evaluate(run, state, step, writer=writer)
+            report.restart_clock(step)
     profile.close()
     return state
 
@@ -321,14 +314,19 @@ def _look(
         writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
 
 
-def _export(run: Run, state: TrainState) -> None:
-    """Write the model directory with the averaged parameters."""
+def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:
+    """Measure the averaged parameters as `--mode=evaluate` does."""
+    logging.info("Evaluating step %d", step)
+    writer.scalars(step, run.evaluation(lambda directory: _export(run, state, directory)))
+
+
+def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
+    """Write a model directory with the averaged parameters; process 0 only."""
     params = sharding.fetch(run.task.released(state.eval_params), run.mesh)
     if jax.process_index() != 0:
         return
     source = sources.load_source(run.settings.data, "test")
     extra = {"class_names": source.class_names, "step": int(state.step)}
-    directory = run.workdir / "model"
     model_dir.save_model(
         directory,
         run.task.kind,

@@ -9,7 +9,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.config import build
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert.command import ConvertConfig
-from dar_jax.evaluate import EvaluateConfig
+from dar_jax.evaluators import EvaluateConfig
 from dar_jax.models.dar.llama import SIZES
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.sample import SampleConfig

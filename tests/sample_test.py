@@ -146,7 +146,7 @@ def test_merged_set_holds_the_images(whole):
 
 def test_set_of_another_seed_is_refused(whole, run, tmp_path):
     (tmp_path / "run").symlink_to(whole.parent)
-    with pytest.raises(ValueError, match="holds images of seed=0, not 1;"):
+    with pytest.raises(ValueError, match="is made with seed=0, not 1;"):
         run(labels=(3, 1, 4), num_images=NUM_IMAGES, seed=1)
 
 

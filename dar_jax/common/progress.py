@@ -1,0 +1,61 @@
+"""Lines of progress, and waiting for what other processes do."""
+
+import datetime
+import math
+import time
+from collections.abc import Callable
+
+from absl import logging
+
+REPORT_SECONDS = 5.0
+"""Between two lines of progress."""
+POLL_SECONDS = 10.0
+"""Between two looks for what other processes write."""
+
+
+class Progress:
+    """Lines with the number of images that are done, the rate and the time left."""
+
+    def __init__(self, total: int, what: str = "images"):
+        """Expect `total` of `what`."""
+        self._total = total
+        self._what = what
+        self._done = 0
+        self._reported = time.monotonic()
+        self._clock = None
+
+    def add(self, count: int) -> None:
+        """Count a batch; say so after the first, now and then, and at the end."""
+        self._done += count
+        now = time.monotonic()
+        if self._clock is None:
+            # Compilation is no part of the rate.
+            self._clock = (self._done, now)
+            logging.info(
+                "%d of %d %s in %.1f s, compilation included",
+                self._done,
+                self._total,
+                self._what,
+                now - self._reported,
+            )
+        elif now - self._reported > REPORT_SECONDS or self._done >= self._total:
+            rate = (self._done - self._clock[0]) / (now - self._clock[1])
+            left = datetime.timedelta(seconds=math.ceil((self._total - self._done) / rate))
+            logging.info(
+                "%d of %d %s, %.3g per second, %s left",
+                self._done,
+                self._total,
+                self._what,
+                rate,
+                left,
+            )
+        else:
+            return
+        self._reported = now
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something that other processes do to the directory that all share."""
+    while not condition():
+        logging.info("Waiting for %s", what)
+        time.sleep(POLL_SECONDS)

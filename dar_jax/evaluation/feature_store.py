@@ -1,0 +1,89 @@
+"""Features of images on disk, so that none is computed twice.
+
+They lie in pieces (`evaluation.pieces`) in a directory that is named after the images and the
+network: a run that was killed goes on, several processes share the work, and comparisons with the
+same images share the result. What is computed is the same for any number of processes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from absl import logging
+
+from dar_jax.common import model_dir
+from dar_jax.common.progress import Progress, wait_for
+from dar_jax.common.typing import Any, Float, UInt8
+from dar_jax.evaluation.features import FeatureExtractor
+from dar_jax.evaluation.image_sources import Images
+from dar_jax.evaluation.pieces import Pieces
+
+PIECE = 256
+"""Images whose features are one file; more of them are lost when a run is killed."""
+DIGEST_LENGTH = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStore:
+    """Features of one network in subdirectories of `directory`.
+
+    Attributes:
+        directory: where they are.
+        extractor: the network.
+        weights: directory of its weights, or "".
+    """
+
+    directory: pathlib.Path
+    extractor: FeatureExtractor
+    weights: str = ""
+
+    def features(self, images: Images) -> dict[str, Float[np.ndarray, "N _"]]:
+        """Read the features of all images, each kind one array; compute those that are missing.
+
+        Raises:
+            ValueError: an image or a file of features cannot be read.
+        """
+        settings = {"images": images.identity, "network": self._network}
+        pieces = Pieces(self.directory / f"features-{digest(settings)}", len(images))
+        pieces.bind(settings)
+        runs = list(pieces.runs(PIECE, jax.process_index(), jax.process_count()))
+        if runs:
+            total = sum(stop - first for first, stop in runs)
+            logging.info("Features (%s) of %d images", self.extractor.name, total)
+            progress = Progress(total)
+            for first, pixels in read_ahead(images, runs):
+                pieces.save(first, self.extractor.features(pixels))
+                progress.add(len(pixels))
+        wait_for(lambda: not pieces.missing().any(), "the features of other processes")
+        return {kind: pieces.array(kind) for kind in self.extractor.dims}
+
+    @functools.cached_property
+    def _network(self) -> dict[str, Any]:
+        name = self.extractor.name
+        if not self.weights:
+            return {"name": name}
+        return {"name": name, "weights": model_dir.fingerprint(model_dir.locate(self.weights))}
+
+
+def read_ahead(
+    images: Images, runs: list[tuple[int, int]]
+) -> Iterator[tuple[int, UInt8[np.ndarray, "n H W 3"]]]:
+    """Yield the first index and the images of every run; the next one is being read meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(images.read, *run) for run in runs[:1]]
+        for number, (first, _) in enumerate(runs, 1):
+            pixels = pending.pop().result()
+            pending += [pool.submit(images.read, *run) for run in runs[number : number + 1]]
+            yield first, pixels
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """A short name for settings of JSON types."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]

@@ -1,0 +1,229 @@
+"""Images to be judged, wherever they are: 8-bit, of one size, in a fixed order.
+
+Rounding to 8 bits. Samples and reconstructions are trunc(clip(127.5 x + 128, 0, 255)) of x in
+[-1, 1] (`common.image.to_pixels`), as the reference writes them. Real images are the bytes of the
+same centre crops that enter a model (`transforms.center_crop`), trunc(255 x) of x = pixel / 255.
+
+Difference from the reference: it takes real images back from [-1, 1], where float32 turns 63 of
+the 256 levels into the level below.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dar_jax.common.typing import Any, UInt8
+from dar_jax.data.base import SPLIT_SEED, DataConfig
+from dar_jax.data.decode import UnreadablePictureError, decode
+from dar_jax.data.folder import SUFFIXES
+from dar_jax.data.sources import Source, load_source
+from dar_jax.data.transforms import center_crop
+from dar_jax.evaluation.image_set import PIXELS
+from dar_jax.evaluation.npz_images import NpzImages
+from dar_jax.evaluation.pieces import Pieces
+
+NUM_THREADS = 8
+"""Pictures that are decoded at the same time."""
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images to be judged."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What they are, as JSON types: equal for equal images, whatever their number."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width.
+
+        Raises:
+            ValueError: see `read`.
+        """
+
+    def __len__(self) -> int: ...
+    def read(self, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
+        """Return the images `first` .. `stop - 1`.
+
+        Raises:
+            ValueError: one cannot be read, or is of another size.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class SetImages:
+    """An array of images in complete pieces: those of an `ImageSet`, or kept beside them.
+
+    Attributes:
+        pieces: where they are.
+        made_with: what they depend on, as JSON types.
+        name: of the array.
+    """
+
+    pieces: Pieces
+    made_with: Mapping[str, Any]
+    name: str = PIXELS
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**self.made_with, "array": self.name}
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        return self.read(0, 1).shape[1:3]
+
+    def __len__(self) -> int:
+        return self.pieces.count
+
+    def read(self, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
+        return np.concatenate(list(self.pieces.rows(self.name, first, stop)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitImages:
+    """Centre crops of a data set, all in its own order or some at random.
+
+    Attributes:
+        config: the data.
+        split: "train" or "test".
+        count: number of images; None is all, and all where there are fewer.
+    """
+
+    config: DataConfig
+    split: str
+    count: int | None = None
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        names = ("source", "path", "classes", "test_fraction", "image_size")
+        values = {name: getattr(self.config, name) for name in names}
+        own_order = len(self) == len(self._source)
+        return {
+            **values,
+            "split": self.split,
+            "pictures": len(self._source),
+            "order": "its own" if own_order else "random",
+        }
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (self.config.image_size,) * 2
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        if self.config.source == "codes":
+            raise ValueError(
+                "config.data.source='codes' has no pictures to compare with; set "
+                "config.data.source and config.data.path to those that were encoded"
+            )
+        return load_source(self.config, self.split)
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        if len(self) == len(self._source):
+            return np.arange(len(self))
+        # Sources that are sorted by class would give images of few classes.
+        return np.random.default_rng(SPLIT_SEED).permutation(len(self._source))
+
+    def __len__(self) -> int:
+        total = len(self._source)
+        return total if self.count is None else min(self.count, total)
+
+    def read(self, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
+        return _in_threads(self._crop, first, stop)
+
+    def _crop(self, position: int) -> UInt8[np.ndarray, "H W 3"]:
+        try:
+            picture = self._source[int(self._order[position])]
+        except UnreadablePictureError as error:
+            raise ValueError(f"cannot read {error}; every picture counts, repair it") from error
+        return center_crop(picture["pixels"], self.config.image_size)
+
+    def labels(self) -> np.ndarray:
+        """Classes of all images."""
+        return np.array([self._source[int(index)]["label"] for index in self._order[: len(self)]])
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """The picture files below a folder, in the order of their paths."""
+
+    root: pathlib.Path
+    paths: tuple[pathlib.Path, ...]
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, Any]:
+        newest = max(path.stat().st_mtime_ns for path in self.paths)
+        return {"folder": str(self.root.absolute()), "files": len(self.paths), "newest": newest}
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        return _decode(self.paths[0]).shape[:2]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
+        return _in_threads(self._read, first, stop)
+
+    def _read(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        pixels = _decode(self.paths[index])
+        if pixels.shape[:2] != self.size:
+            raise ValueError(
+                f"{self.root} has images of {_by(self.size)} pixels ({self.paths[0].name}) and of "
+                f"{_by(pixels.shape)} ({self.paths[index].name}); all must have one size"
+            )
+        return pixels
+
+
+def open_images(path: str) -> FolderImages | NpzImages:
+    """Open a folder of pictures or a `.npz` file of images.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    where = pathlib.Path(path)
+    if where.suffix == ".npz":
+        return NpzImages(where)
+    if not where.is_dir():
+        raise ValueError(f"{path} is neither a folder of pictures nor a .npz file")
+    found = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+    if not found:
+        raise ValueError(f"{path} has no pictures ({', '.join(SUFFIXES)})")
+    return FolderImages(where, tuple(sorted(found)))
+
+
+def read_all(images: Images) -> UInt8[np.ndarray, "N H W 3"]:
+    """Read all images at once: small ones."""
+    return images.read(0, len(images))
+
+
+def check_size(images: Images, other: Images) -> None:
+    """Raise ValueError unless both have images of one size."""
+    if images.size != other.size:
+        raise ValueError(
+            f"images of {_by(images.size)} pixels cannot be compared with images of "
+            f"{_by(other.size)}"
+        )
+
+
+def _decode(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        return decode(path.read_bytes(), str(path))
+    except (OSError, UnreadablePictureError) as error:
+        raise ValueError(f"cannot read {error}") from error
+
+
+def _in_threads(read_one: Any, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return np.stack(list(pool.map(read_one, range(first, stop))))
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,84 @@
+"""Figures of reconstructions beside their originals: distortion, similarity, use of codes."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from scipy.stats import entropy
+
+from dar_jax.common.progress import wait_for
+from dar_jax.common.typing import Int, UInt8
+from dar_jax.data.base import DataConfig
+from dar_jax.evaluation.feature_store import PIECE, FeatureStore, digest, read_ahead
+from dar_jax.evaluation.features import metric_name
+from dar_jax.evaluation.generation import distance, warn_of_few
+from dar_jax.evaluation.image_sources import Images, SplitImages
+from dar_jax.evaluation.moments import Moments
+from dar_jax.evaluation.pieces import Pieces
+
+Metric = Callable[[UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "N H W 3"]], float]
+"""Mean over pairs of an original and another image."""
+
+
+def pair_figures(
+    originals: Images, others: Images, metrics: Mapping[str, Metric], directory: pathlib.Path
+) -> dict[str, float]:
+    """Compute means over all pairs; a killed run goes on, and processes share the work.
+
+    Args:
+        originals: the originals.
+        others: as many, of the same size.
+        metrics: by name.
+        directory: for what is computed.
+
+    Raises:
+        ValueError: an image cannot be read, or is too small for a metric.
+    """
+    settings = {
+        "originals": originals.identity,
+        "others": others.identity,
+        "metrics": sorted(metrics),
+    }
+    pieces = Pieces(directory / f"pairs-{digest(settings)}", len(others))
+    pieces.bind(settings)
+    runs = list(pieces.runs(PIECE, jax.process_index(), jax.process_count()))
+    for first, pixels in read_ahead(others, runs):
+        same = originals.read(first, first + len(pixels))
+        means = {name: metric(same, pixels) for name, metric in metrics.items()}
+        # The mean of the piece in each of its rows: the mean of all rows is that of all pairs.
+        pieces.save(first, {name: np.full(len(pixels), mean) for name, mean in means.items()})
+    wait_for(lambda: not pieces.missing().any(), "the figures of other processes")
+    return {name: float(np.mean(pieces.array(name))) for name in metrics}
+
+
+def codebook_figures(indices: Int[np.ndarray, "B N"], codebook_size: int) -> dict[str, float]:
+    """Share of the codes that occur, and the exponential of the entropy of their frequencies."""
+    counts = np.bincount(indices.reshape(-1), minlength=codebook_size)
+    return {
+        "codebook_usage": float(np.mean(counts > 0)),
+        "codebook_perplexity": float(np.exp(entropy(counts))),
+    }
+
+
+def distance_figures(
+    store: FeatureStore, originals: Images, others: Images, data: DataConfig
+) -> dict[str, float]:
+    """Frechet distance between reconstructions and their originals: rFID.
+
+    Other features than Inception's give `fd_vgg16`, and `fd_vgg16_floor`: the distance of the
+    originals to as many images that were trained on, or to all if there are fewer.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    real, made = (store.features(images)["pool"] for images in (originals, others))
+    name = metric_name("fid", store.extractor.name)
+    figures = {name: distance(made, Moments.of(real).gaussian())}
+    if name == "fid":
+        warn_of_few(store.extractor, len(real), "0 for the originals themselves")
+        return figures
+    trained_on = store.features(SplitImages(data, "train", len(real)))["pool"]
+    floor = distance(real, Moments.of(trained_on).gaussian())
+    warn_of_few(store.extractor, len(real), f"{floor:.4g}")
+    return {**figures, f"{name}_floor": floor}

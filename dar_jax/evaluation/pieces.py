@@ -1,0 +1,151 @@
+"""Arrays on disk that grow in pieces, survive a kill and are made by several processes.
+
+Row i of every array belongs to example i. Pieces appear whole or not at all under names that say
+which rows they hold, so their names alone say what is missing:
+
+    manifest.json            what the rows depend on
+    00000064-00000128.npz    arrays [64, ...] by name
+
+Several processes may write one directory at the same time: each takes every P-th batch.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dar_jax.common.files import replacing
+from dar_jax.common.typing import Bool, Shaped
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The first `count` rows of the arrays in `directory`."""
+
+    directory: pathlib.Path
+    count: int
+
+    piece_name = re.compile(r"(\d{8})-(\d{8})\.npz")
+    """Of a file, with the first row and the one after the last."""
+
+    def bind(self, settings: Mapping[str, Any]) -> None:
+        """Make the directory for rows of these settings, or check that it holds such rows.
+
+        Args:
+            settings: whatever the rows depend on, as JSON types.
+
+        Raises:
+            ValueError: it holds rows of other settings.
+        """
+        text = json.dumps(settings, indent=2) + "\n"
+        path = self.directory / MANIFEST_NAME
+        # In this order: another process writes its manifest before its pieces.
+        pieces = self._pieces()
+        if path.exists():
+            self._compare(json.loads(path.read_text()), json.loads(text))
+        elif pieces:
+            raise ValueError(f"{self.directory} has pieces but no {MANIFEST_NAME}; delete it")
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+
+    def _compare(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        for name in {**found, **expected}:
+            if found.get(name) != expected.get(name):
+                raise ValueError(
+                    f"{self.directory} is made with {name}={found.get(name)}, not "
+                    f"{expected.get(name)}; choose another --workdir or delete that directory"
+                )
+
+    def missing(self) -> Bool[np.ndarray, " N"]:
+        """True for every row that is not there yet."""
+        missing = np.ones(self.count, bool)
+        for first, stop, _ in self._pieces():
+            missing[first:stop] = False
+        return missing
+
+    def runs(
+        self, batch_size: int, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[tuple[int, int]]:
+        """Yield runs (first, stop) of missing rows, at most `batch_size` long.
+
+        Batches are dealt to the processes by their place in the set, not by what is missing, which
+        changes while others write.
+        """
+        missing = self.missing()
+        for start in range(process_index * batch_size, self.count, process_count * batch_size):
+            window = np.pad(missing[start : start + batch_size].astype(int), 1)
+            edges = np.flatnonzero(np.diff(window)).reshape(-1, 2)
+            yield from ((start + int(first), start + int(stop)) for first, stop in edges)
+
+    def save(self, first: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write a piece: the rows from `first` on of every array."""
+        (length,) = {len(rows) for rows in arrays.values()}
+        name = f"{first:08d}-{first + length:08d}.npz"
+        with replacing(self.directory / name) as temporary:
+            np.savez(temporary, **arrays)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the arrays, as the first piece has them.
+
+        Raises:
+            ValueError: there is no piece.
+        """
+        for _, _, path in self._pieces():
+            with np.load(path) as arrays:
+                return tuple(arrays.files)
+        raise ValueError(f"{self.directory} has no pieces")
+
+    def rows(
+        self, name: str, first: int = 0, stop: int | None = None
+    ) -> Iterator[Shaped[np.ndarray, "n ..."]]:
+        """Yield the rows `first` .. `stop - 1` of an array in order, piece by piece.
+
+        Raises:
+            ValueError: a row is missing, a piece cannot be read, or rows differ in shape.
+        """
+        stop = self.count if stop is None else stop
+        known, shape = first, None
+        for start, end, path in self._pieces():
+            if end <= known:
+                continue
+            if known >= stop or start > known:
+                break
+            rows = self._read(path, name)[known - start : stop - start]
+            shape = shape or rows.shape[1:]
+            if rows.shape[1:] != shape:
+                raise ValueError(f"{path} holds {name} of {rows.shape[1:]}, others {shape}")
+            known = min(end, stop)
+            yield rows
+        if known < stop:
+            raise ValueError(f"{self.directory} lacks row {known} of {self.count}")
+
+    def array(self, name: str) -> Shaped[np.ndarray, "N ..."]:
+        """Read a whole array; see `rows`."""
+        return np.concatenate(list(self.rows(name)))
+
+    def _pieces(self) -> list[tuple[int, int, pathlib.Path]]:
+        """(first, stop, path) of every piece, in order."""
+        if not self.directory.is_dir():
+            return []
+        pieces = []
+        for path in self.directory.iterdir():
+            if match := self.piece_name.fullmatch(path.name):
+                first, stop = int(match[1]), match[2]
+                pieces.append((first, int(stop or first + 1), path))
+        return sorted(pieces)
+
+    def _read(self, path: pathlib.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
+        try:
+            with np.load(path) as arrays:
+                return arrays[name]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error

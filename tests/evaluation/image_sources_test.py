@@ -1,0 +1,114 @@
+"""Images to be judged: which, in which order, and what is refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dar_jax.common import image as images
+from dar_jax.data.base import DataConfig
+from dar_jax.data.sources import load_source
+from dar_jax.evaluation.image_set import ImageSet
+from dar_jax.evaluation.image_sources import (
+    FolderImages,
+    SetImages,
+    SplitImages,
+    check_size,
+    open_images,
+    read_all,
+)
+
+SYNTHETIC = DataConfig(source="synthetic", image_size=8)
+LEVELS = np.arange(256, dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures in two folders, each of one grey."""
+    for index, name in enumerate(("b/1.png", "a/2.PNG", "a/10.png", ".hidden.png", "c.bmp")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 4), (index, index, index)).save(path)
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_folder_is_read_in_the_order_of_its_paths(folder):
+    found = open_images(str(folder))
+    assert len(found) == 4 and found.size == (4, 6)
+    np.testing.assert_array_equal(read_all(found)[:, 0, 0, 0], [2, 1, 0, 4])
+    np.testing.assert_array_equal(found.read(1, 3), read_all(found)[1:3])
+
+
+def test_folder_of_several_sizes_is_refused(folder):
+    Image.new("RGB", (6, 5)).save(folder / "b" / "3.png")
+    with pytest.raises(ValueError, match=r"of 4 x 6 pixels \(10.png\) and of 5 x 6 \(3.png\)"):
+        read_all(open_images(str(folder)))
+
+
+def test_unreadable_picture_is_named(folder):
+    (folder / "b" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read .*1.png: not a picture"):
+        read_all(open_images(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["none", "none.npz", "notes.txt"])
+def test_other_things_are_no_images(folder, name):
+    with pytest.raises(ValueError, match=f"{name} (is neither|is no readable)"):
+        open_images(str(folder / name))
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no pictures"):
+        open_images(str(folder / "empty"))
+
+
+def test_whole_split_keeps_its_order_and_a_part_is_random():
+    source = load_source(SYNTHETIC, "test")
+    whole = SplitImages(SYNTHETIC, "test")
+    np.testing.assert_array_equal(whole.read(3, 5), [source[3]["pixels"], source[4]["pixels"]])
+    np.testing.assert_array_equal(whole.labels()[:2], [source[i]["label"] for i in range(2)])
+    part, larger = (SplitImages(SYNTHETIC, "test", count) for count in (20, 30))
+    np.testing.assert_array_equal(read_all(larger)[:20], read_all(part))
+    assert part.identity == larger.identity != whole.identity
+    assert not np.array_equal(read_all(part), whole.read(0, 20))
+    assert len(SplitImages(SYNTHETIC, "test", 5000)) == len(whole)
+
+
+def test_codes_are_no_images():
+    with pytest.raises(ValueError, match="'codes' has no pictures"):
+        len(SplitImages(DataConfig(source="codes"), "test"))
+
+
+def test_crops_written_as_png_are_the_crops(tmp_path):
+    original = SplitImages(SYNTHETIC, "train", 7)
+    image_set = ImageSet(tmp_path / "set", 7, (0,), "png")
+    image_set.bind({})
+    image_set.write(0, read_all(original), {})
+    np.testing.assert_array_equal(read_all(open_images(str(tmp_path / "set"))), read_all(original))
+
+
+def test_arrays_of_a_set_are_told_apart(tmp_path):
+    image_set = ImageSet(tmp_path / "set", 2, (0,))
+    image_set.bind({})
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 4, 4, 3), dtype=np.uint8)
+    image_set.write(0, pixels[0], {"after_1": pixels[1]})
+    last, first = SetImages(image_set, {}), SetImages(image_set, {}, "after_1")
+    assert last.identity != first.identity
+    np.testing.assert_array_equal([read_all(last), read_all(first)], pixels)
+
+
+def test_sizes_must_agree(folder):
+    with pytest.raises(ValueError, match="of 4 x 6 pixels cannot be compared with images of 8 x 8"):
+        check_size(FolderImages(folder, (folder / "c.bmp",)), SplitImages(SYNTHETIC, "test"))
+
+
+def test_rounding_to_eight_bits():
+    """Real images: trunc(255 x) of x in [0, 1]; samples: trunc(127.5 x + 128), the nearest level.
+
+    The reference takes real images back from [-1, 1] in float32 and loses a level at times.
+    """
+    unit = LEVELS.astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(np.trunc(np.float32(255) * unit), LEVELS)
+    symmetric = images.to_float(LEVELS[:, None])
+    np.testing.assert_array_equal(images.to_pixels(jnp.asarray(symmetric))[:, 0], LEVELS)
+    lost = LEVELS - np.trunc(np.float32(255) * ((symmetric[:, 0] + 1) / 2))
+    assert (lost.sum(), lost.max()) == (63, 1)

@@ -1,0 +1,71 @@
+"""Evaluation while training: the figures of `--mode=evaluate`, at every interval, kill or not."""
+
+import json
+
+import pytest
+
+from configs import mnist
+from dar_jax import evaluators, train
+from dar_jax.evaluate import evaluate
+from dar_jax.train_evaluation import _one_by_one
+
+EXACT = 1e-4  # the mesh differs
+
+
+def make_config():
+    config = mnist.get_config("tokenizer")
+    for part in (config.model.encoder, config.model.condition, config.model.decoder):
+        part.update(dim=32)
+    config.model.encoder.depth = config.model.decoder.depth = 1
+    config.data.update(source="synthetic", batch_size=8)
+    config.train.update(steps=4, log_every=4, checkpoint_every=4, image_every=0, evaluate_every=2)
+    config.evaluate.update(num_images=16, classifier=False)
+    return config
+
+
+def curve(workdir):
+    """Step -> PSNR as it was logged."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    name = "eval/reconstruction/psnr_db"
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.mark.slow
+def test_evaluation_in_training_is_the_mode_and_survives_a_kill(tmp_path, monkeypatch):
+    train.train_and_evaluate(make_config(), str(tmp_path / "whole"))
+    whole = curve(tmp_path / "whole")
+    assert list(whole) == [2, 4] and whole[2] != whole[4]
+    assert list((tmp_path / "whole/evaluation").iterdir()) == []
+    evaluate(make_config(), str(tmp_path / "whole"))
+    results = json.loads((tmp_path / "whole/evaluation.json").read_text())
+    assert results["reconstruction/psnr_db"] == pytest.approx(whole[4], rel=EXACT)
+
+    fill = evaluators.fill_reconstructions
+    calls = []
+
+    def die_the_second_time(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        fill(*arguments)
+
+    monkeypatch.setattr(evaluators, "fill_reconstructions", die_the_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(make_config(), str(tmp_path / "killed"))
+    assert list(curve(tmp_path / "killed")) == [2]
+    train.train_and_evaluate(make_config(), str(tmp_path / "killed"))
+    assert curve(tmp_path / "killed") == pytest.approx(whole, rel=EXACT)
+    assert (tmp_path / "killed/model").exists()
+
+
+def test_lists_are_logged_one_by_one():
+    figures = {"a/b": 1.5, "a/each": [2.0, 3.0], "guidance/scales": [(1.0,), (1.1, 3.0)]}
+    assert _one_by_one(figures) == [("a/b", 1.5), ("a/each_1", 2.0), ("a/each_2", 3.0)]
+
+
+def test_bad_evaluation_is_refused_before_training_starts(tmp_path):
+    config = make_config()
+    config.evaluate.features = "resnet"
+    with pytest.raises(ValueError, match="features='resnet' must be one of"):
+        train.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
