@@ -23,8 +23,8 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.workdir import open_workdir
 
-IMAGES_PER_DEVICE = 32
-"""Encoded at a time; at 256 pixels the released encoder's largest activation takes 1 GB."""
+PIXELS_PER_DEVICE = 16 * 256**2
+"""Encoded at a time; the released encoder's largest activation then takes 0.5 GB."""
 
 
 def write_latents(config: ml_collections.ConfigDict, workdir: str, pictures_per_shard: int) -> None:
@@ -40,7 +40,8 @@ def write_latents(config: ml_collections.ConfigDict, workdir: str, pictures_per_
     vae = build(KlVaeConfig, loaded["model"], str(directory))
     grid = vae.latent_grid(data.image_size, data.image_size)
     model = FunctionalModel(KlVae, vae, Compute())
-    encoder = Encoder(model, directory, _encode, rows_per_device=IMAGES_PER_DEVICE)
+    rows = max(1, PIXELS_PER_DEVICE // data.image_size**2)
+    encoder = Encoder(model, directory, _encode, rows_per_device=rows)
     views = Views(2, functools.partial(both_ways, size=data.image_size))
     write_encoded(
         data,

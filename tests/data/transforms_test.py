@@ -44,6 +44,24 @@ def test_center_crop_is_adms_pixel_for_pixel(shape, size):
     np.testing.assert_array_equal(found, reference_center_crop(pixels, size))
 
 
+@pytest.mark.parametrize("shape", [(97, 61), (16, 200), (33, 33)])
+def test_random_square_has_the_full_shorter_side(shape):
+    size, pixels, side = 20, picture(*shape), min(shape)
+    places = set()
+    for seed in range(8):
+        found = transforms.random_square(pixels, size, np.random.default_rng(seed))
+        squares = [
+            Image.fromarray(pixels[top : top + side, left : left + side])
+            for top in range(shape[0] - side + 1)
+            for left in range(shape[1] - side + 1)
+        ]
+        resized = [np.array(s.resize((size, size), Image.BICUBIC)) for s in squares]
+        matches = [np.array_equal(found, expected) for expected in resized]
+        assert any(matches)
+        places.add(matches.index(True))
+    assert len(places) > 2 or shape[0] == shape[1]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_crop_is_a_square_of_adms_resizing(shape):
     size, pixels = 20, picture(*shape)
