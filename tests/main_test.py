@@ -118,7 +118,7 @@ def test_mistake_on_the_command_line_is_one_line_with_status_2(trained, tmp_path
 
 
 IN_THE_CONFIG = {
-    "no model": ("dar", sample.sample, {}, "{w}"),
+    "no model": ("dar", sample.sample, {"sample.untrained_model": ""}, "{w}"),
     "no tokenizer": ("dar", train.train_and_evaluate, {"tokenizer": "{w}/none"}, "{w}/none"),
     "data": ("tokenizer", train.train_and_evaluate, {"data.source": "imagenot"}, "'imagenot'"),
     "image size": ("tokenizer", train.train_and_evaluate, {"data.image_size": 28}, "28"),

@@ -30,6 +30,9 @@ TOKENIZER_NAME = "tokenizer"
 """Subdirectory of a prior's model directory that holds its tokenizer's."""
 WORKDIR_NAME = "model"
 """Subdirectory of a workdir that holds the model directory."""
+SHIPPED_SCHEME = "package://"
+SHIPPED = pathlib.Path(__file__).parents[1] / "shipped"
+"""Small trained models that are part of the package, by name."""
 MAX_LISTED = 5
 
 
@@ -75,18 +78,28 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
     """Find a model directory.
 
     Args:
-        path: the model directory, a workdir that has one, or `hf://owner/name[/directory]`, which
-            is downloaded.
+        path: the model directory, a workdir that has one, `hf://owner/name[/directory]`, which
+            is downloaded, or `package://NAME[/directory]`, which comes with the package.
 
     Raises:
-        ValueError: the download failed.
+        ValueError: the download failed, or the package ships no such model.
     """
+    if str(path).startswith(SHIPPED_SCHEME):
+        return _locate_shipped(str(path))
     if hub.is_address(path):
         names = [CONFIG_NAME, WEIGHTS_NAME]
         names += [f"{TOKENIZER_NAME}/{name}" for name in names]
         return pathlib.Path(hub.download_directory(str(path), names))
     inner = pathlib.Path(path) / WORKDIR_NAME
     return inner if inner.is_dir() else pathlib.Path(path)
+
+
+def _locate_shipped(address: str) -> pathlib.Path:
+    directory = SHIPPED / address.removeprefix(SHIPPED_SCHEME)
+    if not (directory / CONFIG_NAME).is_file():
+        shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG_NAME}"))
+        raise ValueError(f"{address} is not shipped; there is {SHIPPED_SCHEME}{', '.join(shipped)}")
+    return directory
 
 
 def load_model(directory: str | os.PathLike) -> tuple[dict[str, Any], Params]:

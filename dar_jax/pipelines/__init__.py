@@ -39,7 +39,8 @@ def from_pretrained(
 
     Args:
         path: directory with `config.json` and `model.safetensors` (and a prior's tokenizer), a
-            workdir that holds it as `model`, or `hf://owner/name[/directory]`.
+            workdir that holds it as `model`, `hf://owner/name[/directory]`, or the digits that
+            come with the package, `package://mnist`.
         compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
         mesh: spread parameters and batches over these devices; each one reads its own part only.
 

@@ -19,6 +19,8 @@ from orbax.checkpoint import checkpoint_managers
 from dar_jax.common import tree
 from dar_jax.training.state import TrainState
 
+CHECKPOINTS = "checkpoints"
+"""Subdirectory of the workdir that holds them."""
 ABSENT = "(absent)"
 SAVE_ERRORS = (OSError, RuntimeError, ValueError)
 """What the storage layers raise when they cannot write."""

@@ -1,0 +1,79 @@
+"""The notebook: stored without outputs, and every cell runs on a CPU with the shipped model."""
+
+import base64
+import io
+import itertools
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.architecture_test import ROOT
+
+PATH = ROOT / "launch/colab_sampling.ipynb"
+CELL = 64 + 2  # pixels of a digit in a figure, and its border
+ROWS = {"## A column per class": 6, "## Layout control": 3, "## Variations": 1}
+TIMEOUT_S = 3600
+
+
+def read():
+    return nbformat.read(PATH, as_version=nbformat.NO_CONVERT)
+
+
+def test_notebook_is_valid_and_stored_without_outputs():
+    notebook = read()
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            assert cell.metadata == {}
+
+
+def outputs_by_heading(notebook):
+    """The outputs of all code cells below each heading."""
+    outputs, heading = {}, ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = cell.source.splitlines()[0]
+        else:
+            outputs.setdefault(heading, []).extend(cell.outputs)
+    return outputs
+
+
+def pictures(outputs, kind):
+    found = [output.data.get(kind) for output in outputs if "data" in output]
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found if data]
+
+
+@pytest.mark.slow
+def test_every_cell_runs(tmp_path, monkeypatch):
+    for name, value in (("PYTHONPATH", str(ROOT)), ("XLA_FLAGS", ""), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    notebook = read()
+    client = nbclient.NotebookClient(notebook, timeout=TIMEOUT_S, resources=resources)
+    client.execute()
+    nbformat.write(notebook, tmp_path / "executed.ipynb")
+    outputs = outputs_by_heading(notebook)
+
+    text = "".join(output.get("text", "") for output in itertools.chain(*outputs.values()))
+    assert "cannot get hf://owner/name" in text
+    assert "Using package://mnist: 32 tokens, classes 0, 1, 2" in text
+    for heading, rows in ROWS.items():
+        (picture,) = pictures(outputs[heading], "image/png")
+        columns = 10 if heading == "## A column per class" else 11
+        assert picture.size == (columns * CELL, rows * CELL)
+        assert np.asarray(picture).std() > 0
+    (animation,) = pictures(outputs["## Previews while the tokens are written"], "image/gif")
+    assert animation.n_frames == 4
+    (state,) = (
+        widget["state"]
+        for widget in notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"][
+            "state"
+        ].values()
+        if widget["model_name"] == "OutputModel"
+    )
+    (drawn,) = pictures([nbformat.from_dict(output) for output in state["outputs"]], "image/png")
+    assert drawn.size == (10 * CELL, CELL)

@@ -1,0 +1,83 @@
+"""The models that come with the package: they are found, packed, and good enough to show."""
+
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from configs import mnist
+from dar_jax import generation, pipelines
+from dar_jax.common import image as images
+from dar_jax.common import model_dir
+from dar_jax.common.config import build
+from dar_jax.data.sources import DataConfig, load_source
+from dar_jax.evaluation.classifier import Classifier
+from tests.architecture_test import ROOT
+
+ADDRESS = "package://mnist"
+MAX_BYTES = 4 * 2**20
+PER_CLASS = 4
+RECOGNISED = 0.8  # of 40 digits, where 9 of 10 are; the classifier names 97 % of real ones
+
+
+def test_shipped_model_is_small_and_whole():
+    directory = model_dir.locate(ADDRESS)
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*.*")}
+    names = ("config.json", "model.safetensors")
+    assert set(files) == {*names, *(f"tokenizer/{name}" for name in names)}
+    assert sum(path.stat().st_size for path in files.values()) < MAX_BYTES
+    assert model_dir.locate(f"{ADDRESS}/tokenizer") == directory / "tokenizer"
+
+
+def test_model_that_is_not_shipped_is_one_line():
+    for address in ("package://imagenet", "package://", "package://mnist/model.safetensors"):
+        with pytest.raises(ValueError, match=f"{address} is not shipped; there is {ADDRESS}"):
+            model_dir.locate(address)
+
+
+def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_path):
+    settings = build(
+        generation.SampleConfig, mnist.get_config("dar").sample.to_dict(), "config.sample"
+    )
+    for name, expected in (
+        ("untouched", ADDRESS),
+        ("samples", ADDRESS),
+        ("checkpoints", f"{tmp_path}/checkpoints/model"),
+        ("model", f"{tmp_path}/model/model"),
+    ):
+        if name != "untouched":
+            (tmp_path / name / name).mkdir(parents=True)
+        assert generation.model_path(settings, str(tmp_path / name)) == expected
+    unnamed = generation.SampleConfig()
+    assert generation.model_path(unnamed, str(tmp_path)) == f"{tmp_path}/model"
+    named = generation.SampleConfig(model="own", untrained_model=ADDRESS)
+    assert generation.model_path(named, str(tmp_path)) == "own"
+
+
+@pytest.mark.slow
+def test_shipped_digits_are_recognised():
+    dar = pipelines.from_pretrained(ADDRESS)
+    labels = np.repeat(np.arange(10), PER_CLASS)
+    settings = mnist.get_config("dar").sample
+    options = dict(guidance_scale=settings.guidance_scale, solver=settings.solver)
+    out = dar.generate(labels, rng=jax.random.key(0), **options)
+    train = load_source(DataConfig(source="mnist", image_size=32), "train")
+    classifier = Classifier(train.pixels, train.labels)
+    assert classifier.accuracy(np.asarray(images.to_pixels(out.images)), labels) >= RECOGNISED
+
+
+@pytest.mark.slow  # builds in an environment of its own
+def test_wheel_holds_the_shipped_models(tmp_path):
+    pack = ["git", "archive", f"--output={tmp_path}/source.zip", "HEAD"]
+    subprocess.run(pack, cwd=ROOT, check=True)
+    zipfile.ZipFile(tmp_path / "source.zip").extractall(tmp_path / "source")
+    build_wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*build_wheel, tmp_path, tmp_path / "source"], check=True)
+    (wheel,) = tmp_path.glob("dar_jax-*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    shipped = (path.relative_to(ROOT) for path in model_dir.SHIPPED.rglob("*.[js]*"))
+    assert {path.as_posix() for path in shipped} <= packed
+    assert not any(name.startswith(("tests", "configs")) for name in packed)
