@@ -72,13 +72,9 @@ def demo(config: ml_collections.ConfigDict, workdir: str) -> None:
         generator.batch_size,
     )
     requests = RequestQueue(generator.stream, settings.max_requests)
+    page = demo_page.Page(generator, requests, settings.max_upload_bytes)
     try:
-        demo_page.serve(
-            demo_page.Page(generator, requests, settings.max_upload_bytes),
-            host=settings.host,
-            port=settings.port,
-            max_upload_bytes=settings.max_upload_bytes,
-            max_requests=settings.max_requests,
-        )
+        page.launch(settings.host, settings.port)
+        page.blocks.block_thread()
     finally:
         requests.close()

@@ -15,7 +15,6 @@ from dar_jax import demo_html
 from dar_jax.common.typing import UInt8
 from dar_jax.demo_batch import (
     MAX_GUIDANCE,
-    MAX_SEED,
     MAX_TEMPERATURE,
     BatchGenerator,
     Preview,
@@ -30,6 +29,8 @@ DEFAULT_CLASSES = 4
 SMALL_IMAGE = 128
 """Pixels a side below which an image is enlarged without smoothing."""
 GALLERY_SIZE = 48
+NEW_SEEDS = 10_000
+"""The button draws one of so many: short enough for captions."""
 HOUR = 3600
 SPARE_THREADS = 40
 """Besides those that wait for previews."""
@@ -68,6 +69,32 @@ class Page:
             self._connect()
             if generator.kept_choices:
                 self._connect_layout()
+
+    def launch(self, host: str, port: int) -> None:
+        """Serve the page in threads of its own.
+
+        Raises:
+            ValueError: host or port cannot be bound.
+        """
+        try:
+            self.blocks.launch(
+                server_name=host,
+                server_port=port,
+                max_file_size=self._max_upload_bytes,
+                max_threads=self._requests.max_requests + SPARE_THREADS,
+                theme=gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONOSPACED),
+                css=demo_html.CSS,
+                footer_links=[],
+                share=False,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+        except OSError as error:
+            raise ValueError(f"cannot serve on {host}:{port}: {error}") from error
+        logging.info("The demo is at %s (Ctrl-C ends it)", self.blocks.local_url)
+        if host not in LOOPBACK:
+            logging.warning("host=%s: everybody who can reach this computer can use the demo", host)
 
     def _description(self) -> str:
         sizes = f"{len(self._names)} classes, {self._size} x {self._size} pixels"
@@ -161,9 +188,9 @@ class Page:
         self,
         classes: Sequence[int],
         per_class: int,
-        first: float,
-        last: float,
-        temperature: float,
+        first: float | int,
+        last: float | int,
+        temperature: float | int,
         seed: int | None,
         layout: UInt8[np.ndarray, "H W 3"] | None,
         num_kept: int | None,
@@ -175,7 +202,8 @@ class Page:
         try:
             if seed is None:
                 raise ValueError("the seed must be a whole number")
-            request = Request(labels, (first, last), temperature, seed, layout, num_kept or 0)
+            scales = (float(first), float(last))
+            request = Request(labels, scales, float(temperature), seed, layout, num_kept or 0)
             self._generator.check(request)
             ticket = self._requests.submit(http.session_hash, request)
         except ValueError as error:
@@ -246,38 +274,10 @@ class Page:
 
 
 def _draw_seed() -> int:
-    return random.randint(0, MAX_SEED)
+    return random.randrange(NEW_SEEDS)
 
 
 def _describe(waiting: Waiting) -> str:
     if not waiting.ahead:
         return "Drawing the first tokens ..."
     return f"Waiting: {waiting.ahead} request{'s' * (waiting.ahead > 1)} before this one"
-
-
-def serve(page: Page, *, host: str, port: int, max_upload_bytes: int, max_requests: int) -> None:
-    """Serve the page until interrupted.
-
-    Raises:
-        ValueError: host or port cannot be bound.
-    """
-    try:
-        page.blocks.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=max_upload_bytes,
-            max_threads=max_requests + SPARE_THREADS,
-            theme=gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONOSPACED),
-            css=demo_html.CSS,
-            footer_links=[],
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        raise ValueError(f"cannot serve on {host}:{port}: {error}") from error
-    logging.info("The demo is at %s (Ctrl-C ends it)", page.blocks.local_url)
-    if host not in LOOPBACK:
-        logging.warning("host=%s: everybody who can reach this computer can use the demo", host)
-    page.blocks.block_thread()

@@ -60,7 +60,7 @@ class RequestQueue:
             max_requests: that are served or wait at the same time.
         """
         self._generate = generate
-        self._max_requests = max_requests
+        self.max_requests = max_requests
         self._changed = threading.Condition()
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._served: Ticket | None = None
@@ -77,9 +77,9 @@ class RequestQueue:
         with self._changed:
             if any(ticket.owner == owner for ticket in self._active()):
                 raise ValueError("your last request is not done yet: wait for it or cancel it")
-            if len(self._waiting) + (self._served is not None) >= self._max_requests:
+            if len(self._waiting) + (self._served is not None) >= self.max_requests:
                 raise ValueError(
-                    f"the queue is full ({self._max_requests} requests): try again in a while"
+                    f"the queue is full ({self.max_requests} requests): try again in a while"
                 )
             ticket = Ticket(owner, request)
             ticket.tell(Waiting(len(self._waiting) + (self._served is not None)))

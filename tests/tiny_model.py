@@ -37,11 +37,11 @@ PRIOR = LlamaConfig(
 )
 
 
-def save(directory: pathlib.Path) -> pathlib.Path:
+def save(directory: pathlib.Path, tokenizer: TokenizerConfig = TOKENIZER) -> pathlib.Path:
     """Write the prior's model directory, its tokenizer in it, and return its path."""
     rng = np.random.default_rng(0)
     for kind, cls, config, companions in (
-        ("dar_tokenizer", Tokenizer, TOKENIZER, {}),
+        ("dar_tokenizer", Tokenizer, tokenizer, {}),
         ("dar_prior", Llama, PRIOR, {"tokenizer": directory / "dar_tokenizer"}),
     ):
         like = FunctionalModel(cls, config).abstract_params()
