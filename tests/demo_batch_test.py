@@ -40,6 +40,11 @@ def last(generator, request):
     return preview.pixels
 
 
+def options(generator):
+    """Those of `REQUEST`, as the pipeline takes them."""
+    return {**generator.options, "guidance_scale": REQUEST.guidance_scale}
+
+
 def test_no_request_compiles_anything(generator, layout):
     compiled = []
 
@@ -67,9 +72,7 @@ def test_previews_end_with_the_images_of_the_api(generator):
     assert previews[-1].step == generator.num_steps
     assert previews[0].seconds <= previews[-1].seconds
     labels = np.int32([3, 1, 1, 1, 1, 1, 1, 1])
-    generated = generator.pipeline.generate(
-        labels, rng=jax.random.key(7), guidance_scale=(1.5, 2.0)
-    )
+    generated = generator.pipeline.generate(labels, rng=jax.random.key(7), **options(generator))
     expected = images.to_pixels(np.asarray(generated.images))[:2]
     np.testing.assert_array_equal(previews[-1].pixels, expected)
 
@@ -81,7 +84,7 @@ def test_layout_keeps_its_first_tokens(generator, layout):
     generated = pipeline.generate(
         np.int32([3, 1, 1, 1, 1, 1, 1, 1]),
         rng=jax.random.key(7),
-        guidance_scale=(1.5, 2.0),
+        **options(generator),
         prefix=pipeline.tokenizer.encode(batch)[:, :NUM_KEPT],
     )
     expected = images.to_pixels(np.asarray(generated.images))[:2]
