@@ -5,10 +5,17 @@ import math
 import time
 from collections.abc import Callable
 
+import jax
 from absl import logging
+
+from dar_jax.common.typing import Any
 
 REPORT_SECONDS = 5.0
 """Between two lines of progress."""
+COMPILATION_EVENTS = (
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
 POLL_SECONDS = 10.0
 """Between two looks for what other processes write."""
 
@@ -23,6 +30,12 @@ class Progress:
         self._done = 0
         self._reported = time.monotonic()
         self._clock = None
+        self._compilation = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
+
+    def _count_compilation(self, event: str, seconds: float, **_: Any) -> None:
+        if event in COMPILATION_EVENTS:
+            self._compilation += seconds
 
     def add(self, count: int) -> None:
         """Count a batch; say so after the first, now and then, and at the end."""
@@ -31,12 +44,14 @@ class Progress:
         if self._clock is None:
             # Compilation is no part of the rate.
             self._clock = (self._done, now)
+            jax.monitoring.unregister_event_duration_listener(self._count_compilation)
             logging.info(
-                "%d of %d %s in %.1f s, compilation included",
+                "%d of %d %s in %.1f s, %.1f s of it compilation",
                 self._done,
                 self._total,
                 self._what,
                 now - self._reported,
+                self._compilation,
             )
         elif now - self._reported > REPORT_SECONDS or self._done >= self._total:
             rate = (self._done - self._clock[0]) / (now - self._clock[1])

@@ -1,0 +1,37 @@
+"""What a user reads while images are made."""
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from dar_jax.common import progress
+
+
+def test_first_line_tells_how_long_compilation_took(caplog, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    logging.get_absl_logger().propagate = True
+    with caplog.at_level("INFO", logger="absl"):
+        lines = progress.Progress(3)
+        for event in progress.COMPILATION_EVENTS:
+            jax.monitoring.record_event_duration_secs(event, 3.0)
+        now[0] += 7.0
+        lines.add(1)
+        now[0] += 4.0
+        lines.add(2)
+    assert caplog.messages == [
+        "1 of 3 images in 7.0 s, 6.0 s of it compilation",
+        "3 of 3 images, 0.5 per second, 0:00:00 left",
+    ]
+
+
+def test_jax_reports_compilation_under_these_names():
+    seen = set()
+
+    def listen(event, seconds, **_):
+        seen.add(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: jnp.sort(jnp.tanh(x)))(jnp.ones(17))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert seen >= set(progress.COMPILATION_EVENTS)
