@@ -16,6 +16,9 @@ class. The sizes suit tens of thousands of pictures on one accelerator; others c
     128      128     49M        66M
     256      256     300M       110M
 
+`configs/photographs.py` shows on a small model and pictures that packages ship what the perceptual
+loss does to held-out crops.
+
 Other forms of data: `--config.data.source=tar` (WebDataset), `records` (`--mode=cache`), or
 `tfds:NAME`.
 """

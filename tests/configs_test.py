@@ -3,7 +3,14 @@
 import jax
 import pytest
 
-from configs import image_folder, imagenet_dar, imagenet_kl_vae, imagenet_tokenizer, mnist
+from configs import (
+    image_folder,
+    imagenet_dar,
+    imagenet_kl_vae,
+    imagenet_tokenizer,
+    mnist,
+    photographs,
+)
 from dar_jax import tasks, train
 from dar_jax.common import model_dir
 from dar_jax.common.config import build
@@ -23,6 +30,7 @@ CONFIGS = {
     "imagenet_tokenizer": imagenet_tokenizer.get_config,
     "imagenet_kl_vae": imagenet_kl_vae.get_config,
     **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
+    "photographs": photographs.get_config,
     **{
         f"image_folder:{n}": lambda n=n: image_folder.get_config(n)
         for part in ("tokenizer", "dar")
