@@ -52,7 +52,7 @@ def get_config(name: str = "l") -> ml_collections.ConfigDict:
     config.tokenizer = "runs/imagenet/tokenizer/model"
     config.model = common.block(LlamaConfig(**common.variant(name, SIZES)))
     config.compute.update(dtype="bfloat16", remat="blocks")
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.update(data=-1, fsdp=-1)
     config.data.update(source="tfds:imagenet2012", image_size=256, crop="ten_crop", batch_size=1024)
     config.optimizer.update(
         learning_rate=4e-4,

@@ -121,8 +121,10 @@ def find_devices(topology: str) -> Sequence[Any]:
     """
     if topology == LOCAL:
         return jax.devices()
-    # Without a TPU, libtpu would ask the cloud's metadata server about one.
+    # Without a TPU, libtpu would ask the cloud's metadata server about one. No chip is touched, so
+    # other processes may have it loaded, which it would take for a conflict.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -200,16 +202,18 @@ def roofline(
 def share_of_links(collective: Collective, chip: Chip, num_devices: int) -> float:
     """Share of a chip's links that a collective can use.
 
-    A group is taken to fill as few axes of a cubic torus as it can, and a permutation to go around
-    one axis.
+    A group is taken to fill as few axes of a cubic torus as it can. The last one it may fill in
+    part: as a line, at whose ends one of two links is idle. A permutation goes around one axis.
     """
     if chip.torus_axes == 1 or num_devices == 1:
         return 1.0
-    side = num_devices ** (1 / chip.torus_axes)
-    axes = math.ceil(math.log(max(collective.group_size, 2), side) - 1e-9)
     if collective.kind == "collective-permute":
-        axes = 1
-    return min(axes, chip.torus_axes) / chip.torus_axes
+        return 1 / chip.torus_axes
+    side = num_devices ** (1 / chip.torus_axes)
+    filled = math.log(max(collective.group_size, 2), side)
+    whole = min(math.floor(filled + 1e-9), chip.torus_axes)
+    part = 0.5 if filled > whole + 1e-9 and whole < chip.torus_axes else 0.0
+    return (whole + part) / chip.torus_axes
 
 
 def table(report: dict[str, Any]) -> str:

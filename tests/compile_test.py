@@ -118,7 +118,8 @@ def test_roofline_takes_the_longest_or_all():
     [
         ("all-gather", 256, 256, 1.0),  # both axes of 16 x 16
         ("all-gather", 16, 256, 0.5),
-        ("all-gather", 32, 256, 1.0),
+        ("all-gather", 32, 256, 0.75),  # a ring and a line of two
+        ("all-gather", 4, 256, 0.25),
         ("collective-permute", 256, 256, 0.5),
         ("all-gather", 1, 1, 1.0),
     ],

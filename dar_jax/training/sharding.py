@@ -36,6 +36,10 @@ not listed is the same on all devices of a `tensor` group; for adaptive norms th
 moving six modulations of every token."""
 STACKED_NAME = "blocks"
 """Leaves below this name carry one extra leading axis: the layer."""
+MAX_FSDP = 32
+"""Devices that an array is split over where the mesh is left open. Parts for 256 are narrower
+than a tile of a TPU's memory (D-AR-XL: 5 of 1280 rows, a tile has 8). Its compiler then gathers by
+summing up whole arrays that are zero but for one part, which is twice the bytes."""
 MIN_SHARDED_SIZE = 2**14
 """Arrays with fewer elements (64 KiB of float32) stay replicated: gathering them costs more
 latency than their copies cost memory."""
@@ -43,7 +47,10 @@ latency than their copies cost memory."""
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 and takes the devices that the others leave."""
+    """Devices per mesh axis; one axis may be -1 and takes the devices that the others leave.
+
+    If `data` and `fsdp` both are, `fsdp` takes as many as divide `MAX_FSDP`, within a slice.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -62,6 +69,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     axes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     shape = list(axes.values())
+    if (config.data, config.fsdp) == (-1, -1):
+        outside = max(config.tensor * config.dcn_data, 1)
+        shape[1] = math.gcd(MAX_FSDP, len(devices) // outside)
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = len(devices) // abs(math.prod(shape))
     if min(shape) < 1 or math.prod(shape) != len(devices):

@@ -21,7 +21,26 @@ def test_one_axis_takes_the_devices_the_others_leave():
 
 
 @pytest.mark.parametrize(
-    "config", [MeshConfig(data=3), MeshConfig(data=3, fsdp=-1), MeshConfig(data=-1, fsdp=-1)]
+    ("num_devices", "tensor", "shape"),
+    [(1, 1, (1, 1, 1)), (8, 1, (1, 8, 1)), (8, 2, (1, 4, 2)), (6, 1, (3, 2, 1)), (8, 8, (1, 1, 8))],
+)
+def test_open_mesh_splits_arrays_first(num_devices, tensor, shape):
+    config = MeshConfig(data=-1, fsdp=-1, tensor=tensor)
+    mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
+    assert tuple(mesh.shape.values()) == shape
+
+
+def test_open_mesh_splits_arrays_over_few_devices_of_a_slice(monkeypatch):
+    monkeypatch.setattr(sharding, "MAX_FSDP", 4)
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=-1))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=2, dcn_data=2), TWO_SLICES)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(data=3), MeshConfig(data=3, fsdp=-1), MeshConfig(data=-1, fsdp=1, tensor=-1)],
 )
 def test_mesh_that_does_not_fill_the_devices_is_refused(config):
     with pytest.raises(ValueError, match="does not multiply to the 8 devices"):
