@@ -20,6 +20,7 @@ from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig
 from dar_jax.tasks.base import Task
 from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.tasks.dar_tokenizer import DarTokenizerTask
 from dar_jax.training import sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
@@ -52,13 +53,13 @@ class Job:
 def jobs_of(
     settings: train.Settings, task: Task, mesh: Mesh, images_per_device: int
 ) -> Iterator[Job]:
-    """The train step, then what the sampler runs over and over; nothing is computed."""
+    """The train step, then what D-AR's sampler runs over and over; nothing is computed."""
     images = images_per_device * mesh.size
     yield _train_job(settings, task, mesh)
     if isinstance(task, DarPriorTask):
         yield _decode_job(task.model, task.tokenizer.config, mesh, images)
         yield _flow_job(task.tokenizer, mesh, images)
-    else:
+    elif isinstance(task, DarTokenizerTask):
         yield _flow_job(task.model, mesh, images)
 
 

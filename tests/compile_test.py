@@ -8,11 +8,13 @@ import pytest
 
 from configs import mnist
 from dar_jax import compile as compile_mode
-from dar_jax import tasks
+from dar_jax import tasks, train
 from dar_jax.common import model_dir
 from dar_jax.common.chips import Chip
 from dar_jax.compile import CompileConfig
+from dar_jax.compile_jobs import jobs_of
 from dar_jax.costs import Collective
+from dar_jax.training import sharding
 
 CHIP = Chip(100e12, 16e9, 1e12, 200e9, 2)
 
@@ -68,6 +70,15 @@ def test_prior_without_a_tokenizer_takes_the_released_one_if_it_fits(tmp_path):
         ValueError, match="vocab_size=256, but the tokenizer .* codebook_size=16384"
     ):
         compile_mode.compile_programs(config, str(tmp_path / "run"))
+
+
+def test_a_task_without_a_sampler_compiles_its_train_step(tmp_path):
+    config = mnist.get_config("kl_vae")
+    settings = train.parse(config)
+    mesh = sharding.make_mesh(settings.mesh)
+    jobs = list(jobs_of(settings, tasks.build(config), mesh, images_per_device=1))
+    assert [job.name for job in jobs] == ["train step"]
+    assert jobs[0].images == config.data.batch_size
 
 
 def test_weights_are_shapes_only(tmp_path):
