@@ -109,7 +109,7 @@ def kl_vae(config: ml_collections.ConfigDict) -> None:
             attention_levels=(),
             latent_channels=4,
             num_groups=8,
-            latent_scale=1.0,
+            latent_scale=0.735,  # 1 / deviation of the latents of the training digits
         )
     )
     config.loss = common.block(KlVaeLossConfig(kl_weight=1e-3, perceptual_weight=0.0))
