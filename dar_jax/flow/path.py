@@ -2,6 +2,7 @@
 
     x_t = t * data + (1 - t) * noise        velocity = d x_t / dt = data - noise
     data = x_t + (1 - t) * velocity         noise = x_t - t * velocity
+    score = d log p_t(x_t) / d x_t = (t * velocity - x_t) / (1 - t)
 
 Times have shape [B] and broadcast over the other axes of `data`.
 """
@@ -29,6 +30,14 @@ def predict_data(
 ) -> Float[Array, "B ..."]:
     """Return the data that a velocity at (x_t, t) points to."""
     return x_t + (1 - _broadcast(t, x_t.ndim)) * velocity
+
+
+def score(
+    x_t: Float[Array, "B ..."], velocity: Float[Array, "B ..."], t: Float[Array, " B"]
+) -> Float[Array, "B ..."]:
+    """Return the score that belongs to a velocity at (x_t, t), t < 1."""
+    t = _broadcast(t, x_t.ndim)
+    return (t * velocity - x_t) / (1 - t)
 
 
 def _broadcast(t: Array, ndim: int) -> Array:

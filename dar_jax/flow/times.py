@@ -1,8 +1,15 @@
-"""Time grids and the resolution-dependent time shift (Esser et al. 2024, section 5.3.2)."""
+"""Time grids, the resolution-dependent time shift and logit-normal draws (Esser et al. 2024,
+arXiv:2403.03206, sections 5.3.2 and 3.1)."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.common.typing import Array, Float
+
+LAST_NOISE = 0.04
+"""Distance from the data at which a stochastic run takes its last step (reference: `last_step_size`
+of SiT)."""
 
 
 def shift_times(t: Array | np.ndarray, shift: float) -> Array | np.ndarray:
@@ -16,3 +23,25 @@ def shift_times(t: Array | np.ndarray, shift: float) -> Array | np.ndarray:
 def shifted_grid(num_steps: int, shift: float) -> Float[np.ndarray, " times"]:
     """Return the num_steps + 1 shifted times from 0 to 1, float32."""
     return shift_times(np.arange(num_steps + 1) / num_steps, shift).astype(np.float32)
+
+
+def stochastic_grid(num_steps: int) -> Float[np.ndarray, " times"]:
+    """Return the num_steps + 1 times of Euler-Maruyama: even up to 1 - `LAST_NOISE`, then 1."""
+    noise = np.append(np.linspace(1.0, LAST_NOISE, num_steps), 0.0)
+    return (1 - noise).astype(np.float32)
+
+
+def logit_normal_times(
+    normal: Float[Array, "..."], num_levels: int | None = None
+) -> Float[Array, "..."]:
+    """Map standard normal draws s to times 1 - sigmoid(s).
+
+    Args:
+        normal: s; large ones are near the noise.
+        num_levels: quantise the distance from the data, 1 - t, downwards to multiples of
+            1 / num_levels, as TransDiff's integer time steps are; None is continuous.
+    """
+    noise = jax.nn.sigmoid(normal)
+    if num_levels is not None:
+        noise = jnp.trunc(num_levels * noise) / num_levels
+    return 1 - noise

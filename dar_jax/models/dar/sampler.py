@@ -292,7 +292,7 @@ def _previews(
     config: TokenizerConfig,
     groups: Iterator[Int[Array, "B n"]],
     noise: Float[Array, "B H W 3"],
-    coefficients: Float[np.ndarray, "steps 2"],
+    coefficients: solvers.Coefficients,
     flow_step: Callable[..., tuple[solvers.SolverState, Array]],
 ) -> Iterator[Preview]:
     """Take the steps whose windows are complete after each group of tokens."""
@@ -304,7 +304,9 @@ def _previews(
         image = None
         while step < config.num_steps and starts[step] + config.window <= num_tokens:
             window = indices[:, : starts[step] + config.window]
-            state, image = flow_step(state, window, times[step : step + 2], coefficients[step])
+            state, image = flow_step(
+                state, window, times[step : step + 2], coefficients.select(step)
+            )
             step += 1
         if image is not None:
             yield Preview(step, num_tokens, image, indices)
@@ -319,7 +321,7 @@ def _flow_step(
     state: solvers.SolverState,
     indices: Int[Array, "B n"],
     times: Float[Array, "2"] | Float[np.ndarray, "2"],
-    coefficients: Float[Array, "2"] | Float[np.ndarray, "2"],
+    coefficients: solvers.Coefficients,
     *,
     microbatch: int | None,
 ) -> tuple[solvers.SolverState, Float[Array, "B H W 3"]]:

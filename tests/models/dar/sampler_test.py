@@ -44,7 +44,8 @@ def solver_inputs(model, params, indices, noise):
     starts = step_starts(config, config.num_steps)
     windows = jnp.stack([condition[:, start : start + config.window] for start in starts])
     times = jnp.asarray(shifted_grid(config.num_steps, config.decoder.time_shift))
-    table = jnp.asarray(solvers.coefficients("adams_bashforth2", config.num_steps))
+    table = solvers.coefficients("adams_bashforth2", config.num_steps)
+    table = jax.tree.map(jnp.asarray, table)
 
     def body(state, inputs):
         time, next_time, window, coefficients = inputs
