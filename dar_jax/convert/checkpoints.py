@@ -21,7 +21,7 @@ from dar_jax.common import hub
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
-CONTAINERS = ("ema", "model", "module", "state_dict")
+CONTAINERS = ("ema", "model_ema", "model", "module", "state_dict")
 """Entries that may hold the state dict, in the order of preference: the average first."""
 WRAPPER_PREFIX = re.compile(r"^((_orig_mod|module)\.)+")
 """Put before every name by `torch.compile` and by data-parallel training."""
@@ -100,7 +100,9 @@ def _widen(array: np.ndarray) -> np.ndarray:
 
 def _read_torch(path: pathlib.Path) -> Checkpoint:
     loaded = _unpickle(path)
-    container = next((name for name in CONTAINERS if isinstance(loaded.get(name), dict)), "")
+    # An average that was not kept may be there without a tensor.
+    held = (n for n in CONTAINERS if isinstance(loaded.get(n), dict) and loaded[n])
+    container = next(held, "")
     tensors = loaded[container] if container else loaded
     if not all(map(_is_tensor, tensors.values())):
         found = ", ".join(map(str, list(tensors)[:MAX_LISTED]))

@@ -2,9 +2,11 @@
 
 import dataclasses
 import fnmatch
+import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ml_collections
 import safetensors
@@ -14,16 +16,25 @@ from dar_jax.common import model_dir
 from dar_jax.common.config import build
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
-from dar_jax.convert import dar, frozen, kl_vae
+from dar_jax.convert import dar, frozen, kl_vae, transdiff
 from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint, write_safetensors
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.sampler import check_pair
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
+from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.models.transdiff.sampler import check_vae
 from dar_jax.nn.functional import FunctionalModel
 
 DIRECTIONS = ("jax", "torch")
 MAX_LISTED = 5
+MODELS = {
+    "dar_tokenizer": (Tokenizer, TokenizerConfig, dar.tokenizer_state_dict),
+    "dar_prior": (Llama, LlamaConfig, dar.prior_state_dict),
+    "kl_vae": (KlVae, KlVaeConfig, kl_vae.state_dict),
+    "transdiff": (TransDiff, TransDiffConfig, transdiff.transdiff_state_dict),
+}
+"""Module, its config, and what turns parameters into the reference's state dict, by kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +93,22 @@ def to_jax(source: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
             with _errors_name(source):
                 params = dar.prior_params(checkpoint.state_dict, model)
             _report(checkpoint, dar.UNUSED_PRIOR_KEYS)
-            companions = _companions(config.tokenizer, model)
+            fits = functools.partial(check_pair, model)
+            companions = _companion(
+                config.tokenizer, model_dir.TOKENIZER_NAME, "dar_tokenizer", fits
+            )
         case "kl_vae":
             model = build(KlVaeConfig, config.model.to_dict(), "config.model")
             with _errors_name(source):
                 params = kl_vae.params(checkpoint.state_dict, model)
             _report(checkpoint, kl_vae.unused_keys(checkpoint.state_dict))
+        case "transdiff":
+            model = build(TransDiffConfig, config.model.to_dict(), "config.model")
+            with _errors_name(source):
+                params = transdiff.transdiff_params(checkpoint.state_dict, model)
+            _report(checkpoint, ())
+            fits = functools.partial(check_vae, model)
+            companions = _companion(config.vae, model_dir.VAE_NAME, "kl_vae", fits)
         case _:
             raise ValueError(f"config.task={config.task!r} has no official checkpoints")
     directory = workdir / model_dir.WORKDIR_NAME
@@ -117,21 +138,12 @@ def to_torch(source: str, workdir: pathlib.Path) -> None:
     """Write a model directory as a state dict under the reference's names."""
     directory = model_dir.locate(source)
     loaded = model_dir.load_config(directory)
-    match loaded["kind"]:
-        case "dar_tokenizer":
-            model = build(TokenizerConfig, loaded["model"], str(directory))
-            like = FunctionalModel(Tokenizer, model).abstract_params()
-            state_dict = dar.tokenizer_state_dict(model_dir.load_params(directory, like), model)
-        case "dar_prior":
-            model = build(LlamaConfig, loaded["model"], str(directory))
-            like = FunctionalModel(Llama, model).abstract_params()
-            state_dict = dar.prior_state_dict(model_dir.load_params(directory, like), model)
-        case "kl_vae":
-            model = build(KlVaeConfig, loaded["model"], str(directory))
-            like = FunctionalModel(KlVae, model).abstract_params()
-            state_dict = kl_vae.state_dict(model_dir.load_params(directory, like), model)
-        case kind:
-            raise ValueError(f"{directory}: {kind!r} has no counterpart in the reference")
+    if loaded["kind"] not in MODELS:
+        raise ValueError(f"{directory}: {loaded['kind']!r} has no counterpart in the reference")
+    cls, config_class, to_state_dict = MODELS[loaded["kind"]]
+    model = build(config_class, loaded["model"], str(directory))
+    like = FunctionalModel(cls, model).abstract_params()
+    state_dict = to_state_dict(model_dir.load_params(directory, like), model)
     path = workdir / f"{loaded['kind']}.safetensors"
     with _writing(path):
         write_safetensors(path, state_dict)
@@ -150,20 +162,31 @@ def _tokenizer(
     return model, dar.tokenizer_params(checkpoint.state_dict, model)
 
 
-def _companions(path: str, prior: LlamaConfig) -> dict[str, pathlib.Path]:
-    """The tokenizer that the prior's model directory will hold, if there is one yet."""
+def _companion(
+    path: str, name: str, kind: str, check: Callable[[Any, str], None]
+) -> dict[str, pathlib.Path]:
+    """The model directory that the written one will hold as `name`, if there is one yet.
+
+    Args:
+        path: value of `config.NAME`.
+        name: see `model_dir.COMPANION_NAMES`.
+        kind: of model.
+        check: raises ValueError unless the config of the model at a path fits.
+    """
     directory = model_dir.locate(path)
     if not directory.is_dir():
         logging.warning(
-            "There is no tokenizer in %s: before sampling, convert again with "
-            "--config.tokenizer=DIR, or put its model directory at WORKDIR/model/%s",
+            "There is no %s in %s: before sampling, convert again with "
+            "--config.%s=DIR, or put its model directory at WORKDIR/model/%s",
+            name,
             path,
-            model_dir.TOKENIZER_NAME,
+            name,
+            name,
         )
         return {}
-    loaded = model_dir.load_config(directory, "dar_tokenizer")
-    check_pair(prior, build(TokenizerConfig, loaded["model"], str(directory)), str(directory))
-    return {model_dir.TOKENIZER_NAME: directory}
+    loaded = model_dir.load_config(directory, kind)
+    check(build(MODELS[kind][1], loaded["model"], str(directory)), str(directory))
+    return {name: directory}
 
 
 def _report(checkpoint: Checkpoint, unused: Sequence[str]) -> None:

@@ -51,12 +51,13 @@ def split(sizes: Sequence[int], pattern: str = "o i -> i o") -> Transform:
     """Cut the reference's rows into pieces of `sizes`, then rearrange each by `pattern`."""
     piece = axes(pattern)
     shapes = [[size] for size in sizes]
+    rows_first = pattern.split("->")[0].replace("o", "*", 1).strip()
 
     def to_ours(array):
-        return tuple(piece.to_ours(rows)[0] for rows in einops.unpack(array, shapes, "* i"))
+        return tuple(piece.to_ours(rows)[0] for rows in einops.unpack(array, shapes, rows_first))
 
     def to_reference(*leaves):
-        return einops.pack([piece.to_reference(leaf) for leaf in leaves], "* i")[0]
+        return einops.pack([piece.to_reference(leaf) for leaf in leaves], rows_first)[0]
 
     return Transform(to_ours, to_reference)
 

@@ -1,4 +1,4 @@
-"""Multi-head attention with optional QK-norm, rotary embedding, grouped queries and KV cache."""
+"""Multi-head attention: optional QK-norm, rotary embedding, grouped queries, dropout, KV cache."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Array, Bool, Float
+from dar_jax.common.typing import Array, Bool, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.layers import affine_layer_norm, block_init, linear
+from dar_jax.nn.layers import affine_layer_norm, block_init, dropout, linear, split_rng
 from dar_jax.nn.rope import Rope, apply_rope
 
 
@@ -31,6 +31,9 @@ def dot_product_attention(
     k: Float[Array, "B kv_heads M head_dim"],
     v: Float[Array, "B kv_heads M head_dim"],
     mask: Bool[Array, "..."] | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "B heads N head_dim"]:
     """Softmax attention with scale 1/sqrt(head_dim); the softmax is float32.
 
@@ -41,6 +44,8 @@ def dot_product_attention(
         k: keys.
         v: values.
         mask: True may attend; broadcasts to [B, 1, N, M].
+        dropout_rate: of the attention weights.
+        rng: turns dropout on.
     """
     grouped = einops.rearrange(q, "b (kv group) n d -> b kv group n d", kv=k.shape[1])
     scores = jnp.einsum("bkgnd,bkmd->bkgnm", grouped, k, preferred_element_type=jnp.float32)
@@ -49,6 +54,7 @@ def dot_product_attention(
         mask = jnp.broadcast_to(mask, (mask.shape[0] if mask.ndim == 4 else 1, 1, *mask.shape[-2:]))
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = dropout(weights, dropout_rate, rng)
     out = jnp.einsum("bkgnm,bkmd->bkgnd", weights, v)
     return einops.rearrange(out, "b kv group n d -> b (kv group) n d")
 
@@ -65,6 +71,9 @@ class Attention(nnx.Module):
         qk_norm: bool = False,
         use_bias: bool = True,
         kernel_init=block_init,
+        qkv_init=None,
+        weight_dropout: float = 0.0,
+        out_dropout: float = 0.0,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
@@ -77,13 +86,15 @@ class Attention(nnx.Module):
         head_dim = dim // num_heads
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
+        self.weight_dropout = weight_dropout
+        self.out_dropout = out_dropout
 
-        def projection(heads_in: int, heads_out: int) -> nnx.Linear:
+        def projection(heads_in: int, heads_out: int, init=qkv_init or kernel_init) -> nnx.Linear:
             return linear(
                 heads_in * head_dim,
                 heads_out * head_dim,
                 use_bias=use_bias,
-                kernel_init=kernel_init,
+                kernel_init=init,
                 compute=compute,
                 rngs=rngs,
             )
@@ -91,7 +102,7 @@ class Attention(nnx.Module):
         self.q = projection(num_heads, self.num_heads)
         self.k = projection(num_heads, self.num_kv_heads)
         self.v = projection(num_heads, self.num_kv_heads)
-        self.out = projection(num_heads, num_heads)
+        self.out = projection(num_heads, num_heads, kernel_init)
         self.q_norm = affine_layer_norm(head_dim, compute=compute, rngs=rngs) if qk_norm else None
         self.k_norm = affine_layer_norm(head_dim, compute=compute, rngs=rngs) if qk_norm else None
 
@@ -103,6 +114,7 @@ class Attention(nnx.Module):
         query_rope: Rope | None = None,
         key_rope: Rope | None = None,
         mask: Bool[Array, "..."] | None = None,
+        rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B N D"]:
         """Attend from x to `context` (default: x itself).
 
@@ -112,25 +124,36 @@ class Attention(nnx.Module):
             query_rope: rotation of the queries, after the norm.
             key_rope: rotation of the keys, after the norm.
             mask: True may attend; [N, M] or [B, 1, N, M].
+            rng: turns dropout on.
         """
         context = x if context is None else context
         q = self.queries(x, query_rope)
         cache = self.keys_values(context, key_rope)
-        return self.attend(q, cache, mask)
+        return self.attend(q, cache, mask, rng)
 
-    def queries(self, x: Float[Array, "B N D"], rope: Rope | None) -> Array:
+    def queries(self, x: Float[Array, "B N D"], rope: Rope | None = None) -> Array:
         """Return normalised and rotated queries [B, heads, N, head_dim]."""
         return self._heads(self.q(x), self.num_heads, self.q_norm, rope)
 
-    def keys_values(self, context: Float[Array, "B M D"], rope: Rope | None) -> KVCache:
+    def keys_values(self, context: Float[Array, "B M D"], rope: Rope | None = None) -> KVCache:
         """Return normalised and rotated keys, and values."""
         keys = self._heads(self.k(context), self.num_kv_heads, self.k_norm, rope)
         return KVCache(keys, self._heads(self.v(context), self.num_kv_heads, None, None))
 
-    def attend(self, q: Array, cache: KVCache, mask: Bool[Array, "..."] | None = None) -> Array:
+    def attend(
+        self,
+        q: Array,
+        cache: KVCache,
+        mask: Bool[Array, "..."] | None = None,
+        rng: PRNGKeyArray | None = None,
+    ) -> Array:
         """Attend with given queries, keys and values, merge the heads, project: [B, N, D]."""
-        out = dot_product_attention(q, cache.keys, cache.values, mask)
-        return self.out(einops.rearrange(out, "b heads n d -> b n (heads d)"))
+        rng_weights, rng_out = split_rng(rng, 2)
+        out = dot_product_attention(
+            q, cache.keys, cache.values, mask, dropout_rate=self.weight_dropout, rng=rng_weights
+        )
+        out = self.out(einops.rearrange(out, "b heads n d -> b n (heads d)"))
+        return dropout(out, self.out_dropout, rng_out)
 
     def _heads(self, x: Array, heads: int, norm, rope: Rope | None) -> Array:
         x = einops.rearrange(x, "b n (heads d) -> b n heads d", heads=heads)

@@ -1,6 +1,6 @@
 """Norms, MLPs and dropout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from dar_jax.nn.compute import Compute
 
 LAYER_NORM_EPSILON = 1e-6
 REFERENCE_STD, REFERENCE_WIDTH = 0.02, 768
+XAVIER_INIT = nnx.initializers.xavier_uniform()
+FUSED_QKV_INIT = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+"""Xavier's for queries, keys and values drawn as one matrix [3 D, D]."""
 FRAMEWORK_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default for linear layers, U(+-1/sqrt(fan_in)), where the reference leaves it."""
 
@@ -77,8 +80,13 @@ def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
     return nnx.Dropout(rate, deterministic=False)(x, rngs=rng)
 
 
+def split_rng(rng: PRNGKeyArray | None, num: int) -> Sequence[PRNGKeyArray | None]:
+    """Split a key that may be missing, which means evaluation."""
+    return (None,) * num if rng is None else jax.random.split(rng, num)
+
+
 class Mlp(nnx.Module):
-    """Linear, activation, linear; both with bias."""
+    """Linear, activation, linear; both with bias, both outputs with dropout."""
 
     def __init__(
         self,
@@ -87,15 +95,22 @@ class Mlp(nnx.Module):
         *,
         out_dim: int | None = None,
         activation: Callable[[Array], Array] = jax.nn.silu,
+        kernel_init: Callable = block_init,
+        dropout_rate: float = 0.0,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.up = linear(dim, hidden_dim, compute=compute, rngs=rngs)
-        self.down = linear(hidden_dim, out_dim or dim, compute=compute, rngs=rngs)
+        self.dropout_rate = dropout_rate
+        options = dict(kernel_init=kernel_init, compute=compute, rngs=rngs)
+        self.up = linear(dim, hidden_dim, **options)
+        self.down = linear(hidden_dim, out_dim or dim, **options)
 
-    def __call__(self, x: Float[Array, "*batch D"]) -> Array:
-        return self.down(self.activation(self.up(x)))
+    def __call__(self, x: Float[Array, "*batch D"], *, rng: PRNGKeyArray | None = None) -> Array:
+        """Apply to every token; a key turns dropout on."""
+        rng_hidden, rng_out = split_rng(rng, 2)
+        hidden = dropout(self.activation(self.up(x)), self.dropout_rate, rng_hidden)
+        return dropout(self.down(hidden), self.dropout_rate, rng_out)
 
 
 class SwiGlu(nnx.Module):

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Array, Params, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layout import keep_batch_split
 
@@ -42,6 +43,7 @@ class Stack(nnx.Module):
         self,
         x: Array,
         *args,
+        per_layer: Any = None,
         rng: PRNGKeyArray | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -51,6 +53,8 @@ class Stack(nnx.Module):
 
         Args:
             x: input of the first block.
+            per_layer: a tree of arrays [depth, ...], e.g. from `each`; every block gets its slices
+                as its argument after x. None is no such argument.
             rng: split into one key per block (its keyword argument `rng`); None passes none.
             start: index of the first block that runs.
             stop: index after the last block that runs; None runs to the end.
@@ -58,26 +62,39 @@ class Stack(nnx.Module):
         layers = range(self.depth)[start:stop]
         if not layers:
             return x
-        rngs = None if rng is None else jax.random.split(rng, self.depth)[start:stop]
+        rngs = None if rng is None else jax.random.split(rng, self.depth)
+
+        def apply(block: nnx.Module, x: Array, own: Any, layer_rng: PRNGKeyArray | None) -> Array:
+            randomness = {} if layer_rng is None else {"rng": layer_rng}
+            first = () if own is None else (own,)
+            return block(x, *first, *args, **kwargs, **randomness)
+
         if not self.compute.stacked:
-            for i, layer in enumerate(layers):
-                randomness = {} if rngs is None else {"rng": rngs[i]}
-                x = self.blocks[layer](x, *args, **kwargs, **randomness)
+            for i in layers:
+                own = jax.tree.map(lambda leaf, i=i: leaf[i], (per_layer, rngs))
+                x = apply(self.blocks[i], x, *own)
             return x
 
         graphdef, stacked = nnx.split(self.blocks)
+        inputs = (stacked, per_layer, rngs)
         if len(layers) != self.depth:
-            stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
+            inputs = jax.tree.map(lambda leaf: leaf[start:stop], inputs)
 
         def body(x, layer):
-            params, layer_rng = layer
-            randomness = {} if layer_rng is None else {"rng": layer_rng}
-            x = keep_batch_split(x)
-            return nnx.merge(graphdef, params)(x, *args, **kwargs, **randomness), None
+            params, *own = layer
+            return apply(nnx.merge(graphdef, params), keep_batch_split(x), *own), None
 
         body = rematerialised(body, self.compute.remat, in_loop=True)
-        x, _ = jax.lax.scan(body, x, (stacked, rngs), unroll=self.compute.unroll)
+        x, _ = jax.lax.scan(body, x, inputs, unroll=self.compute.unroll)
         return keep_batch_split(x)
+
+    def each(self, function: Callable[[nnx.Module], Any]) -> Any:
+        """Apply a function to every block; return the results stacked, [depth, ...]."""
+        if not self.compute.stacked:
+            results = [function(block) for block in self.blocks]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+        graphdef, stacked = nnx.split(self.blocks)
+        return jax.vmap(lambda params: function(nnx.merge(graphdef, params)))(stacked)
 
 
 def rematerialised(body: Callable, policy_name: str, *, in_loop: bool = False) -> Callable:

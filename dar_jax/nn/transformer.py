@@ -1,14 +1,19 @@
-"""Pre-norm transformer block with layer scale, as D-AR's encoder and condition layers use it."""
+"""Pre-norm transformer blocks: D-AR's with layer scale, and the plain one of TransDiff."""
 
+import dataclasses
+import functools
+
+import jax
 from flax import nnx
 
-from dar_jax.common.typing import Array, Bool, Float
+from dar_jax.common.typing import Any, Array, Bool, Float, PRNGKeyArray
 from dar_jax.nn.attention import Attention
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.layers import Mlp, affine_layer_norm
+from dar_jax.nn.layers import FUSED_QKV_INIT, XAVIER_INIT, Mlp, affine_layer_norm, split_rng
 from dar_jax.nn.rope import Rope
 
 MLP_RATIO = 4
+EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
 
 
 class TransformerBlock(nnx.Module):
@@ -35,3 +40,66 @@ class TransformerBlock(nnx.Module):
         attended = self.attention(self.norm1(x), query_rope=rope, key_rope=rope, mask=mask)
         x = x + self.gate1.astype(x.dtype) * attended
         return x + self.gate2.astype(x.dtype) * self.mlp(self.norm2(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchConfig:
+    """Branches of the plain block and of those that modulate it.
+
+    Attributes:
+        dim: width.
+        num_heads: of every attention.
+        attention_dropout: on attention weights.
+        dropout: on the outputs of attention, of the activation and of the MLP.
+    """
+
+    dim: int
+    num_heads: int
+    attention_dropout: float = 0.0
+    dropout: float = 0.0
+
+    def attention(self, *, qkv_init: Any = FUSED_QKV_INIT, **options: Any) -> Attention:
+        """Attention with biases and dropout, drawn as by Xavier."""
+        return Attention(
+            self.dim,
+            self.num_heads,
+            kernel_init=XAVIER_INIT,
+            qkv_init=qkv_init,
+            weight_dropout=self.attention_dropout,
+            out_dropout=self.dropout,
+            **options,
+        )
+
+    def mlp(self, **options: Any) -> Mlp:
+        """MLP with exact GELU and dropout, drawn as by Xavier."""
+        return Mlp(
+            self.dim,
+            MLP_RATIO * self.dim,
+            activation=EXACT_GELU,
+            kernel_init=XAVIER_INIT,
+            dropout_rate=self.dropout,
+            **options,
+        )
+
+
+class PlainBlock(nnx.Module):
+    """`x += attention(norm1(x)); x += mlp(norm2(x))`, both branches with dropout."""
+
+    def __init__(self, config: BranchConfig, *, compute: Compute, rngs: nnx.Rngs):
+        options = dict(compute=compute, rngs=rngs)
+        self.norm1 = affine_layer_norm(config.dim, **options)
+        self.attention = config.attention(**options)
+        self.norm2 = affine_layer_norm(config.dim, **options)
+        self.mlp = config.mlp(**options)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        mask: Bool[Array, "N N"] | None = None,
+        *,
+        rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Apply the block; a key turns dropout on."""
+        rng_attention, rng_mlp = split_rng(rng, 2)
+        x = x + self.attention(self.norm1(x), mask=mask, rng=rng_attention)
+        return x + self.mlp(self.norm2(x), rng=rng_mlp)

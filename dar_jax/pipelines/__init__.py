@@ -11,30 +11,35 @@ from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
+from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.models.transdiff.sampler import check_vae
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines.base import Pipeline, image_keys
 from dar_jax.pipelines.dar import DarPipeline, Generated, PriorPipeline, TokenizerPipeline
 from dar_jax.pipelines.kl_vae import KlVaePipeline
+from dar_jax.pipelines.transdiff import LatentPipeline, TransDiffPipeline
 from dar_jax.training.sharding import fsdp_sharding
 
 __all__ = [
     "DarPipeline",
     "Generated",
     "KlVaePipeline",
+    "LatentPipeline",
     "Pipeline",
     "PriorPipeline",
     "TokenizerPipeline",
+    "TransDiffPipeline",
     "from_pretrained",
     "image_keys",
 ]
 
-KINDS = ("dar_tokenizer", "dar_prior", "kl_vae")
+KINDS = ("dar_tokenizer", "dar_prior", "kl_vae", "transdiff")
 
 
 def from_pretrained(
     path: str | os.PathLike, *, compute: Compute | None = None, mesh: Mesh | None = None
-) -> TokenizerPipeline | DarPipeline | KlVaePipeline:
+) -> TokenizerPipeline | DarPipeline | KlVaePipeline | TransDiffPipeline:
     """Load a model directory; its kind is read from `config.json`.
 
     Args:
@@ -63,6 +68,14 @@ def from_pretrained(
         case "kl_vae":
             loaded_model = _load(KlVae, KlVaeConfig, directory, compute, mesh)
             return KlVaePipeline(*loaded_model, class_names=class_names, mesh=mesh)
+        case "transdiff":
+            nested = model_dir.vae_of(directory)
+            latent = LatentPipeline(
+                *_load(TransDiff, TransDiffConfig, directory, compute, mesh), mesh=mesh
+            )
+            vae = from_pretrained(nested, compute=compute, mesh=mesh)
+            check_vae(latent.config, vae.config, str(nested))
+            return TransDiffPipeline(latent, vae, class_names=class_names)
         case kind:
             raise ValueError(f"{path}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
 

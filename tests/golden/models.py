@@ -8,11 +8,13 @@ import jax
 from dar_jax.common.typing import Params
 from dar_jax.convert import dar as convert
 from dar_jax.convert import kl_vae as convert_kl_vae
+from dar_jax.convert import transdiff as convert_transdiff
 from dar_jax.convert.rules import to_params
 from dar_jax.models.dar.decoder import FlowDecoder
 from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.models.kl_vae import KlVae
+from dar_jax.models.transdiff.model import TransDiff
 from dar_jax.nn.functional import FunctionalModel
 from tests.golden import fixtures
 
@@ -39,6 +41,14 @@ def kl_vae(folder: str) -> tuple[FunctionalModel[KlVae], Params]:
     config = convert_kl_vae.architecture(fixtures.load_json(folder, "config"))
     params = convert_kl_vae.params(fixtures.load_state_dict(folder), config)
     return FunctionalModel(KlVae, config), jax.device_put(params)
+
+
+@functools.cache
+def transdiff(folder: str) -> tuple[FunctionalModel[TransDiff], Params]:
+    """The TransDiff of a folder and its parameters."""
+    config = convert_transdiff.transdiff_config(fixtures.load_json(folder, "config"))
+    params = convert_transdiff.transdiff_params(fixtures.load_state_dict(folder), config)
+    return FunctionalModel(TransDiff, config), jax.device_put(params)
 
 
 @functools.cache

@@ -1,0 +1,290 @@
+"""Sampling latents with TransDiff: passes of one solver run each, in pieces that can be looked at.
+
+The one-step model makes one pass, an MRAR model one per reference: each pass starts from the *same*
+initial noise (as the reference does), draws step noise of its own, and attends to the class and to
+the latents of the passes before; the last one is the result. Everything is deterministic given one
+key per image.
+
+With guidance an image has two rows, its class and the null class, which share references, state
+and noise; see `flow.guidance`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
+from dar_jax.flow import guidance, solvers
+from dar_jax.flow.times import shifted_grid, stochastic_grid
+from dar_jax.models.kl_vae import KlVae, KlVaeConfig
+from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.nn.attention import KVCache
+from dar_jax.nn.functional import FunctionalModel
+
+SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
+INITIAL_STREAM, STEP_STREAM = 0, 1
+"""Folded into an image's key for its initial noise and for that of its steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig:
+    """How latents are drawn.
+
+    Attributes:
+        num_steps: of every pass.
+        guidance_scale: one for all passes, or one for each; 1 is no guidance.
+        guidance_times: first and last time that is guided, see `flow.guidance`.
+        solver: see `flow.solvers`.
+        drift_scale: of Euler-Maruyama (`scale_0` of the reference).
+        noise_scale: of Euler-Maruyama (`scale_1` of the reference).
+    """
+
+    num_steps: int = 100
+    guidance_scale: tuple[float, ...] = (1.0,)
+    guidance_times: tuple[float, float] = guidance.ALWAYS
+    solver: str = solvers.EULER_MARUYAMA
+    drift_scale: float = 1.0
+    noise_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
+        if not all(scale >= 1 for scale in self.guidance_scale):
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} must be at least 1 (1 is no guidance)"
+            )
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
+        for name in ("drift_scale", "noise_scale"):
+            if not 0 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be in 0..2 (1 is exact)")
+        times = self.guidance_times
+        if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
+            raise ValueError(f"guidance_times={times} must be (first, last) in 0..1")
+        stochastic = self.solver == solvers.EULER_MARUYAMA
+        if not stochastic and (self.drift_scale, self.noise_scale) != (1, 1):
+            raise ValueError(
+                f"solver={self.solver!r} takes no drift_scale={self.drift_scale} and "
+                f"noise_scale={self.noise_scale}; leave them at 1"
+            )
+
+    def scale_of(self, step_pass: int) -> float:
+        """Guidance scale of a pass."""
+        return self.guidance_scale[step_pass if len(self.guidance_scale) > 1 else 0]
+
+    @property
+    def grid(self) -> Float[np.ndarray, " times"]:
+        """Times of the steps, and 1."""
+        if self.solver == solvers.EULER_MARUYAMA:
+            return stochastic_grid(self.num_steps)
+        return shifted_grid(self.num_steps, shift=1.0)
+
+    @property
+    def coefficients(self) -> solvers.Coefficients:
+        """Of all steps."""
+        if self.solver == solvers.EULER_MARUYAMA:
+            return solvers.euler_maruyama(
+                self.grid, drift_scale=self.drift_scale, noise_scale=self.noise_scale
+            )
+        return solvers.coefficients(self.solver, self.num_steps)
+
+
+def check_scales(config: SolverConfig, model: TransDiffConfig) -> None:
+    """Raise ValueError unless there is one guidance scale, or one for every pass."""
+    given, passes = len(config.guidance_scale), model.num_references
+    if given not in (1, passes):
+        raise ValueError(
+            f"guidance_scale={config.guidance_scale} must be one scale"
+            + (f" or {passes}, one for each pass" if passes > 1 else "")
+        )
+
+
+def check_vae(config: TransDiffConfig, vae: KlVaeConfig, where: str) -> None:
+    """Raise ValueError unless the model is one of latents of the autoencoder at `where`."""
+    if config.channels != vae.latent_channels:
+        raise ValueError(
+            f"config.model.channels={config.channels}, but the autoencoder in {where} has "
+            f"latent_channels={vae.latent_channels}"
+        )
+
+
+def check_image_size(config: TransDiffConfig, vae: KlVaeConfig, image_size: int) -> None:
+    """Raise ValueError unless images of this size have latents of the model's size."""
+    expected = config.latent_size * vae.stride
+    if image_size != expected:
+        raise ValueError(
+            f"config.data.image_size={image_size}, but latents of {config.latent_size}x"
+            f"{config.latent_size} with a stride of {vae.stride} are of {expected} pixels"
+        )
+
+
+class Progress(NamedTuple):
+    """Latents on their way.
+
+    Attributes:
+        step_pass: which pass they are from, counted from 0.
+        step: steps taken in it.
+        latents: float32 [B, h, w, C]: the data that the last velocity pointed to, or, after the
+            last step of a pass, its result.
+    """
+
+    step_pass: int
+    step: int
+    latents: Array
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def initial_noise(rngs: PRNGKeys, config: TransDiffConfig) -> Float[Array, "B h w C"]:
+    """Draw every image's noise from its own key."""
+    shape = (config.latent_size, config.latent_size, config.channels)
+    return _draw(rngs, INITIAL_STREAM, shape)
+
+
+def run(
+    model: FunctionalModel[TransDiff],
+    params: Params,
+    labels: Int[Array, " B"],
+    noise: Float[Array, "B h w C"],
+    step_noise: PRNGKeys | Float[Array, "passes steps B h w C"],
+    config: SolverConfig,
+    *,
+    stops: Sequence[int] = (),
+) -> Iterator[Progress]:
+    """Yield the latents at the steps `stops` of every pass and at its end.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        labels: classes.
+        noise: initial noise of every pass.
+        step_noise: a key per image, or the noise of the stochastic steps itself.
+        config: the solver's.
+        stops: increasing numbers of steps after which latents are looked at.
+    """
+    times, coefficients = config.grid, config.coefficients
+    ends = (*(stop for stop in stops if 0 < stop < config.num_steps), config.num_steps)
+    references = noise[:, None][:, :0]
+    for step_pass in range(model.config.num_references):
+        scale = config.scale_of(step_pass)
+        caches = condition_caches(model, params, labels, references, guided=scale != 1)
+        state, start = solvers.start(noise), 0
+        for stop in ends:
+            part = slice(start, stop)
+            state, latents = advance(
+                model,
+                params,
+                caches,
+                state,
+                times[start : stop + 1],
+                coefficients.select(part),
+                _noise_of(step_noise, step_pass, start, config),
+                scale=scale,
+                interval=config.guidance_times,
+            )
+            start = stop
+            latents = state.x if stop == config.num_steps else latents
+            yield Progress(step_pass, stop, latents)
+        references = jnp.concatenate([references, state.x[:, None]], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("vae", "microbatch"))
+def decode(
+    vae: FunctionalModel[KlVae],
+    params: Params,
+    latents: Float[Array, "B h w C"],
+    *,
+    microbatch: int | None = None,
+) -> Float[Array, "B H W 3"]:
+    """Decode scaled latents to images, clipped to [-1, 1]."""
+    samples = latents / vae.config.latent_scale
+    return jnp.clip(vae.bind(params).decode(samples, microbatch=microbatch), -1.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "guided"))
+def condition_caches(
+    model: FunctionalModel[TransDiff],
+    params: Params,
+    labels: Int[Array, " B"],
+    references: Float[Array, "B k h w C"],
+    *,
+    guided: bool,
+) -> KVCache:
+    """Keys and values of the condition of the next image, which all steps read."""
+    if guided:
+        null = jnp.full_like(labels, model.config.num_classes)
+        labels = einops.rearrange([labels, null], "two b -> (b two)")
+        references = jnp.repeat(references, 2, axis=0)
+    module = model.bind(params)
+    condition = module.condition(labels, references)
+    return module.keys_values(condition)
+
+
+class StepKeys(NamedTuple):
+    """Keys of a pass [B], and the index of the first step of a part."""
+
+    rngs: Array
+    first: Array | int
+
+
+@functools.partial(jax.jit, static_argnames=("model", "scale", "interval"))
+def advance(
+    model: FunctionalModel[TransDiff],
+    params: Params,
+    caches: KVCache,
+    state: solvers.SolverState,
+    times: Float[Array, " times"] | Float[np.ndarray, " times"],
+    coefficients: solvers.Coefficients,
+    noise: StepKeys | Float[Array, "steps B h w C"] | None,
+    *,
+    scale: float,
+    interval: tuple[float, float],
+) -> tuple[solvers.SolverState, Float[Array, "B h w C"]]:
+    """Take some steps; return the state and the data that the last velocity points to."""
+    velocity = _velocity(model.bind(params))
+    if scale != 1:
+        velocity = guidance.guide(velocity, scale, interval)
+
+    def draw(index: Array) -> Array:
+        return _draw(noise.rngs, noise.first + index, state.x.shape[1:])
+
+    step_noise = None
+    if noise is not None:
+        step_noise = draw if isinstance(noise, StepKeys) else noise.__getitem__
+    return solvers.advance(
+        lambda x, t, _: velocity(x, t, caches),
+        state,
+        times,
+        None,
+        coefficients,
+        step_noise=step_noise,
+    )
+
+
+def _velocity(module: TransDiff) -> guidance.VelocityFn:
+    return lambda x, t, caches: module.velocity(x, t, caches)
+
+
+def _noise_of(
+    step_noise: Array, step_pass: int, start: int, config: SolverConfig
+) -> StepKeys | Array | None:
+    """Noise of the steps of a pass from `start` on; there is none in the last step."""
+    if config.solver != solvers.EULER_MARUYAMA or start == config.num_steps - 1:
+        return None
+    if jnp.issubdtype(step_noise.dtype, jax.dtypes.prng_key):
+        return StepKeys(_fold(step_noise, STEP_STREAM + step_pass), start)
+    return step_noise[step_pass, start:]
+
+
+@jax.jit
+def _fold(rngs: PRNGKeys, stream: int) -> PRNGKeys:
+    return jax.vmap(jax.random.fold_in, (0, None))(rngs, stream)
+
+
+def _draw(rngs: PRNGKeys, stream: Array | int, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    return jax.vmap(lambda rng: jax.random.normal(rng, shape))(_fold(rngs, stream))

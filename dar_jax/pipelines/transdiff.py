@@ -1,0 +1,264 @@
+"""TransDiff: class labels to latents, and through the VAE to images."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.flow.guidance import ALWAYS
+from dar_jax.flow.solvers import EULER_MARUYAMA
+from dar_jax.models.transdiff import sampler
+from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.models.transdiff.sampler import SolverConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
+from dar_jax.pipelines.base import cast_kernels, image_keys, put_batch, require_rng
+from dar_jax.pipelines.kl_vae import KlVaePipeline
+from dar_jax.training.sharding import fsdp_sharding
+
+Guidance = float | int | Sequence[float | int]
+"""One scale for all passes, or one for each; 1 is no guidance."""
+
+
+class LatentPipeline:
+    """Class labels to latents.
+
+    With a mesh the parameters are spread by the FSDP rule and batches over its data axes.
+    """
+
+    def __init__(
+        self, model: FunctionalModel[TransDiff], params: Params, *, mesh: Mesh | None = None
+    ):
+        self.model = model
+        self.config: TransDiffConfig = model.config
+        self.mesh = mesh
+        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
+
+    @functools.cached_property
+    def sampling_params(self) -> Params:
+        """Parameters with the matrices in the compute dtype, cast once: what sampling reads."""
+        return cast_kernels(self.params, self.model.compute.jnp_dtype)
+
+    def sample_latents(
+        self,
+        labels: Array | np.ndarray | Sequence[int],
+        *,
+        rng: PRNGKeyArray | None = None,
+        noise: Float[Array | np.ndarray, "B h w C"] | None = None,
+        step_noise: Float[Array | np.ndarray, "*passes steps B h w C"] | None = None,
+        num_steps: int = 100,
+        guidance_scale: Guidance = 1.0,
+        drift_scale: float = 1.0,
+        noise_scale: float = 1.0,
+    ) -> Float[Array, "B h w C"]:
+        """Draw one latent per label with the stochastic solver, scaled as the model is trained.
+
+        Args:
+            labels: classes in 0 .. num_classes (the null class).
+            rng: key of the noise; image i draws from `fold_in(rng, i)`.
+            noise: initial noise instead of `rng`.
+            step_noise: noise of the num_steps - 1 stochastic steps instead of `rng`; an MRAR model
+                takes it for each of its passes.
+            num_steps: of every pass.
+            guidance_scale: see `Guidance`.
+            drift_scale: of the stochastic steps, but not of the last one.
+            noise_scale: of the stochastic steps.
+
+        Raises:
+            ValueError: an argument out of range, noise of another shape, or neither it nor `rng`.
+        """
+        config, size = self.config, len(labels)
+        latent = (size, config.latent_size, config.latent_size, config.channels)
+        if noise is None or step_noise is None:
+            rngs = put_batch(image_keys(require_rng(rng), size), self.mesh)
+            noise = sampler.initial_noise(rngs, config) if noise is None else noise
+            step_noise = rngs if step_noise is None else step_noise
+        check_shape("noise", noise, latent)
+        if not isinstance(step_noise, jax.Array) or step_noise.ndim > 1:
+            step_noise = jnp.asarray(step_noise)
+            step_noise = step_noise[None] if step_noise.ndim == 5 else step_noise
+            check_shape("step_noise", step_noise, (config.num_references, num_steps - 1, *latent))
+        solver = _solver_config(
+            num_steps, guidance_scale, drift_scale=drift_scale, noise_scale=noise_scale
+        )
+        for progress in self.run(labels, put_batch(noise, self.mesh), step_noise, solver):
+            latents = progress.latents
+        return latents
+
+    def run(
+        self,
+        labels: Array | np.ndarray | Sequence[int],
+        noise: Array,
+        step_noise: Array,
+        solver: SolverConfig,
+        *,
+        stops: Sequence[int] = (),
+    ) -> Iterator[sampler.Progress]:
+        """Check the labels, then run `models.transdiff.sampler.run`.
+
+        Raises:
+            ValueError: a label is no class, or the guidance scales do not fit the model.
+        """
+        labels = np.asarray(labels)
+        check_shape("labels", labels, ("B",))
+        check_range("labels", labels, self.config.num_classes + 1)
+        sampler.check_scales(solver, self.config)
+        labels = put_batch(labels.astype(np.int32), self.mesh)
+        return sampler.run(
+            self.model, self.sampling_params, labels, noise, step_noise, solver, stops=stops
+        )
+
+
+class TransDiffPreview(NamedTuple):
+    """An image on its way, or done.
+
+    Attributes:
+        step: steps taken, of all passes.
+        images: float32 [B, H, W, 3], clipped to [-1, 1].
+        latents: float32 [B, h, w, C], scaled.
+    """
+
+    step: int
+    images: Array
+    latents: Array
+
+
+class GeneratedLatents(NamedTuple):
+    """`images` float32 [B, H, W, 3] in [-1, 1] (clipped); `latents` float32 [B, h, w, C]."""
+
+    images: Array
+    latents: Array
+
+
+class TransDiffPipeline:
+    """A model of latents and its autoencoder. See `pipelines.base.Pipeline`."""
+
+    drawing_options = (
+        *("num_steps", "guidance_scale", "guidance_times"),
+        *("solver", "drift_scale", "noise_scale"),
+    )
+    kept_fields = ("latents",)
+
+    def __init__(
+        self, prior: LatentPipeline, vae: KlVaePipeline, *, class_names: Sequence[str] = ()
+    ):
+        self.prior = prior
+        self.vae = vae
+        self.class_names = tuple(class_names)
+
+    @property
+    def num_classes(self) -> int:
+        return self.prior.config.num_classes
+
+    @property
+    def image_size(self) -> int:
+        return self.prior.config.latent_size * self.vae.config.stride
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.prior.mesh
+
+    @property
+    def compute(self) -> Compute:
+        return self.prior.model.compute
+
+    def check_options(self, *, guidance_times: Sequence[float], **options: Any) -> None:
+        """Raise ValueError if `stream` would refuse these drawing options."""
+        solver = _solver_config(**options, guidance_times=tuple(guidance_times) or ALWAYS)
+        sampler.check_scales(solver, self.prior.config)
+
+    def generate(
+        self, labels: Array | np.ndarray | Sequence[int], **options: Any
+    ) -> GeneratedLatents:
+        """Generate one image per label; the options are those of `stream`, without previews."""
+        for preview in self.stream(labels, **options, previews=False):
+            last = preview
+        return GeneratedLatents(last.images, last.latents)
+
+    def stream(
+        self,
+        labels: Array | np.ndarray | Sequence[int],
+        *,
+        rng: PRNGKeyArray,
+        num_steps: int = 100,
+        guidance_scale: Guidance = 1.0,
+        guidance_times: Sequence[float] = ALWAYS,
+        solver: str = EULER_MARUYAMA,
+        drift_scale: float = 1.0,
+        noise_scale: float = 1.0,
+        preview_every: int | None = None,
+        previews: bool = True,
+        microbatch: int | None = None,
+        first_index: int = 0,
+    ) -> Iterator[TransDiffPreview]:
+        """Return images on their way; the last one is the image.
+
+        A preview decodes the latent that the velocity of its step points to; one at the end of a
+        pass is that pass's image.
+
+        Args:
+            labels: classes [B].
+            rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
+            num_steps: of every pass.
+            guidance_scale: see `Guidance`.
+            guidance_times: first and last time that is guided, 0 at the noise; empty is always.
+            solver: "euler_maruyama", "euler" or "adams_bashforth2".
+            drift_scale: of the stochastic steps, but not of the last one.
+            noise_scale: of the stochastic steps.
+            preview_every: steps between two previews; None is a quarter of a one-step model's, and
+                the passes of an MRAR model.
+            previews: False leaves all but the image out.
+            microbatch: images that the autoencoder sees at a time, a divisor of B.
+            first_index: of the first image, where a large set is made in batches.
+
+        Raises:
+            ValueError: a label or option out of range, or a batch that does not divide over the
+                mesh; at the call, not at the first preview.
+        """
+        config = self.prior.config
+        options = _solver_config(
+            num_steps,
+            guidance_scale,
+            guidance_times=tuple(guidance_times) or ALWAYS,
+            solver=solver,
+            drift_scale=drift_scale,
+            noise_scale=noise_scale,
+        )
+        if preview_every is None:
+            preview_every = num_steps if config.num_references > 1 else -(-num_steps // 4)
+        if preview_every < 1:
+            raise ValueError(f"preview_every={preview_every} must be at least 1")
+        microbatch = check_microbatch(microbatch, len(labels))
+        rngs = put_batch(image_keys(require_rng(rng), len(labels), first_index), self.mesh)
+        stops = range(preview_every, num_steps, preview_every) if previews else ()
+        noise = sampler.initial_noise(rngs, config)
+        run = self.prior.run(labels, noise, rngs, options, stops=stops)
+        return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
+
+    def _decode(
+        self,
+        run: Iterator[sampler.Progress],
+        num_steps: int,
+        *,
+        previews: bool,
+        microbatch: int | None,
+    ) -> Iterator[TransDiffPreview]:
+        total = num_steps * self.prior.config.num_references
+        for progress in run:
+            step = progress.step_pass * num_steps + progress.step
+            if previews or step == total:
+                images = sampler.decode(
+                    self.vae.model, self.vae.params, progress.latents, microbatch=microbatch
+                )
+                yield TransDiffPreview(step, images, progress.latents)
+
+
+def _solver_config(num_steps: int, guidance_scale: Guidance, **options: Any) -> SolverConfig:
+    scales = tuple(np.ravel(guidance_scale).tolist())
+    return SolverConfig(num_steps=num_steps, guidance_scale=scales, **options)

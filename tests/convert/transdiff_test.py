@@ -1,0 +1,78 @@
+"""Conversion of TransDiff checkpoints: both ways, strictly, and their configs."""
+
+import argparse
+
+import jax
+import numpy as np
+import pytest
+
+from dar_jax.convert import transdiff as convert
+from dar_jax.convert.checkpoints import read_checkpoint
+from tests.golden import fixtures, models
+
+FOLDERS = ("transdiff/transdiff_tiny", "transdiff/transdiff_mrar_tiny")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_conversion_is_lossless_both_ways(folder):
+    model, params = models.transdiff(folder)
+    reference = fixtures.load_state_dict(folder)
+    back = convert.transdiff_state_dict(params, model.config)
+    assert set(back) == set(reference)
+    for name, array in reference.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_pipeline_is_built_from_a_reference_state_dict():
+    folder = FOLDERS[1]
+    pipeline = convert.from_reference(
+        fixtures.load_state_dict(folder), fixtures.load_json(folder, "config")
+    )
+    model, params = models.transdiff(folder)
+    assert pipeline.config == model.config and pipeline.config.num_references == 4
+    jax.tree.map(np.testing.assert_array_equal, pipeline.params, params)
+
+
+def test_tensors_that_do_not_fit_are_named():
+    folder = FOLDERS[0]
+    state_dict = fixtures.load_state_dict(folder)
+    config = convert.transdiff_config(fixtures.load_json(folder, "config"))
+    lacking = {name: a for name, a in state_dict.items() if name != "fake_latent"}
+    with pytest.raises(ValueError, match=r"missing fake_latent"):
+        convert.transdiff_params(lacking, config)
+    with pytest.raises(ValueError, match=r"surplus ema"):
+        convert.transdiff_params(state_dict | {"ema": np.zeros(1)}, config)
+    other = convert.transdiff_config(fixtures.load_json(FOLDERS[1], "config"))
+    with pytest.raises(ValueError, match=r"mask_token has \(1, 1, 56\), expected \(1, 64, 48\)"):
+        convert.transdiff_params(state_dict, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(decoder_embed_dim=48), "encoder_embed_dim=56 must equal decoder_embed_dim=48"),
+        (dict(mlp_ratio=2.0), "mlp_ratio=2.0 is not supported"),
+        (dict(buffer_size=None), None),
+    ],
+)
+def test_configs_that_are_not_supported_are_refused(changes, message):
+    reference = fixtures.load_json(FOLDERS[0], "config")["model"] | changes
+    if message is None:
+        del reference["buffer_size"]
+        message = "lacks the key 'buffer_size'"
+    with pytest.raises(ValueError, match=message):
+        convert.transdiff_config(reference)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_published_file_gives_its_average(tmp_path, averaged):
+    """`checkpoint-last.pth`: weights, their average if there is one, arguments as a Namespace."""
+    torch = pytest.importorskip("torch")
+    weights = {"fake_latent": torch.ones(1, 2, dtype=torch.bfloat16)}
+    average = {"fake_latent": torch.full((1, 2), 2.0)} if averaged else {}
+    content = dict(model=weights, model_ema=average, epoch=3, args=argparse.Namespace(lr=1e-4))
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
+    assert checkpoint.container == ("model_ema" if averaged else "model")
+    np.testing.assert_array_equal(checkpoint.state_dict["fake_latent"], [[1.0 + averaged] * 2])
+    assert checkpoint.state_dict["fake_latent"].dtype == np.float32
