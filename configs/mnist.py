@@ -15,8 +15,10 @@ from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
 from dar_jax.models.kl_vae import KlVaeConfig
+from dar_jax.models.transdiff.model import TransDiffConfig
 from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 from dar_jax.tasks.kl_vae import KlVaeLossConfig
+from dar_jax.tasks.transdiff import TransDiffLossConfig
 
 NUM_TOKENS = 32
 CODEBOOK_SIZE = 256
@@ -119,9 +121,55 @@ def kl_vae(config: ml_collections.ConfigDict) -> None:
     config.optimizer.name = "adamw"  # most kernels are convolutions, which Muon leaves to AdamW
 
 
+LATENT_SIZE, LATENT_CHANNELS = 8, 4
+
+
+def transdiff(config: ml_collections.ConfigDict) -> None:
+    """TransDiff over the latents of `kl_vae`: 64 condition tokens, 64 latent tokens."""
+    config.task = "transdiff"
+    config.vae = "runs/mnist/kl_vae/model"
+    config.model = common.block(
+        TransDiffConfig(
+            latent_size=LATENT_SIZE,
+            channels=LATENT_CHANNELS,
+            num_classes=10,
+            condition_tokens=LATENT_SIZE**2,
+            buffer_size=4,
+            dim=64,
+            num_heads=4,
+            encoder_depth=2,
+            decoder_depth=4,
+            attention_dropout=0.0,
+            dropout=0.0,
+        )
+    )
+    config.loss = common.block(TransDiffLossConfig(copies=2))
+    config.compute.unroll = True
+    config.data.batch_size = 32
+    short_schedule(config, steps=1500, learning_rate=1e-2)
+    config.sample.update(solver="euler_maruyama", guidance_scale=(1.5,), num_steps=50)
+
+
+def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
+    """The same with four references of 16 tokens each."""
+    transdiff(config)
+    config.model.update(num_references=4, reference_patch_size=2)
+    config.data.update(num_references=4, batch_size=16)
+    config.loss.copies = 1
+
+
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:
     config = common.base()
     # A classifier judges digits well and within seconds; the large networks are there on demand.
     config.evaluate.update(classifier=True, features="", lpips="", num_images=1000)
-    common.variant(name, {"tokenizer": tokenizer, "dar": dar, "kl_vae": kl_vae})(config)
+    common.variant(
+        name,
+        {
+            "tokenizer": tokenizer,
+            "dar": dar,
+            "kl_vae": kl_vae,
+            "transdiff": transdiff,
+            "transdiff_mrar": transdiff_mrar,
+        },
+    )(config)
     return config

@@ -18,7 +18,14 @@ from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Int, UInt8
 from dar_jax.evaluation.image_set import FORMATS
 from dar_jax.nn.compute import Compute
-from dar_jax.pipelines import KlVaePipeline, Pipeline, TokenizerPipeline, from_pretrained
+from dar_jax.pipelines import (
+    DarPipeline,
+    KlVaePipeline,
+    Pipeline,
+    TokenizerPipeline,
+    TransDiffPipeline,
+    from_pretrained,
+)
 from dar_jax.training.checkpoint import CHECKPOINTS
 from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
@@ -26,24 +33,34 @@ Autoencoder = TokenizerPipeline | KlVaePipeline
 """Images to codes or latents and back; it draws none."""
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
+DRAWING_OPTIONS = {*DarPipeline.drawing_options, *TransDiffPipeline.drawing_options}
+"""Of which a kind of model has some."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """What is sampled, and how.
 
+    Some of it is for one family: token guidance, temperature, top-k, top-p, prefixes and
+    in-painting for D-AR, the solver for TransDiff; see `Pipeline.drawing_options`.
+
     Attributes:
         model: model directory; empty takes `WORKDIR/model`.
         untrained_model: model directory for a workdir in which no training has begun; empty: none.
         labels: classes to draw; empty takes the first ten, or all for a set of images.
         images_per_class: images of every class, side by side.
-        guidance_scale: one scale, or the first and last of a ramp over the tokens.
+        guidance_scale: one scale; or the first and last of a ramp over the tokens (D-AR), or one
+            for every pass (TransDiff).
         guidance_schedule: of that ramp: "linear" or "cosine".
         guidance_interval: first and last token that is guided; empty guides all.
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the most likely tokens up to this probability; 1 is off.
-        solver: of D-AR's flow, see `flow.solvers`.
+        num_steps: of the solver, in every pass.
+        guidance_times: first and last time that is guided, 0 at the noise; empty guides all.
+        solver: of the flow: "adams_bashforth2", "euler" or, TransDiff only, "euler_maruyama".
+        drift_scale: of the stochastic steps.
+        noise_scale: of the stochastic steps.
         batch_size: images that a process generates at a time.
         seed: image i depends on this seed, i and its label only.
         num_images: size of a set of images, classes in turns; 0 draws pictures to look at.
@@ -66,7 +83,11 @@ class SampleConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    num_steps: int = 100
+    guidance_times: tuple[float, ...] = ()
     solver: str = "adams_bashforth2"
+    drift_scale: float = 1.0
+    noise_scale: float = 1.0
     batch_size: int = 100
     seed: int = 0
     num_images: int = 0
@@ -118,7 +139,10 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig,
     path = model_path(settings, workdir)
     pipeline = load_model(config, path)
     if not isinstance(pipeline, Pipeline):
-        raise ValueError(f"{path} holds a tokenizer; sampling needs a prior's model directory")
+        raise ValueError(
+            f"{path} holds an autoencoder; sampling needs the model directory of a model over its "
+            "tokens or latents"
+        )
     # Here, so that a mistake comes before anything is written.
     pipeline.check_options(**drawing(settings, pipeline))
     return settings, pipeline
@@ -137,7 +161,19 @@ def load_model(config: ml_collections.ConfigDict, path: str) -> Pipeline | Autoe
 
 
 def drawing(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """How images are drawn, as `pipeline.stream` takes it."""
+    """How images are drawn, as `pipeline.stream` takes it.
+
+    Raises:
+        ValueError: an option is set that this pipeline does not have.
+    """
+    foreign = DRAWING_OPTIONS - set(pipeline.drawing_options)
+    for field in dataclasses.fields(SampleConfig):
+        value = getattr(config, field.name)
+        if field.name in foreign and value != field.default:
+            raise ValueError(
+                f"config.sample.{field.name}={value} is no option of this kind of model; it takes "
+                f"{', '.join(pipeline.drawing_options)}"
+            )
     return {name: getattr(config, name) for name in pipeline.drawing_options}
 
 

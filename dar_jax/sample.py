@@ -25,7 +25,7 @@ from dar_jax.generation import (
     load,
     model_path,
 )
-from dar_jax.pipelines import Pipeline
+from dar_jax.pipelines import DarPipeline, Pipeline
 from dar_jax.workdir import open_workdir
 
 DIRECTORY_NAME = "samples"
@@ -48,6 +48,10 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     data = build(DataConfig, config.data.to_dict(), "config.data")
     settings, pipeline = load(config, workdir)
+    if (settings.prefix_image or settings.inpaint_image) and not isinstance(pipeline, DarPipeline):
+        raise ValueError(
+            "config.sample.prefix_image and inpaint_image need a model of tokens (dar_prior)"
+        )
     if settings.num_images:
         make_set(pipeline, settings, workdir)
         return

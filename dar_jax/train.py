@@ -209,7 +209,7 @@ def _initial_params(
     model_dir.load_config(directory, task.kind)
     like = task.released(abstract.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return model_dir.load_params(directory, like, shardings)
+    return model_dir.load_params(directory, like, shardings, adapters=task.adapters())
 
 
 def _restore_or_create(

@@ -8,6 +8,7 @@ from configs import (
     imagenet_dar,
     imagenet_kl_vae,
     imagenet_tokenizer,
+    imagenet_transdiff,
     mnist,
     photographs,
 )
@@ -23,14 +24,28 @@ from dar_jax.sample import SampleConfig
 from dar_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.data import tiny_sets
 
+TRANSDIFF_PARAMETERS = {
+    "b": 289_959_184,
+    "l": 682_519_568,
+    "h": 1_327_891_216,
+    "b,mrar": 290_044_432,
+    "l,mrar": 682_633_232,
+    "l,512": 683_306_000,
+}
 CONFIGS = {
     "mnist:tokenizer": lambda: mnist.get_config("tokenizer"),
     "mnist:dar": lambda: mnist.get_config("dar"),
     "mnist:kl_vae": lambda: mnist.get_config("kl_vae"),
+    "mnist:transdiff": lambda: mnist.get_config("transdiff"),
+    "mnist:transdiff_mrar": lambda: mnist.get_config("transdiff_mrar"),
     "imagenet_tokenizer": imagenet_tokenizer.get_config,
     "imagenet_kl_vae": imagenet_kl_vae.get_config,
     **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
     "photographs": photographs.get_config,
+    **{
+        f"imagenet_transdiff:{n}": lambda n=n: imagenet_transdiff.get_config(n)
+        for n in TRANSDIFF_PARAMETERS
+    },
     **{
         f"image_folder:{n}": lambda n=n: image_folder.get_config(n)
         for part in ("tokenizer", "dar")
@@ -48,6 +63,7 @@ PARAMETERS = {
     "imagenet_dar:1b": 1_199_616_000,
     "imagenet_dar:3b": 3_096_659_200,
     "imagenet_dar:7b": 6_614_589_440,
+    **{f"imagenet_transdiff:{name}": count for name, count in TRANSDIFF_PARAMETERS.items()},
 }
 """Counts of the reference's modules."""
 
@@ -68,6 +84,11 @@ def task_of(config, directory):
         tokenizer = tokenizer_of(config)
         config.tokenizer = str(directory / "tokenizer")
         model_dir.save_model(config.tokenizer, tokenizer.task, tokenizer.model.to_dict(), {}, {})
+    if config.task == "transdiff":
+        mnist_data = config.data.source == "mnist"
+        vae = mnist.get_config("kl_vae") if mnist_data else imagenet_kl_vae.get_config()
+        config.vae = str(directory / "vae")
+        model_dir.save_model(config.vae, vae.task, vae.model.to_dict(), {}, {})
     return tasks.build(config)
 
 
@@ -102,6 +123,14 @@ def test_published_recipes():
     assert (tokenizer.data.batch_size, tokenizer.train.steps) == (1024, 210_000)
     assert (tokenizer.data.crop, tokenizer.data.flip) == ("random", True)
     assert tokenizer.optimizer.ema_decay == 0.999
+    one_step, mrar, large = (
+        train.parse(imagenet_transdiff.get_config(name)) for name in ("l", "l,mrar", "l,512")
+    )
+    assert (one_step.data.batch_size, one_step.train.steps) == (2048, 800 * 625)
+    assert (mrar.data.num_references, large.data.image_size) == (4, 512)
+    rates = [run.optimizer.learning_rate for run in (one_step, mrar, large)]
+    assert rates == pytest.approx([8e-4, 5e-5, 1e-4])
+    assert [run.optimizer.trained for run in (one_step, mrar, large)] == ["", "", "decoder/"]
     prior = train.parse(imagenet_dar.get_config("xl"))
     assert (prior.data.batch_size, prior.train.steps) == (1024, 360_000)
     assert (prior.optimizer.weight_decay, prior.optimizer.ema_decay) == (0.05, 0.0)

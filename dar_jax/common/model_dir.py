@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,9 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer"
 """Subdirectory of a prior's model directory that holds its tokenizer's."""
+VAE_NAME = "vae"
+"""Subdirectory that holds the autoencoder of a model of latents."""
+COMPANION_NAMES = (TOKENIZER_NAME, VAE_NAME)
 WORKDIR_NAME = "model"
 """Subdirectory of a workdir that holds the model directory."""
 SHIPPED_SCHEME = "package://"
@@ -88,7 +91,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
         return _locate_shipped(str(path))
     if hub.is_address(path):
         names = [CONFIG_NAME, WEIGHTS_NAME]
-        names += [f"{TOKENIZER_NAME}/{name}" for name in names]
+        names += [f"{inner}/{name}" for inner in COMPANION_NAMES for name in names]
         return pathlib.Path(hub.download_directory(str(path), names))
     inner = pathlib.Path(path) / WORKDIR_NAME
     return inner if inner.is_dir() else pathlib.Path(path)
@@ -138,25 +141,38 @@ def tokenizer_of(directory: str | os.PathLike) -> pathlib.Path:
     Raises:
         ValueError: the prior was written without one, or it is something else.
     """
-    nested = pathlib.Path(directory) / TOKENIZER_NAME
+    return _companion(directory, "prior", TOKENIZER_NAME, "dar_tokenizer")
+
+
+def vae_of(directory: str | os.PathLike) -> pathlib.Path:
+    """Return the model directory of the autoencoder of a model of latents.
+
+    Raises:
+        ValueError: the model was written without one, or it is something else.
+    """
+    return _companion(directory, "model of latents", VAE_NAME, "kl_vae")
+
+
+def _companion(directory: str | os.PathLike, what: str, name: str, kind: str) -> pathlib.Path:
+    nested = pathlib.Path(directory) / name
     if not nested.is_dir():
         raise ValueError(
-            f"{directory} holds a prior without its tokenizer: put the tokenizer's model "
-            f"directory at {nested}, or convert again with --config.tokenizer=DIR"
+            f"{directory} holds a {what} without its {name}: put the {name}'s model "
+            f"directory at {nested}, or convert again with --config.{name}=DIR"
         )
-    load_config(nested, "dar_tokenizer")
+    load_config(nested, kind)
     return nested
 
 
 def fingerprint(directory: str | os.PathLike) -> str:
-    """Digest of a model directory, its tokenizer's included: equal if every byte is.
+    """Digest of a model directory and of those inside: equal if every byte is.
 
     Raises:
         ValueError: the directory is unreadable.
     """
     digest = hashlib.sha256()
-    nested = pathlib.Path(directory) / TOKENIZER_NAME
-    for folder in (pathlib.Path(directory), *([nested] if nested.is_dir() else [])):
+    nested = (pathlib.Path(directory) / name for name in COMPANION_NAMES)
+    for folder in (pathlib.Path(directory), *(path for path in nested if path.is_dir())):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             try:
                 with (folder / name).open("rb") as file:
@@ -167,7 +183,11 @@ def fingerprint(directory: str | os.PathLike) -> str:
 
 
 def load_params(
-    directory: str | os.PathLike, like: Params, shardings: Params | None = None
+    directory: str | os.PathLike,
+    like: Params,
+    shardings: Params | None = None,
+    *,
+    adapters: Mapping[str, Callable[..., Any]] = types.MappingProxyType({}),
 ) -> Params:
     """Read the parameters of a model directory one by one.
 
@@ -176,6 +196,8 @@ def load_params(
         like: names, shapes and dtypes that they must have (dtypes are converted).
         shardings: of every parameter; each device then gets its own part of it, and nothing holds
             a whole model. None returns NumPy arrays.
+        adapters: by name, make a parameter of another shape fit: (array, shape) to an array, or to
+            None, which leaves it out of the result.
 
     Raises:
         ValueError: the directory is unreadable, or its parameters are others than `like`.
@@ -184,10 +206,30 @@ def load_params(
     flat_shardings = {} if shardings is None else tree.flatten(shardings)
     with _open_weights(directory) as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        _check_fit(directory, leaves, tensors)
+        adapted = dict(_adapt(leaves, tensors, adapters))
+        _check_fit(directory, leaves, tensors, exempt=adapted.keys())
+        tensors |= adapted
         return tree.unflatten(
-            {n: _read(tensors[n], leaf, flat_shardings.get(n)) for n, leaf in leaves.items()}
+            {
+                name: _read(tensors[name], leaf, flat_shardings.get(name))
+                for name, leaf in leaves.items()
+                if tensors[name] is not None
+            }
         )
+
+
+def _adapt(
+    leaves: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    adapters: Mapping[str, Callable[..., Any]],
+) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of another shape that adapters have made fit."""
+    for name, adapter in adapters.items():
+        shape = leaves[name].shape
+        if name in tensors and tuple(tensors[name].get_shape()) != shape:
+            array = adapter(tensors[name][:], shape)
+            if array is None or array.shape == shape:
+                yield name, array
 
 
 def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any:
@@ -200,10 +242,14 @@ def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any
 
 
 def _check_fit(
-    directory: str | os.PathLike, leaves: Mapping[str, Any], tensors: Mapping[str, Any]
+    directory: str | os.PathLike,
+    leaves: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    *,
+    exempt: Collection[str] = (),
 ) -> None:
-    expected = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    expected = {name: tuple(leaves[name].shape) for name in leaves.keys() - exempt}
+    found = {name: tuple(tensors[name].get_shape()) for name in tensors.keys() - exempt}
     wrong = [
         f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
         for name in sorted(expected.keys() | found.keys())

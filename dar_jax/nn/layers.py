@@ -1,6 +1,6 @@
 """Norms, MLPs and dropout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +80,9 @@ def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
     return nnx.Dropout(rate, deterministic=False)(x, rngs=rng)
 
 
-def split_rng(rng: PRNGKeyArray | None, num: int) -> Sequence[PRNGKeyArray | None]:
+def split_rng(rng: PRNGKeyArray | None, num: int) -> tuple[PRNGKeyArray | None, ...]:
     """Split a key that may be missing, which means evaluation."""
-    return (None,) * num if rng is None else jax.random.split(rng, num)
+    return (None,) * num if rng is None else tuple(jax.random.split(rng, num))
 
 
 class Mlp(nnx.Module):

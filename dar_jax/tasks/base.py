@@ -1,6 +1,6 @@
 """What the trainer asks of a task. Tasks draw all randomness and pass it in to the models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,6 +11,9 @@ from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
 DISCRIMINATOR = "discriminator"
 """Subtree of the trained parameters that has an optimizer of its own: the judge of an adversarial
 loss, which `released` leaves out."""
+
+Adapter = Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]
+"""Makes a parameter of another shape fit, as far as it can; None leaves it to `init`."""
 
 
 @runtime_checkable
@@ -67,3 +70,9 @@ class Task(Protocol):
 
     def companions(self) -> dict[str, str]:
         """Model directories that the exported one must hold, by subdirectory name."""
+
+    def adapters(self) -> dict[str, Adapter]:
+        """How parameters of another architecture of this kind are made to fit, by name.
+
+        Of a model that training starts from (`train.init_from`), only these may differ in shape.
+        """

@@ -27,6 +27,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+from dar_jax.tasks.base import Adapter
 
 NUM_PICTURES = 10
 PICTURE_GUIDANCE = 2.0
@@ -155,3 +156,6 @@ class DarPriorTask:
 
     def companions(self) -> dict[str, str]:
         return {"tokenizer": self._tokenizer_path}
+
+    def adapters(self) -> dict[str, Adapter]:
+        return {}

@@ -41,7 +41,7 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.tasks.base import DISCRIMINATOR
+from dar_jax.tasks.base import DISCRIMINATOR, Adapter
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, perceptual_of_pair
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
@@ -241,6 +241,9 @@ class DarTokenizerTask:
         return dataclasses.asdict(self.model.config)
 
     def companions(self) -> dict[str, str]:
+        return {}
+
+    def adapters(self) -> dict[str, Adapter]:
         return {}
 
 

@@ -31,6 +31,7 @@ from dar_jax.models import kl_vae_work as work
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
+from dar_jax.tasks.base import Adapter
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, perceptual_of_pair
 
 NUM_PICTURES = 16
@@ -165,6 +166,9 @@ class KlVaeTask:
         return dataclasses.asdict(self.model.config)
 
     def companions(self) -> dict[str, str]:
+        return {}
+
+    def adapters(self) -> dict[str, Adapter]:
         return {}
 
 

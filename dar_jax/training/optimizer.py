@@ -1,7 +1,8 @@
-"""AdamW or Muon with warm-up, linear decay, clipping and weight decay on matrices only.
+"""AdamW or Muon with warm-up, decay of the rate, clipping and weight decay on matrices only.
 
     rate(step) = learning_rate * min(1, step / warmup_steps)
-    then, if decay_end > 0, linear to final_learning_rate from decay_start to decay_end, and flat
+    then, if decay_end > 0, to final_learning_rate from decay_start to decay_end, and flat; linear,
+    or along half a cosine
 
 `step` is 0-based (the number of completed updates), so with warm-up the first update has rate 0,
 as in the D-AR training scripts. The tokenizer's recipe warms up and stays constant; the prior's
@@ -9,16 +10,21 @@ is constant up to 300k and linear up to 360k.
 """
 
 import dataclasses
+import functools
+import re
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from dar_jax.common.typing import Params
+from dar_jax.common.typing import Any, Params
 from dar_jax.tasks.base import DISCRIMINATOR
 from dar_jax.training import sharding
 
 OPTIMIZERS = ("adamw", "muon")
+DECAY_SHAPES = ("linear", "cosine")
 MUON_UPDATE_RMS = 0.2
 """Size of Muon's updates at learning rate 1, which makes its rates those of AdamW (Liu et al. 2025,
 arXiv:2502.16982)."""
@@ -36,11 +42,17 @@ class OptimizerConfig:
     decay_start: int = 0
     decay_end: int = 0
     """0: the rate stays constant after the warm-up."""
+    decay_shape: str = "linear"
+    """"linear" or "cosine"."""
     final_learning_rate: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
+    undecayed: str = ""
+    """Regular expression: parameters whose name starts so have no weight decay, e.g. "decoder/"."""
+    trained: str = ""
+    """Regular expression: only parameters whose name starts so are trained; empty: all."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; larger ones are scaled down to it."""
     ema_decay: float = 0.999
@@ -49,6 +61,17 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(f"name {self.name!r} must be one of {', '.join(OPTIMIZERS)}")
+        if self.decay_shape not in DECAY_SHAPES:
+            raise ValueError(
+                f"decay_shape {self.decay_shape!r} must be one of {', '.join(DECAY_SHAPES)}"
+            )
+        for name in ("undecayed", "trained"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is no regular expression: {error}"
+                ) from error
         if self.decay_end and not self.warmup_steps <= self.decay_start < self.decay_end:
             raise ValueError(
                 f"decay from step {self.decay_start} to {self.decay_end} must start after the "
@@ -67,17 +90,41 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     if not config.decay_end:
         return rate
     decay_steps = config.decay_end - config.decay_start
-    decay = optax.linear_schedule(peak, config.final_learning_rate, decay_steps)
+    if config.decay_shape == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps, config.final_learning_rate / peak)
+    else:
+        decay = optax.linear_schedule(peak, config.final_learning_rate, decay_steps)
     return optax.join_schedules([rate, decay], [config.decay_start])
 
 
-def weight_decay_mask(params: Params) -> Params:
+def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
     """Return the tree of booleans that is true for matrices: weights of two or more dimensions.
 
     The layer axis of stacked blocks does not count: a stacked bias [layers, D] is not a matrix.
+
+    Args:
+        params: parameters.
+        undecayed: names that start so are false.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim - sharding.layer_axes(path) >= 2, params
+        lambda path, leaf: (
+            leaf.ndim - sharding.layer_axes(path) >= 2 and not _starts(path, undecayed)
+        ),
+        params,
+    )
+
+
+def _starts(path: Sequence[Any], pattern: str) -> bool:
+    """Whether a parameter's name starts with a pattern; the empty pattern is none."""
+    return bool(pattern) and re.match(pattern, sharding.leaf_name(path)) is not None
+
+
+def trained_gradients(config: OptimizerConfig, grads: Params) -> Params:
+    """Set the gradients of parameters that are not trained to zero."""
+    if not config.trained:
+        return grads
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _starts(path, config.trained) else jnp.zeros_like(leaf), grads
     )
 
 
@@ -99,7 +146,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     Parameters below `DISCRIMINATOR`, if there are any, have their own: AdamW of the same numbers
     without warm-up, clipped by itself.
     """
-    trained = _optimizer(config)
+    trained = _trained_only(config, _optimizer(config))
     steady = dataclasses.replace(config, name="adamw", warmup_steps=0)
     pair = optax.partition({False: trained, True: _optimizer(steady)}, _is_discriminator)
 
@@ -112,17 +159,33 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
+def _trained_only(
+    config: OptimizerConfig, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Leave what is not trained as it is, without optimizer state."""
+    if not config.trained:
+        return optimizer
+
+    def is_trained(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: _starts(path, config.trained), params
+        )
+
+    return optax.partition({True: optimizer, False: optax.set_to_zero()}, is_trained)
+
+
 def _is_discriminator(params: Params) -> Params:
     return {name: name == DISCRIMINATOR for name in params}
 
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     rate = learning_rate_schedule(config)
+    mask = functools.partial(weight_decay_mask, undecayed=config.undecayed)
     if config.name == "muon":
         optimizer = contrib.muon(
             rate,
             weight_decay=config.weight_decay,
-            weight_decay_mask=weight_decay_mask,
+            weight_decay_mask=mask,
             adam_b1=config.b1,
             adam_b2=config.b2,
             muon_weight_dimension_numbers=muon_dimensions,
@@ -135,6 +198,6 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=weight_decay_mask,
+            mask=mask,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

@@ -112,7 +112,7 @@ def _hybrid_array(shape: Sequence[int], num_slices: int, devices: Sequence[Any])
 
 def layer_axes(path: Sequence[Any]) -> int:
     """Number of leading layer axes (0 or 1) of the leaf at a key path of a parameter tree."""
-    return int(STACKED_NAME in _name(path).split("/"))
+    return int(STACKED_NAME in leaf_name(path).split("/"))
 
 
 def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
@@ -128,9 +128,9 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
 
     def rule(path: Sequence[Any], leaf: Any) -> NamedSharding:
         spec = [None] * len(leaf.shape)
-        axis = _tensor_axis(_name(path)) if mesh.shape["tensor"] > 1 else None
+        axis = _tensor_axis(leaf_name(path)) if mesh.shape["tensor"] > 1 else None
         if axis is not None:
-            _check_tensor_divides(_name(path), leaf.shape, axis, mesh)
+            _check_tensor_divides(leaf_name(path), leaf.shape, axis, mesh)
             spec[axis] = "tensor"
         axes = range(layer_axes(path), len(leaf.shape))
         free = [axis for axis in axes if spec[axis] is None]
@@ -142,7 +142,8 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def _name(path: Sequence[Any]) -> str:
+def leaf_name(path: Sequence[Any]) -> str:
+    """Name of the leaf at a key path: "encoder/blocks/mlp/up/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

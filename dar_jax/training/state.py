@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dar_jax.common import tree
 from dar_jax.common.typing import Params, PRNGKeyArray
 from dar_jax.tasks.base import Task
 from dar_jax.training import sharding
@@ -71,7 +72,10 @@ def create_state(
 def _creator(task: Task, config: OptimizerConfig):
     def create(rng: PRNGKeyArray, params: Params | None = None) -> TrainState:
         init_rng, step_rng = jax.random.split(rng)
-        params = {**task.init(init_rng), **(params or {})}
+        given = tree.flatten(params or {})
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: given.get(sharding.leaf_name(path), leaf), task.init(init_rng)
+        )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

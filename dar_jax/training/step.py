@@ -14,7 +14,7 @@ from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.nn.layout import batch_split
 from dar_jax.tasks.base import Task
 from dar_jax.training import metrics, sharding
-from dar_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dar_jax.training.optimizer import OptimizerConfig, make_optimizer, trained_gradients
 from dar_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, dict[str, Array], Params], tuple[TrainState, Any]]
@@ -60,6 +60,7 @@ def make_train_step(
             outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
         else:
             grads, outputs = accumulate(gradient, batch, rng, accumulation)
+        grads = trained_gradients(config, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params

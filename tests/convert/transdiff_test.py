@@ -1,6 +1,7 @@
 """Conversion of TransDiff checkpoints: both ways, strictly, and their configs."""
 
 import argparse
+import dataclasses
 
 import jax
 import numpy as np
@@ -42,8 +43,8 @@ def test_tensors_that_do_not_fit_are_named():
         convert.transdiff_params(lacking, config)
     with pytest.raises(ValueError, match=r"surplus ema"):
         convert.transdiff_params(state_dict | {"ema": np.zeros(1)}, config)
-    other = convert.transdiff_config(fixtures.load_json(FOLDERS[1], "config"))
-    with pytest.raises(ValueError, match=r"mask_token has \(1, 1, 56\), expected \(1, 64, 48\)"):
+    other = dataclasses.replace(config, num_references=4, reference_patch_size=2)
+    with pytest.raises(ValueError, match=r"mask_token has \(1, 1, 56\), expected \(1, 64, 56\)"):
         convert.transdiff_params(state_dict, other)
 
 

@@ -49,6 +49,16 @@ def test_weight_decay_touches_matrices_only():
     }
 
 
+def test_parameters_can_be_exempt_from_weight_decay():
+    mask = weight_decay_mask(_params(), undecayed="head/")
+    assert mask["blocks"]["mlp"]["kernel"] and not mask["head"]["kernel"]
+
+
+def test_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"trained 'decoder\(' is no regular expression"):
+        OptimizerConfig(trained="decoder(")
+
+
 def test_update_without_gradient_is_weight_decay_alone():
     params = _params()
     config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)

@@ -86,3 +86,6 @@ class ToyTask:
 
     def companions(self) -> dict[str, str]:
         return {}
+
+    def adapters(self) -> dict[str, object]:
+        return {}

@@ -282,7 +282,7 @@ def _noise_of(
 
 
 @jax.jit
-def _fold(rngs: PRNGKeys, stream: int) -> PRNGKeys:
+def _fold(rngs: PRNGKeys, stream: Array | int) -> PRNGKeys:
     return jax.vmap(jax.random.fold_in, (0, None))(rngs, stream)
 
 

@@ -46,7 +46,7 @@ TINY = TransDiffConfig(
     attention_dropout=0.0,
     dropout=0.0,
 )
-ROUNDING = 1e-5  # the same sums in other orders; outputs are about 1
+ROUNDING = 1e-4  # the same sums in other orders; outputs reach 50
 
 
 @pytest.mark.parametrize("size", SIZES)
