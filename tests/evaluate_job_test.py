@@ -15,11 +15,17 @@ from tests import tiny_model
 from tests.tiny_model import SIZE
 
 ROOT = pathlib.Path(__file__).parents[1]
+RUN = """
+import runpy
+from dar_jax.evaluation import feature_store
+feature_store.PIECE = 8  # so that few images are several pieces
+runpy.run_module("dar_jax.main", run_name="__main__", alter_sys=True)
+"""
 COMMAND = (
-    *(sys.executable, "-m", "dar_jax.main", "--config=configs/mnist.py:dar", "--mode=evaluate"),
+    *(sys.executable, "-c", RUN, "--config=configs/mnist.py:dar", "--mode=evaluate"),
     *("--config.data.source=synthetic", f"--config.data.image_size={SIZE}"),
     "--config.evaluate.evaluators=reconstruction,previews",
-    *("--config.evaluate.num_images=600", "--config.evaluate.num_reference=600"),
+    *("--config.evaluate.num_images=24", "--config.evaluate.num_reference=24"),
     *("--config.evaluate.features=vgg16", "--config.evaluate.classifier=False"),
     "--config.sample.batch_size=8",
 )

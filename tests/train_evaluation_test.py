@@ -1,15 +1,35 @@
 """Evaluation while training: the figures of `--mode=evaluate`, at every interval, kill or not."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from configs import mnist
-from dar_jax import evaluators, train
-from dar_jax.evaluate import evaluate
+from dar_jax import train
 from dar_jax.train_evaluation import _one_by_one
 
+ROOT = pathlib.Path(__file__).parents[1]
 EXACT = 1e-4  # the mesh differs
+KILLED = 9
+RUN = f"""
+import os, sys
+from dar_jax import evaluate, evaluators, train
+from tests.train_evaluation_test import make_config
+workdir, *modes = sys.argv[1:]
+fill, calls = evaluators.fill_reconstructions, []
+def die_the_second_time(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2:
+        os._exit({KILLED})
+    fill(*arguments)
+if modes == ["die"]:
+    evaluators.fill_reconstructions = die_the_second_time
+run = evaluate.evaluate if modes == ["evaluate"] else train.train_and_evaluate
+run(make_config(), workdir)
+"""
 
 
 def make_config():
@@ -30,30 +50,28 @@ def curve(workdir):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
+def run(workdir, *modes):
+    """Train, or "evaluate", or train and "die" in the second evaluation; return the exit status.
+
+    In a process of its own, whose types are not checked: metrics are fetched as NumPy arrays.
+    """
+    command = [sys.executable, "-c", RUN, str(workdir), *modes]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
 @pytest.mark.slow
-def test_evaluation_in_training_is_the_mode_and_survives_a_kill(tmp_path, monkeypatch):
-    train.train_and_evaluate(make_config(), str(tmp_path / "whole"))
+def test_evaluation_in_training_is_the_mode_and_survives_a_kill(tmp_path):
+    assert run(tmp_path / "whole") == 0
     whole = curve(tmp_path / "whole")
     assert list(whole) == [2, 4] and whole[2] != whole[4]
     assert list((tmp_path / "whole/evaluation").iterdir()) == []
-    evaluate(make_config(), str(tmp_path / "whole"))
+    assert run(tmp_path / "whole", "evaluate") == 0
     results = json.loads((tmp_path / "whole/evaluation.json").read_text())
     assert results["reconstruction/psnr_db"] == pytest.approx(whole[4], rel=EXACT)
 
-    fill = evaluators.fill_reconstructions
-    calls = []
-
-    def die_the_second_time(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        fill(*arguments)
-
-    monkeypatch.setattr(evaluators, "fill_reconstructions", die_the_second_time)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(make_config(), str(tmp_path / "killed"))
+    assert run(tmp_path / "killed", "die") == KILLED
     assert list(curve(tmp_path / "killed")) == [2]
-    train.train_and_evaluate(make_config(), str(tmp_path / "killed"))
+    assert run(tmp_path / "killed") == 0
     assert curve(tmp_path / "killed") == pytest.approx(whole, rel=EXACT)
     assert (tmp_path / "killed/model").exists()
 
