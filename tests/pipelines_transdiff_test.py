@@ -12,38 +12,16 @@ import pytest
 from configs import mnist
 from dar_jax import generation
 from dar_jax.common import model_dir
-from dar_jax.models.kl_vae import KlVae, KlVaeConfig
-from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.models.transdiff.model import TransDiff
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines import Pipeline, TransDiffPipeline, from_pretrained
 from dar_jax.sample import sample
 from dar_jax.training import sharding
 from dar_jax.training.sharding import MeshConfig
+from tests import tiny_transdiff
 from tests.random_params import random_params
+from tests.tiny_transdiff import MRAR, ONE_STEP, VAE
 
-VAE = KlVaeConfig(
-    width=4,
-    width_factors=(1, 1),
-    num_blocks=1,
-    attention_levels=(),
-    latent_channels=2,
-    num_groups=2,
-    latent_scale=0.5,
-)
-MRAR = TransDiffConfig(
-    latent_size=4,
-    channels=2,
-    num_classes=3,
-    num_references=4,
-    reference_patch_size=2,
-    condition_tokens=16,
-    buffer_size=2,
-    dim=8,
-    num_heads=2,
-    encoder_depth=1,
-    decoder_depth=1,
-)
-ONE_STEP = dataclasses.replace(MRAR, num_references=1, reference_patch_size=1)
 KINDS = {"one_step": ONE_STEP, "mrar": MRAR}
 LABELS = (2, 0, 1, 1, 0, 2, 0, 1)
 OPTIONS = dict(num_steps=4, guidance_scale=1.5, noise_scale=0.9)
@@ -54,8 +32,7 @@ ROUNDING = 1e-4  # another partition sums in another order; images are in -1 .. 
 def directory(tmp_path_factory):
     """Holds the model directories `one_step` and `mrar` of random weights."""
     path = tmp_path_factory.mktemp("models")
-    vae_params = random_params(FunctionalModel(KlVae, VAE).abstract_params())
-    model_dir.save_model(path / "vae", "kl_vae", dataclasses.asdict(VAE), vae_params, {})
+    tiny_transdiff.save_vae(path)
     for name, config in KINDS.items():
         params = random_params(FunctionalModel(TransDiff, config).abstract_params())
         params = jax.tree.map(lambda leaf: 0.5 * leaf, params)

@@ -11,10 +11,7 @@ import pytest
 from dar_jax.common import model_dir, tree
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import to_state_dict
-from dar_jax.models.kl_vae import KlVae, KlVaeConfig
-from dar_jax.models.transdiff.model import TransDiffConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
 from dar_jax.tasks.transdiff import TransDiffLossConfig, TransDiffTask, diversity
 from dar_jax.training import optimizer as optimizer_lib
 from dar_jax.training import sharding
@@ -22,46 +19,22 @@ from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, 
 from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.state import create_state
 from dar_jax.training.step import make_train_step
+from tests import tiny_transdiff
 from tests.golden import fixtures
 from tests.models.transdiff.golden_test import Training
 from tests.random_params import random_params
+from tests.tiny_transdiff import LARGE, MRAR, VAE
+from tests.tiny_transdiff import ONE_STEP as MODEL
 
 UPDATES = "transdiff/train_updates"
 STEPS_PER_EPOCH = 4
 """Makes every epoch of the fixture a whole step."""
-VAE = KlVaeConfig(
-    width=4,
-    width_factors=(1, 1),
-    num_blocks=1,
-    attention_levels=(),
-    latent_channels=2,
-    num_groups=2,
-    latent_scale=0.5,
-)
-MODEL = TransDiffConfig(
-    latent_size=4,
-    channels=2,
-    num_classes=3,
-    condition_tokens=16,
-    buffer_size=2,
-    dim=16,
-    num_heads=2,
-    encoder_depth=1,
-    decoder_depth=1,
-    attention_dropout=0.0,
-    dropout=0.0,
-)
-MRAR = dataclasses.replace(MODEL, num_references=4, reference_patch_size=2)
-LARGE = dataclasses.replace(MODEL, latent_size=8)
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """Model directory of an autoencoder of random weights."""
-    path = tmp_path_factory.mktemp("models") / "vae"
-    params = random_params(FunctionalModel(KlVae, VAE).abstract_params())
-    model_dir.save_model(path, "kl_vae", dataclasses.asdict(VAE), params, {})
-    return str(path)
+    return str(tiny_transdiff.save_vae(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from dar_jax.models.transdiff.model import (
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from tests.random_params import random_params
+from tests.tiny_transdiff import MRAR as TINY
 
 # Number of parameters and of tensors, from the instantiated modules of the reference.
 ONE_STEP = {"b": 289_959_184, "l": 682_519_568, "h": 1_327_891_216}
@@ -31,21 +32,6 @@ SAMPLING_TERAFLOPS = {"b": 12.8, "l": 29.7, "h": 57.4}
 """100 guided steps whose keys and values of the condition are made anew in every step."""
 MRAR_TERAFLOPS = {"b": 44, "l": 103, "h": 200}
 """Keys and values made once per pass."""
-TINY = TransDiffConfig(
-    latent_size=4,
-    channels=2,
-    num_classes=3,
-    num_references=4,
-    reference_patch_size=2,
-    condition_tokens=16,
-    buffer_size=2,
-    dim=16,
-    num_heads=2,
-    encoder_depth=2,
-    decoder_depth=2,
-    attention_dropout=0.0,
-    dropout=0.0,
-)
 ROUNDING = 1e-4  # the same sums in other orders; outputs reach 50
 
 
