@@ -93,7 +93,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
 
 def draw_grid(
     pipeline: Pipeline, settings: SampleConfig
-) -> tuple[dict[str, UInt8[np.ndarray, "H W 3"]], dict[str, np.ndarray]]:
+) -> tuple[dict[str, UInt8[np.ndarray, "_ _ 3"]], dict[str, np.ndarray]]:
     """Return the grid and the strip of previews, and the arrays that they show."""
     classes = classes_of(pipeline, settings)
     labels = np.repeat(np.int32(classes), settings.images_per_class)
@@ -109,7 +109,7 @@ def draw_grid(
 
 def grid_and_strip(
     previews: UInt8[np.ndarray, "groups B H W 3"], names: list[str]
-) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
     """Draw the grid (a row per class) and the strip (a row per class, previews side by side)."""
     per_class = previews.shape[1] // len(names)
     first_of_class = previews[:, ::per_class][:, :STRIP_ROWS]
@@ -122,7 +122,7 @@ def grid_and_strip(
 
 def write(
     workdir: str,
-    pictures: dict[str, UInt8[np.ndarray, "H W 3"]],
+    pictures: dict[str, UInt8[np.ndarray, "_ _ 3"]],
     arrays: dict[str, np.ndarray] | None,
 ) -> None:
     """Write pictures, and arrays as `samples.npz`, to `WORKDIR/samples`; process 0 only."""
