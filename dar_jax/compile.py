@@ -11,7 +11,8 @@ compiler, which needs no TPU (`pip install -e '.[tpu]'`), or for the devices at 
                   interconnect. A run takes the longest of them if all overlap, their sum if nothing
                   does; real ones lie between or above, since nothing reaches its peak.
 
-No weights are read. A prior whose tokenizer does not exist yet is compiled with the released one's.
+No weights are read. A model whose tokenizer or autoencoder does not exist yet is compiled with the
+released one's architecture.
 """
 
 import dataclasses
@@ -35,13 +36,18 @@ from dar_jax.common.chips import Chip, chip_of
 from dar_jax.compile_jobs import Job, jobs_of
 from dar_jax.costs import Collective, Program, traced_flops
 from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.tasks.dar_tokenizer import DarTokenizerTask
+from dar_jax.tasks.kl_vae import KlVaeTask
+from dar_jax.tasks.transdiff import TransDiffTask
 from dar_jax.training import sharding
 from dar_jax.workdir import open_workdir
 
 LOCAL = "local"
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
 RELEASED_TOKENIZER = TokenizerConfig(tokens_per_step=32)
+RELEASED_VAE = KlVaeConfig()
 REPORT_NAME = "compile.json"
 
 
@@ -95,7 +101,7 @@ def compile_programs(config: ml_collections.ConfigDict, workdir: str) -> None:
     settings = config_lib.build(CompileConfig, block, "config.compile")
     devices = find_devices(settings.topology)
     mesh = sharding.make_mesh(train.parse(config).mesh, devices)
-    task = tasks.build(config, shape_of_tokenizer=_shape_of_tokenizer(config))
+    task = tasks.build(config, **_shapes(config))
     jobs = list(jobs_of(train.parse(config), task, mesh, settings.images_per_device))
     directory = open_workdir(workdir)
     report = {
@@ -262,14 +268,25 @@ def _total(report: dict[str, Any], kind: str, field: str) -> float:
     return sum(values, start=0.0)
 
 
-def _shape_of_tokenizer(config: ml_collections.ConfigDict) -> TokenizerConfig | None:
-    if config.task != DarPriorTask.kind:
-        return None
-    if pathlib.Path(config.tokenizer).exists():
-        loaded = model_dir.load_config(config.tokenizer, "dar_tokenizer")
-        return config_lib.build(TokenizerConfig, loaded["model"], config.tokenizer)
-    logging.info("%s does not exist: compiling with the released tokenizer", config.tokenizer)
-    return RELEASED_TOKENIZER
+def _shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Architecture of the frozen model that a task reads, as an argument of `tasks.build`."""
+    match config.task:
+        case DarPriorTask.kind:
+            released, where = RELEASED_TOKENIZER, config.tokenizer
+            return {"shape_of_tokenizer": _shape(released, where, DarTokenizerTask.kind)}
+        case TransDiffTask.kind:
+            return {"shape_of_vae": _shape(RELEASED_VAE, config.vae, KlVaeTask.kind)}
+        case _:
+            return {}
+
+
+def _shape(released: Any, directory: str, kind: str) -> Any:
+    """Read the architecture in a model directory; the released one if there is no directory."""
+    if pathlib.Path(directory).exists():
+        loaded = model_dir.load_config(directory, kind)
+        return config_lib.build(type(released), loaded["model"], directory)
+    logging.info("%s does not exist: compiling with the released %s", directory, kind)
+    return released
 
 
 def _write(path: pathlib.Path, report: dict[str, Any]) -> None:

@@ -76,13 +76,14 @@ def _train_job(settings: train.Settings, task: Task, mesh: Mesh) -> Job:
 
 
 def _batch(settings: train.Settings, task: Task) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch: of codes if the data are codes, one crop each."""
-    size = settings.data.batch_size
+    """Shapes of a batch of pixels, or of codes (one crop each) if the data are codes."""
+    size, references = settings.data.batch_size, settings.data.num_references
     label = jax.ShapeDtypeStruct((size,), jnp.int32)
     if isinstance(task, DarPriorTask) and settings.data.source == CODES:
         shape = (size, 1, task.model.config.num_tokens)
         return {"codes": jax.ShapeDtypeStruct(shape, jnp.uint16), "label": label}
-    shape = (size, *(settings.data.image_size,) * 2, 3)
+    group = () if references == 1 else (references,)
+    shape = (size, *group, *(settings.data.image_size,) * 2, 3)
     return {"pixels": jax.ShapeDtypeStruct(shape, jnp.uint8), "label": label}
 
 

@@ -6,7 +6,7 @@ import jax
 import ml_collections
 import pytest
 
-from configs import mnist
+from configs import imagenet_transdiff, mnist
 from dar_jax import compile as compile_mode
 from dar_jax import tasks, train
 from dar_jax.common import model_dir
@@ -72,19 +72,18 @@ def test_prior_without_a_tokenizer_takes_the_released_one_if_it_fits(tmp_path):
         compile_mode.compile_programs(config, str(tmp_path / "run"))
 
 
-def test_a_task_without_a_sampler_compiles_its_train_step(tmp_path):
-    config = mnist.get_config("kl_vae")
+def test_a_task_without_a_sampler_of_its_own_has_its_train_step():
+    config = imagenet_transdiff.get_config("l,mrar")
     settings = train.parse(config)
-    mesh = sharding.make_mesh(settings.mesh)
-    jobs = list(jobs_of(settings, tasks.build(config), mesh, images_per_device=1))
-    assert [job.name for job in jobs] == ["train step"]
-    assert jobs[0].images == config.data.batch_size
+    task = tasks.build(config, **compile_mode._shapes(config))
+    (job,) = jobs_of(settings, task, sharding.make_mesh(settings.mesh), images_per_device=1)
+    assert (job.name, job.images) == ("train step", config.data.batch_size)
+    job.function.trace(*job.arguments)
 
 
 def test_weights_are_shapes_only(tmp_path):
     config = tiny_config(tmp_path)
-    shape = compile_mode._shape_of_tokenizer(config)
-    frozen = tasks.build(config, shape_of_tokenizer=shape).frozen()
+    frozen = tasks.build(config, **compile_mode._shapes(config)).frozen()
     leaves = jax.tree.leaves(frozen)
     assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
