@@ -7,7 +7,9 @@ Every weight is defined by one formula (`weights.json` lists seed, name, shape, 
     z      = numpy.random.RandomState(seed32).standard_normal(shape)    # float64, C order
     value  = float32(offset + scale * z)
 
-numpy guarantees the stream of this legacy generator, so values are the same bit for bit.
+Inputs that the reference drew from one such stream are drawn again: `draws` in `arrays.json` lists
+what it was asked for, in order. numpy guarantees the stream of this legacy generator, so values are
+the same bit for bit.
 """
 
 import json
@@ -62,10 +64,25 @@ def load_state_dict(folder: str) -> dict[str, np.ndarray]:
 
 
 def load_io(folder: str, name: str = "io") -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """Arrays of `{name}.npz` and the specification (role, atol) of each."""
+    """Arrays of `{name}.npz` and of `draws`, and the specification (role, atol) of each."""
+    spec = load_json(folder, "arrays")
     with np.load(ROOT / folder / f"{name}.npz") as file:
         arrays = dict(file)
-    return arrays, load_json(folder, "arrays")[name]
+    if "draws" in spec:
+        arrays |= draw_again(**spec["draws"])
+    return arrays, spec[name]
+
+
+def draw_again(
+    seed: int, sequence: Sequence[tuple[str | None, str, Sequence]]
+) -> dict[str, np.ndarray]:
+    """Ask a generator for `(name, method, arguments)` in turn; keep what has a name, float32."""
+    generator, kept = np.random.RandomState(seed), {}
+    for name, method, arguments in sequence:
+        drawn = getattr(generator, method)(*arguments)
+        if name is not None:
+            kept[name] = drawn.astype(np.float32)
+    return kept
 
 
 class Compare:

@@ -78,5 +78,5 @@ def test_other_seeding_is_that_of_the_original():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_folder_lists_its_arrays(folder):
-    for io_name in fixtures.load_json(folder, "arrays"):
+    for io_name in fixtures.load_json(folder, "arrays").keys() - {"draws"}:
         assert fixtures.Compare(folder, io_name).arrays
