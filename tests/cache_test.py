@@ -133,7 +133,8 @@ def test_workdir_that_cannot_be_written_is_one_line(config, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("kind", "latents", "unknown kind 'latents'; available: images"),
+        ("kind", "pixels", "unknown kind 'pixels'; available: images, codes, latents, references"),
+        ("kind", "latents", "kind='latents' needs a config of TransDiff"),
         ("image_size", -1, "image_size -1 is negative"),
         ("pictures_per_shard", 0, "pictures_per_shard 0 is not positive"),
     ],

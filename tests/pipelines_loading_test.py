@@ -65,7 +65,7 @@ def test_hub_repository_is_loaded(workdir, monkeypatch):
     pipeline = from_pretrained("hf://owner/name/model")
     assert isinstance(pipeline, DarPipeline)
     names = ["config.json", "model.safetensors"]
-    names += [f"tokenizer/{name}" for name in names]
+    names += [f"{part}/{name}" for part in ("tokenizer", "vae") for name in names]
     assert asked == [("owner/name", [f"model/{name}" for name in names])]
 
 
