@@ -10,13 +10,10 @@ batches, devices or processes.
 """
 
 import dataclasses
-import os
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
-from dar_jax.common.files import replacing
 from dar_jax.common.typing import Float
 
 CHUNK = 4096
@@ -76,21 +73,3 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
         return Gaussian(self.mean, self.scatter / (self.count - 1))
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write an `.npz`, whole or not at all."""
-        with replacing(path) as temporary:
-            np.savez(temporary, **dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Moments":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is unreadable or lacks an array.
-        """
-        try:
-            with np.load(path) as arrays:
-                return cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"cannot read moments from {path} ({error}); delete it") from error
