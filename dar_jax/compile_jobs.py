@@ -11,9 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dar_jax import train
 from dar_jax.common.typing import Params
+from dar_jax.flow import solvers
 from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.models.transdiff import sampler as latent_sampler
+from dar_jax.models.transdiff import work as transdiff_work
+from dar_jax.models.transdiff.model import TransDiff
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
@@ -21,12 +25,15 @@ from dar_jax.sampling.logits import SamplingConfig
 from dar_jax.tasks.base import Task
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask
+from dar_jax.tasks.transdiff import TransDiffTask
 from dar_jax.training import sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 
 CODES = "codes"
 """The data source whose batches hold codes instead of pixels."""
+GUIDED = 2.0
+"""A guidance scale: any but 1 makes the same program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Job:
 def jobs_of(
     settings: train.Settings, task: Task, mesh: Mesh, images_per_device: int
 ) -> Iterator[Job]:
-    """The train step, then what D-AR's sampler runs over and over; nothing is computed."""
+    """The train step, then what the sampler runs over and over; nothing is computed."""
     images = images_per_device * mesh.size
     yield _train_job(settings, task, mesh)
     if isinstance(task, DarPriorTask):
@@ -61,6 +68,8 @@ def jobs_of(
         yield _flow_job(task.tokenizer, mesh, images)
     elif isinstance(task, DarTokenizerTask):
         yield _flow_job(task.model, mesh, images)
+    elif isinstance(task, TransDiffTask):
+        yield from _latent_jobs(task.model, mesh, images)
 
 
 def _train_job(settings: train.Settings, task: Task, mesh: Mesh) -> Job:
@@ -127,6 +136,37 @@ def _flow_job(model: FunctionalModel[Tokenizer], mesh: Mesh, images: int) -> Job
     arguments = (_cast_and_replicated(model, mesh), indices, noise)
     flops = float(images * (work.flow_step_flops(config) + work.condition_flops(config)))
     return Job("flow step", jax.jit(step), arguments, {}, images, flops)
+
+
+def _latent_jobs(model: FunctionalModel[TransDiff], mesh: Mesh, images: int) -> Iterator[Job]:
+    """The condition of the last pass, and one of its steps: those with the most tokens."""
+    config, split = model.config, _over_all_devices(mesh)
+    references, tokens = config.num_references - 1, config.condition_tokens
+    params = _cast_and_replicated(model, mesh)
+    latent = (config.latent_size, config.latent_size, config.channels)
+    labels = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=split)
+    before = jax.ShapeDtypeStruct((images, references, *latent), jnp.float32, sharding=split)
+    encode = functools.partial(latent_sampler.condition_caches, model, guided=True)
+    flops = transdiff_work.encode_flops(config, references)
+    flops = 2.0 * images * (flops + transdiff_work.keys_values_flops(config, tokens))
+    arguments = (params, labels, before)
+    yield Job("condition", jax.jit(encode), arguments, {}, images, flops)
+
+    caches = jax.eval_shape(encode, *arguments)
+    state = jax.eval_shape(solvers.start, jax.ShapeDtypeStruct((images, *latent), jnp.float32))
+    solver = latent_sampler.SolverConfig()
+    arguments = (
+        model,
+        params,
+        _abstract(caches, NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))),
+        _abstract(state, split),
+        solver.grid[-2:],
+        solver.coefficients.select(slice(-1, None)),
+        None,
+    )
+    options = {"scale": GUIDED, "interval": solver.guidance_times}
+    flops = 2.0 * images * transdiff_work.step_flops(config, tokens)
+    yield Job("flow step", latent_sampler.advance, arguments, options, images, flops)
 
 
 def _cast_and_replicated(model: FunctionalModel, mesh: Mesh) -> Params:

@@ -6,7 +6,7 @@ import jax
 import ml_collections
 import pytest
 
-from configs import imagenet_transdiff, mnist
+from configs import mnist
 from dar_jax import compile as compile_mode
 from dar_jax import tasks, train
 from dar_jax.common import model_dir
@@ -72,13 +72,24 @@ def test_prior_without_a_tokenizer_takes_the_released_one_if_it_fits(tmp_path):
         compile_mode.compile_programs(config, str(tmp_path / "run"))
 
 
-def test_a_task_without_a_sampler_of_its_own_has_its_train_step():
-    config = imagenet_transdiff.get_config("l,mrar")
-    settings = train.parse(config)
-    task = tasks.build(config, **compile_mode._shapes(config))
-    (job,) = jobs_of(settings, task, sharding.make_mesh(settings.mesh), images_per_device=1)
-    assert (job.name, job.images) == ("train step", config.data.batch_size)
-    job.function.trace(*job.arguments)
+def test_latent_model_has_a_condition_and_a_step_of_every_image_on_its_device(tmp_path):
+    config = mnist.get_config("transdiff_mrar")
+    config.model.update(encoder_depth=1, decoder_depth=1)
+    config.compute.unroll = False
+    config.compile.images_per_device = 2
+    model_dir.save_model(
+        tmp_path / "vae", "kl_vae", mnist.get_config("kl_vae").model.to_dict(), {}, {}
+    )
+    config.vae = str(tmp_path / "vae")
+    settings, shapes = train.parse(config), compile_mode._shapes(config)
+    mesh = sharding.make_mesh(settings.mesh)
+    jobs = list(jobs_of(settings, tasks.build(config, **shapes), mesh, 2))
+    assert [job.name for job in jobs] == ["train step", "condition", "flow step"]
+    assert [job.images for job in jobs] == [config.data.batch_size, 16, 16]
+    condition, step = (compile_mode.analyse(job, jax.devices()) for job in jobs[1:])
+    assert condition["executed_flops"] > condition["model_flops"] > 0  # masked pairs do not count
+    assert step["executed_flops"] == step["model_flops"] > 0
+    assert condition["collectives"] == step["collectives"] == []
 
 
 def test_weights_are_shapes_only(tmp_path):
