@@ -46,13 +46,17 @@ from configs import common
 from dar_jax.models.dar.llama import SIZES, LlamaConfig
 
 
+UP_TO_2B = ("b", "l", "xl", "xxl", "1b")
+
+
 def get_config(name: str = "l") -> ml_collections.ConfigDict:
     config = common.base()
     config.task = "dar_prior"
     config.tokenizer = "runs/imagenet/tokenizer/model"
     config.model = common.block(LlamaConfig(**common.variant(name, SIZES)))
     config.compute.update(dtype="bfloat16", remat="blocks")
-    config.mesh.update(data=-1, fsdp=-1)
+    # 4 bytes per parameter and device for half the traffic; 16 GB have no room for the others.
+    config.mesh.update(data=-1, fsdp=-1, gather="step" if name in UP_TO_2B else "layer")
     config.data.update(source="tfds:imagenet2012", image_size=256, crop="ten_crop", batch_size=1024)
     config.optimizer.update(
         learning_rate=4e-4,

@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
         )
     )
     config.compute.update(dtype="bfloat16", remat="blocks")
-    config.mesh.update(data=-1, fsdp=-1)
+    config.mesh.update(data=-1, fsdp=-1, gather="step")
     config.data.update(
         source="tfds:imagenet2012", image_size=256, crop="random", flip=True, batch_size=1024
     )

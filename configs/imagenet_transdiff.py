@@ -82,7 +82,7 @@ def one_step(config: ml_collections.ConfigDict, size: dict[str, int]) -> None:
         batch_size=BATCH_SIZE,
     )
     config.compute.update(dtype="bfloat16", remat="blocks")
-    config.mesh.update(data=-1, fsdp=-1)
+    config.mesh.update(data=-1, fsdp=-1, gather="step")
     config.optimizer.update(
         learning_rate=8e-4,
         weight_decay=0.02,

@@ -77,7 +77,7 @@ def _train_job(settings: train.Settings, task: Task, mesh: Mesh) -> Job:
     step_lib.check_accumulation(size, accumulation, mesh)
     state = state_lib.abstract_state(task, settings.optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = step_lib.make_train_step(task, settings.optimizer, shardings, accumulation=accumulation)
+    step = step_lib.make_train_step(task, settings.optimizer, shardings, **settings.step_options)
     frozen = task.abstract_frozen()
     frozen = _abstract(frozen, sharding.fsdp_sharding(frozen, mesh))
     batch = _abstract(_batch(settings, task), sharding.batch_sharding(mesh))

@@ -24,6 +24,7 @@ from dar_jax.common import config as config_lib
 from dar_jax.common import model_dir
 from dar_jax.common.typing import Params
 from dar_jax.data import pipeline, sources
+from dar_jax.nn.compute import Compute
 from dar_jax.tasks.base import Task
 from dar_jax.train_evaluation import TrainEvaluation
 from dar_jax.training import checkpoint, distributed, metrics, sharding
@@ -86,8 +87,16 @@ class Settings:
     optimizer: OptimizerConfig
     train: TrainConfig
     mesh: sharding.MeshConfig
+    compute: Compute
     wandb: WandbConfig
     seed: int
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """Keyword arguments of `make_train_step`."""
+        once = self.mesh.gather == "step"
+        dtype = self.compute.jnp_dtype if once else None
+        return {"accumulation": self.train.accumulation, "gather_dtype": dtype}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +187,7 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
         optimizer=block(OptimizerConfig, "optimizer"),
         train=block(TrainConfig, "train"),
         mesh=block(sharding.MeshConfig, "mesh"),
+        compute=block(Compute, "compute"),
         wandb=block(WandbConfig, "wandb"),
         seed=config.seed,
     )
@@ -260,7 +270,7 @@ def _loop(
     config = run.settings.train
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = step_lib.make_train_step(
-        run.task, run.settings.optimizer, shardings, accumulation=config.accumulation
+        run.task, run.settings.optimizer, shardings, **run.settings.step_options
     )
     frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")

@@ -9,6 +9,7 @@ are joined by a slower network, `data` is the axis that crosses it.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ MAX_FSDP = 32
 """Devices that an array is split over where the mesh is left open. Parts for 256 are narrower
 than a tile of a TPU's memory (D-AR-XL: 5 of 1280 rows, a tile has 8). Its compiler then gathers by
 summing up whole arrays that are zero but for one part, which is twice the bytes."""
+GATHERS = ("layer", "step")
 MIN_SHARDED_SIZE = 2**14
 """Arrays with fewer elements (64 KiB of float32) stay replicated: gathering them costs more
 latency than their copies cost memory."""
@@ -57,6 +59,13 @@ class MeshConfig:
     tensor: int = 1
     dcn_data: int = 1
     """Slices that `data` spans, if a slower network joins several; part of `data`."""
+    gather: str = "layer"
+    """What `fsdp` splits is gathered for each `layer`, forwards and backwards, or once a `step` in
+    the compute dtype, which sends half and holds all weights and their gradients at a time."""
+
+    def __post_init__(self):
+        if self.gather not in GATHERS:
+            raise ValueError(f"mesh.gather {self.gather!r} must be one of {', '.join(GATHERS)}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -247,17 +256,40 @@ def fetch(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(jax.device_put(leaf, whole)), tree)
 
 
-def gather_unstacked(params: Any, mesh: Mesh) -> Any:
-    """Gather, inside a jitted function, what `fsdp` splits of parameters outside stacked blocks.
+def gather(params: Any, mesh: Mesh, *, stacked_dtype: Any = None) -> Any:
+    """Gather, inside a jitted function, what `fsdp` splits of parameters.
 
-    The scan over stacked blocks gathers one layer at a time. For the others the compiler has to
-    be told: it would look tokens up in each part of an embedding and add up the results.
+    Args:
+        params: the parameters.
+        mesh: the mesh.
+        stacked_dtype: of the gathered kernels of stacked blocks; None leaves the blocks split, and
+            the scan over them gathers one layer at a time. For the other parameters the compiler
+            has to be told: it would look tokens up in each part of an embedding and add up the
+            results.
     """
 
     def rule(path: Sequence[Any], leaf: Array, where: NamedSharding) -> Array:
         if layer_axes(path):
-            return leaf
+            if stacked_dtype is None:
+                return leaf
+            if leaf_name(path).endswith("kernel"):
+                # Cast in parts, and kept from being cast after the gathering.
+                leaf = jax.lax.with_sharding_constraint(leaf.astype(stacked_dtype), where)
         spec = (None if axis == "fsdp" else axis for axis in where.spec)
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+        return _reshard(leaf, where, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree_util.tree_map_with_path(rule, params, fsdp_sharding(params, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(x: Array, before: NamedSharding, after: NamedSharding) -> Array:
+    """Give x another sharding, and its gradient the one from before, which JAX alone would not:
+    gradients would be summed up whole on every device instead of scattered."""
+    del before
+    return jax.lax.with_sharding_constraint(x, after)
+
+
+_reshard.defvjp(
+    lambda x, before, after: (_reshard(x, before, after), None),
+    lambda before, after, _, gradient: (jax.lax.with_sharding_constraint(gradient, before),),
+)

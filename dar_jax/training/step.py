@@ -21,7 +21,12 @@ TrainStep = Callable[[TrainState, dict[str, Array], Params], tuple[TrainState, A
 
 
 def make_train_step(
-    task: Task, config: OptimizerConfig, shardings: TrainState, *, accumulation: int = 1
+    task: Task,
+    config: OptimizerConfig,
+    shardings: TrainState,
+    *,
+    accumulation: int = 1,
+    gather_dtype: Any = None,
 ) -> TrainStep:
     """Return the jitted step `(state, batch, frozen) -> (state, metrics collection)`.
 
@@ -32,6 +37,7 @@ def make_train_step(
         accumulation: microbatches that a batch is cut into, whose gradients are averaged in
             float32. Losses that are means over the batch give the step of the whole batch; each
             microbatch draws its own randomness.
+        gather_dtype: of weights that are gathered once a step; None gathers layer by layer.
 
     The state is donated: its buffers are reused and must not be read afterwards.
     """
@@ -44,8 +50,8 @@ def make_train_step(
     ) -> tuple[TrainState, clu_metrics.Collection]:
         def gradient(batch: dict[str, Array], rng: PRNGKeyArray) -> tuple[Params, dict[str, Any]]:
             def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-                gathered = sharding.gather_unstacked({"params": params, "frozen": frozen}, mesh)
-                return task.loss(gathered["params"], batch, rng, gathered["frozen"])
+                whole = sharding.gather(params, mesh, stacked_dtype=gather_dtype)
+                return task.loss(whole, batch, rng, sharding.gather(frozen, mesh))
 
             batch = {**batch, "step": state.step}
             with batch_split(sharding.batch_sharding(mesh)):

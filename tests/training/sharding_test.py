@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dar_jax.costs import Program
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.nn import layout
 from dar_jax.training import sharding
 from dar_jax.training.sharding import MeshConfig
 
@@ -210,3 +212,31 @@ def test_batch_that_does_not_divide_over_the_devices_is_refused():
     sharding.check_batch_size(16, mesh)
     with pytest.raises(ValueError, match="batch_size 12 .* use a multiple of 8"):
         sharding.check_batch_size(12, mesh)
+
+
+@pytest.mark.parametrize(("stacked_dtype", "gathers"), [(None, 2), (jnp.float32, 1)])
+def test_blocks_are_gathered_in_each_pass_or_once(stacked_dtype, gathers):
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    kernel = jax.ShapeDtypeStruct((4, 128, 128), jnp.float32)
+    params = {"blocks": {"kernel": kernel}}
+    where = sharding.fsdp_sharding(params, mesh)
+    batch = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding.batch_sharding(mesh))
+
+    def loss(params, x):
+        kernels = sharding.gather(params, mesh, stacked_dtype=stacked_dtype)["blocks"]["kernel"]
+
+        def layer(x, kernel):
+            return jnp.tanh(layout.keep_batch_split(x) @ kernel), None
+
+        with layout.batch_split(batch.sharding):
+            return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, kernels)[0])
+
+    gradient = jax.jit(jax.grad(loss), in_shardings=(where, batch.sharding), out_shardings=where)
+    collectives = Program(gradient.lower(params, batch).compile().as_text(), 8).collectives()
+    received = sum(each.bytes for each in collectives if each.kind == "all-gather")
+    assert received == gathers * kernel.size * 4 * 7 / 8
+
+
+def test_unknown_gathering_is_refused():
+    with pytest.raises(ValueError, match="mesh.gather 'once' must be one of layer, step"):
+        MeshConfig(gather="once")

@@ -28,11 +28,12 @@ def _batches(count):
         yield {"pixels": pixels, "label": np.zeros(16, np.int32)}
 
 
-def _run(mesh, optimizer=OPTIMIZER, steps=3):
+def _run(mesh, optimizer=OPTIMIZER, steps=3, **options):
     """Return the states (as NumPy) before and after each step, the losses, the last state."""
     task = ToyTask()
     state = create_state(task, optimizer, jax.random.key(0), mesh=mesh)
-    step = make_train_step(task, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(task, optimizer, shardings, **options)
     fetch = lambda state: jax.device_get(state.replace(rng=None))  # noqa: E731
     states, losses = [fetch(state)], []
     for batch in _batches(steps):
@@ -52,10 +53,11 @@ def one_device_run():
     return _run(_one_device())
 
 
-def test_fsdp_on_eight_devices_equals_one_device(one_device_run):
+@pytest.mark.parametrize("gather_dtype", [None, jnp.float32])
+def test_fsdp_on_eight_devices_equals_one_device(one_device_run, gather_dtype):
     one_states, one_losses, _ = one_device_run
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    states, losses, state = _run(mesh)
+    states, losses, state = _run(mesh, gather_dtype=gather_dtype)
     np.testing.assert_allclose(losses, one_losses, rtol=MESH_RTOL)
     first_moments = [run[1].opt_state[1][0].mu["blocks"]["kernel"] for run in (states, one_states)]
     np.testing.assert_allclose(*first_moments, rtol=1e-3, atol=1e-7)
