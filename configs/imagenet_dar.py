@@ -45,7 +45,6 @@ import ml_collections
 from configs import common
 from dar_jax.models.dar.llama import SIZES, LlamaConfig
 
-
 UP_TO_2B = ("b", "l", "xl", "xxl", "1b")
 
 
