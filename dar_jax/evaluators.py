@@ -38,6 +38,7 @@ from dar_jax.generation import (
     identity,
     load_model,
 )
+from dar_jax.models.frozen.lpips import NETWORKS as LPIPS_NETWORKS
 from dar_jax.pipelines import DarPipeline, KlVaePipeline, Pipeline
 from dar_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -98,6 +99,10 @@ class EvaluateConfig:
             raise ValueError(
                 f"evaluators={self.evaluators!r} must be some of {', '.join(EVALUATORS)}, joined "
                 "by commas"
+            )
+        if self.lpips and self.lpips not in LPIPS_NETWORKS:
+            raise ValueError(
+                f"lpips={self.lpips!r} must be one of {', '.join(LPIPS_NETWORKS)} or empty"
             )
         if ("guidance" in self.names) != bool(self.guidance_scales):
             raise ValueError("evaluators=guidance and guidance_scales need each other")

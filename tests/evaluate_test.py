@@ -175,6 +175,7 @@ def test_killed_evaluation_goes_on_with_another_batch_size(run, tmp_path, monkey
         (dict(images="a.npz"), "leaves nothing to measure"),
         (dict(num_images=0), "num_images=0 must be at least 1"),
         (dict(features="resnet"), "features='resnet' must be one of"),
+        (dict(lpips="alex"), "lpips='alex' must be one of vgg16, alexnet or empty"),
         (dict(features="inception"), "--config.convert.net=inception"),
         (dict(evaluators="generation", path="{model}/../dar_tokenizer"), "draws no images: use"),
         (dict(path="{model}/none"), "is not a readable model directory"),

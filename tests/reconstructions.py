@@ -19,13 +19,14 @@ from tests.photographs import SIZE
 
 
 def one_of_each_class(directory: str) -> tuple[np.ndarray, list[str]]:
-    """Return pixels [classes, H, W, 3] of a middle crop of every class, and their names."""
+    """Return pixels [classes, H, W, 3] of every class's crop of most contrast, and their names."""
     source = load_source(DataConfig(source="folder", path=directory, image_size=SIZE), "test")
-    order = sorted(range(len(source)), key=source.name)
-    labels = np.array([source[index]["label"] for index in order])
-    members = [np.flatnonzero(labels == label) for label in range(source.num_classes)]
-    chosen = [order[of_class[len(of_class) // 2]] for of_class in members]
-    return np.stack([source[index]["pixels"] for index in chosen]), list(source.class_names)
+    examples = [source[index] for index in sorted(range(len(source)), key=source.name)]
+    labels = np.array([example["label"] for example in examples])
+    pixels = np.stack([example["pixels"] for example in examples])
+    contrast = pixels.std(axis=(1, 2)).mean(axis=-1)
+    chosen = [np.argmax(contrast * (labels == label)) for label in range(source.num_classes)]
+    return pixels[chosen], list(source.class_names)
 
 
 def main(directory: str, picture: str, *tokenizers: str) -> None:
