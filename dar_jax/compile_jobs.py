@@ -33,7 +33,7 @@ from dar_jax.training import step as step_lib
 CODES = "codes"
 """The data source whose batches hold codes instead of pixels."""
 GUIDED = 2.0
-"""A guidance scale: any but 1 makes the same program."""
+"""A guidance scale; all make the same program."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Request:
 
     Attributes:
         labels: a class for every image.
-        guidance_scale: at the first and at the last token.
+        guidance_scale: at the first and at the last token; a single one if there are no tokens.
         temperature: divides the logits; 0 is greedy.
         seed: image i depends on it, on i and on its label.
         layout: a picture whose first tokens are kept, or None.
@@ -46,7 +46,7 @@ class Request:
     """
 
     labels: tuple[int, ...]
-    guidance_scale: tuple[float, float]
+    guidance_scale: tuple[float, ...]
     temperature: float
     seed: int
     layout: UInt8[np.ndarray, "H W 3"] | None = None
@@ -79,6 +79,7 @@ class BatchGenerator:
         kept_choices: numbers of tokens of a layout that can be kept; none if the model has no
             tokens.
         num_tokens: of an image; 0 if the model has none.
+        num_scales: of the guidance of a request.
         num_steps: after which an image is finished.
         compile_seconds: that everything took to compile.
     """
@@ -89,9 +90,9 @@ class BatchGenerator:
         self.batch_size = whole_batch(pipeline, batch_size)
         self.options = drawing(settings, pipeline)
         self._seed = settings.seed
-        self.num_tokens, self.kept_choices = 0, ()
+        self.num_tokens, self.num_scales, self.kept_choices = 0, 1, ()
         if isinstance(pipeline, DarPipeline):
-            self.num_tokens = pipeline.prior.config.num_tokens
+            self.num_tokens, self.num_scales = pipeline.prior.config.num_tokens, 2
             self.kept_choices = tuple(n for n in settings.prefix_tokens if 0 < n < self.num_tokens)
         started = time.monotonic()
         self.num_steps = self._compile()
@@ -100,8 +101,9 @@ class BatchGenerator:
     def default_request(self, labels: tuple[int, ...]) -> Request:
         """Return what the settings ask for."""
         scales = np.ravel(self.options["guidance_scale"]).tolist()
-        temperature = self.options.get("temperature", 1.0)
-        return Request(labels, (scales[0], scales[-1]), temperature, self._seed)
+        # One scale for all passes: that of the last one, which makes the image.
+        scales = (scales[0], scales[-1])[-self.num_scales :]
+        return Request(labels, scales, self.options.get("temperature", 1.0), self._seed)
 
     def _compile(self) -> int:
         request = self.default_request((0,))

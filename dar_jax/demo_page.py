@@ -24,7 +24,6 @@ from dar_jax.demo_batch import (
 from dar_jax.demo_queue import RequestQueue, Ticket, Waiting
 from dar_jax.generation import class_name
 
-TITLE = "Images that grow token by token"
 DEFAULT_CLASSES = 4
 SMALL_IMAGE = 128
 """Pixels a side below which an image is enlarged without smoothing."""
@@ -56,11 +55,13 @@ class Page:
         self._size = pipeline.image_size
         self._names = tuple(class_name(pipeline, n) for n in range(pipeline.num_classes))
         self._style = ["pixelated"] if self._size < SMALL_IMAGE else []
+        unit = "token" if generator.num_tokens else "step"
+        title = f"Images that grow {unit} by {unit}"
         self.blocks = gr.Blocks(
-            title=TITLE, analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)
+            title=title, analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)
         )
         with self.blocks:
-            gr.Markdown(f"# {TITLE}\n{self._description()}")
+            gr.Markdown(f"# {title}\n{self._description()}")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     self._add_inputs()
@@ -99,7 +100,7 @@ class Page:
     def _description(self) -> str:
         sizes = f"{len(self._names)} classes, {self._size} x {self._size} pixels"
         if not self._generator.num_tokens:
-            return f"{sizes}, {self._generator.num_steps} steps."
+            return f"{sizes}, {self._generator.num_steps} steps of diffusion."
         return (
             f"{sizes}, {self._generator.num_tokens} tokens. Every group of tokens conditions steps "
             "of diffusion: a preview is there long before the last token."
@@ -120,9 +121,13 @@ class Page:
             self._go = gr.Button("Generate", variant="primary", min_width=140)
             self._stop = gr.Button("Cancel", variant="stop", min_width=100, interactive=False)
         guidance = dict(minimum=1, maximum=MAX_GUIDANCE, step=0.1)
-        first, last = defaults.guidance_scale
-        self._first = gr.Slider(value=first, label="Guidance, first token", **guidance)
-        self._last = gr.Slider(value=last, label="Guidance, last token", **guidance)
+        first, last = defaults.guidance_scale[0], defaults.guidance_scale[-1]
+        is_ramp = self._generator.num_scales > 1
+        label = "Guidance, first token" if is_ramp else "Guidance"
+        self._first = gr.Slider(value=first, label=label, **guidance)
+        self._last = gr.Slider(
+            value=last, label="Guidance, last token", visible=is_ramp, **guidance
+        )
         self._temperature = gr.Slider(
             0,
             MAX_TEMPERATURE,
@@ -202,7 +207,7 @@ class Page:
         try:
             if seed is None:
                 raise ValueError("the seed must be a whole number")
-            scales = (float(first), float(last))
+            scales = (float(first), float(last))[: self._generator.num_scales]
             request = Request(labels, scales, float(temperature), seed, layout, num_kept or 0)
             self._generator.check(request)
             ticket = self._requests.submit(http.session_hash, request)
@@ -228,9 +233,7 @@ class Page:
                 last, seconds = update, seconds or update.seconds
                 facts = self._facts(last, seconds)
                 yield {
-                    self._status: demo_html.status(
-                        last.num_tokens / self._generator.num_tokens, *facts
-                    ),
+                    self._status: demo_html.status(last.step / self._generator.num_steps, *facts),
                     self._images: demo_html.tiles(names, last.pixels),
                 }
         except ValueError as error:
@@ -279,5 +282,5 @@ def _draw_seed() -> int:
 
 def _describe(waiting: Waiting) -> str:
     if not waiting.ahead:
-        return "Drawing the first tokens ..."
+        return "Drawing the first preview ..."
     return f"Waiting: {waiting.ahead} request{'s' * (waiting.ahead > 1)} before this one"

@@ -13,7 +13,7 @@ from configs import mnist
 from dar_jax import generation
 from dar_jax.common import image as images
 from dar_jax.demo_batch import MEGABYTE, BatchGenerator, Request, read_upload
-from tests import tiny_model
+from tests import tiny_model, tiny_transdiff
 
 NUM_KEPT = 3
 REQUEST = Request((3, 1), (1.5, 2.0), 1.0, 7)
@@ -45,16 +45,23 @@ def options(generator):
     return {**generator.options, "guidance_scale": REQUEST.guidance_scale}
 
 
-def test_no_request_compiles_anything(generator, layout):
-    compiled = []
+@pytest.fixture
+def compiled():
+    """Names of the compilations since the test began, of which there has been one."""
+    names = []
 
     def listen(name, *_, **__):
         if name == COMPILED:
-            compiled.append(name)
+            names.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     jax.jit(lambda x: x + 41)(1)
-    assert len(compiled) == 1  # such events are heard
+    assert len(names) == 1  # such events are heard
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_request_compiles_anything(generator, layout, compiled):
     for changes in (
         {},
         {"labels": (0,), "guidance_scale": (1.0, 1.0), "temperature": 0.0},
@@ -73,6 +80,29 @@ def test_previews_end_with_the_images_of_the_api(generator):
     assert previews[0].seconds <= previews[-1].seconds
     labels = np.int32([3, 1, 1, 1, 1, 1, 1, 1])
     generated = generator.pipeline.generate(labels, rng=jax.random.key(7), **options(generator))
+    expected = images.to_pixels(np.asarray(generated.images))[:2]
+    np.testing.assert_array_equal(previews[-1].pixels, expected)
+
+
+def test_model_of_latents_has_steps_and_one_guidance_scale(tmp_path, compiled):
+    tiny_transdiff.save_vae(tmp_path)
+    config = mnist.get_config("transdiff_mrar")
+    config.sample.model = str(tiny_transdiff.save(tmp_path, "mrar", tiny_transdiff.MRAR))
+    config.sample.update(num_steps=2, guidance_scale=(1.0, 1.2, 1.4, 3.0))
+    settings, pipeline = generation.load(config, "")
+    generator = BatchGenerator(pipeline, settings, batch_size=8)
+    assert (generator.num_steps, generator.num_tokens, generator.kept_choices) == (8, 0, ())
+    request = generator.default_request((2, 0))
+    assert request.guidance_scale == (3.0,)
+    previews = list(generator.stream(request))
+    assert [preview.step for preview in previews] == [2, 4, 6, 8]
+    before = len(compiled)
+    other = dataclasses.replace(request, guidance_scale=(1.0,), labels=(1,), seed=5)
+    assert np.any(last(generator, other) != previews[-1].pixels[:1])
+    assert len(compiled) == before
+    labels = np.int32([2, *[0] * 7])
+    options = {**generator.options, "guidance_scale": 3.0}
+    generated = pipeline.generate(labels, rng=jax.random.key(0), **options)
     expected = images.to_pixels(np.asarray(generated.images))[:2]
     np.testing.assert_array_equal(previews[-1].pixels, expected)
 

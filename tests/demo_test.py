@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dar_jax
 from configs import mnist
 from dar_jax import demo, demo_html
 from dar_jax.demo import DemoConfig
@@ -28,6 +29,7 @@ def test_config_out_of_range_is_refused(name):
 def test_missing_gradio_is_one_line_that_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "dar_jax.demo_page", raising=False)
+    monkeypatch.delattr(dar_jax, "demo_page", raising=False)
     with pytest.raises(ValueError, match=r"needs gradio, .* pip install 'dar-jax\[demo\]'$"):
         demo.demo(mnist.get_config("dar"), str(tmp_path))
 

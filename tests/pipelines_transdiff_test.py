@@ -1,6 +1,5 @@
 """The Python API and the command line of TransDiff: streams, previews, meshes, bad input."""
 
-import dataclasses
 import functools
 import re
 
@@ -12,14 +11,11 @@ import pytest
 from configs import mnist
 from dar_jax import generation
 from dar_jax.common import model_dir
-from dar_jax.models.transdiff.model import TransDiff
-from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines import Pipeline, TransDiffPipeline, from_pretrained
 from dar_jax.sample import sample
 from dar_jax.training import sharding
 from dar_jax.training.sharding import MeshConfig
 from tests import tiny_transdiff
-from tests.random_params import random_params
 from tests.tiny_transdiff import MRAR, ONE_STEP, VAE
 
 KINDS = {"one_step": ONE_STEP, "mrar": MRAR}
@@ -34,11 +30,7 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     tiny_transdiff.save_vae(path)
     for name, config in KINDS.items():
-        params = random_params(FunctionalModel(TransDiff, config).abstract_params())
-        params = jax.tree.map(lambda leaf: 0.5 * leaf, params)
-        extra, companions = {"class_names": ["cat", "dog", "fox"]}, {"vae": path / "vae"}
-        values = dataclasses.asdict(config)
-        model_dir.save_model(path / name, "transdiff", values, params, extra, companions=companions)
+        tiny_transdiff.save(path, name, config)
     return path
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import pathlib
 
+import jax
+
 from dar_jax.common.model_dir import save_model
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
-from dar_jax.models.transdiff.model import TransDiffConfig
+from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.nn.functional import FunctionalModel
 from tests.random_params import random_params
 
@@ -40,3 +42,13 @@ def save_vae(directory: pathlib.Path) -> pathlib.Path:
     params = random_params(FunctionalModel(KlVae, VAE).abstract_params())
     save_model(directory / "vae", "kl_vae", dataclasses.asdict(VAE), params, {})
     return directory / "vae"
+
+
+def save(directory: pathlib.Path, name: str, config: TransDiffConfig) -> pathlib.Path:
+    """Write a model directory beside that of `save_vae`, the latter in it, and return its path."""
+    params = random_params(FunctionalModel(TransDiff, config).abstract_params())
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    extra, values = {"class_names": ["cat", "dog", "fox"]}, dataclasses.asdict(config)
+    companions = {"vae": directory / "vae"}
+    save_model(directory / name, "transdiff", values, params, extra, companions=companions)
+    return directory / name

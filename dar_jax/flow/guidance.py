@@ -18,7 +18,9 @@ VelocityFn = Callable[[Array, Array, Any], Array]
 ALWAYS = (0.0, 1.0)
 
 
-def guide(velocity_fn: VelocityFn, scale: float, interval: tuple[float, float]) -> VelocityFn:
+def guide(
+    velocity_fn: VelocityFn, scale: float | Array, interval: tuple[float, float]
+) -> VelocityFn:
     """Return the guided velocity, whose condition has two rows per image.
 
     Args:

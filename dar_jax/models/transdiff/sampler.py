@@ -172,7 +172,8 @@ def run(
     references = noise[:, None][:, :0]
     for step_pass in range(model.config.num_references):
         scale = config.scale_of(step_pass)
-        caches = condition_caches(model, params, labels, references, guided=scale != 1)
+        guided = scale != 1
+        caches = condition_caches(model, params, labels, references, guided=guided)
         state, start = solvers.start(noise), 0
         for stop in ends:
             part = slice(start, stop)
@@ -184,7 +185,7 @@ def run(
                 times[start : stop + 1],
                 coefficients.select(part),
                 _noise_of(step_noise, step_pass, start, config),
-                scale=scale,
+                scale=scale if guided else None,
                 interval=config.guidance_times,
             )
             start = stop
@@ -232,7 +233,7 @@ class StepKeys(NamedTuple):
     first: Array | int
 
 
-@functools.partial(jax.jit, static_argnames=("model", "scale", "interval"))
+@functools.partial(jax.jit, static_argnames=("model", "interval"))
 def advance(
     model: FunctionalModel[TransDiff],
     params: Params,
@@ -242,12 +243,15 @@ def advance(
     coefficients: solvers.Coefficients,
     noise: StepKeys | Float[Array, "steps B h w C"] | None,
     *,
-    scale: float,
+    scale: float | Array | None,
     interval: tuple[float, float],
 ) -> tuple[solvers.SolverState, Float[Array, "B h w C"]]:
-    """Take some steps; return the state and the data that the last velocity points to."""
+    """Take some steps; return the state and the data that the last velocity points to.
+
+    All guidance scales share one program; None is no guidance, and caches without the null rows.
+    """
     velocity = _velocity(model.bind(params))
-    if scale != 1:
+    if scale is not None:
         velocity = guidance.guide(velocity, scale, interval)
 
     def draw(index: Array) -> Array:
