@@ -22,6 +22,7 @@ from clu import parameter_overview
 from dar_jax import tasks
 from dar_jax.common import config as config_lib
 from dar_jax.common import model_dir
+from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Params
 from dar_jax.data import pipeline, sources
 from dar_jax.nn.compute import Compute
@@ -39,6 +40,8 @@ from dar_jax.workdir import open_workdir
 
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
+SILENT_SECONDS = 30.0
+"""After which a step is reported, if its figures are not."""
 UNBOUND_BLOCKS = (
     *("train", "mesh", "compute", "sample", "evaluate"),
     *("cache", "convert", "compile", "benchmark", "wandb"),
@@ -204,6 +207,7 @@ def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState)
     logging.info("Config:\n%s", config)
     logging.info("Parameters:\n%s", overview)
     logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
+    logging.info("Data: %s", sources.describe(run.iterator.source))
     if jax.process_index() == 0:
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         (run.workdir / "config.json").write_text(text)
@@ -248,7 +252,7 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
         )
         return state
     writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.settings.wandb)
-    report = _Report(run, writer, interval)
+    report = _Report(run, writer, interval, config.steps - first_step)
     try:
         with distributed.PreemptionNotice() as notice:
             if is_pending:
@@ -274,6 +278,7 @@ def _loop(
     )
     frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
+    logging.info("Compiling the training step")
     for step in range(first_step + 1, config.steps + 1):
         batch = sharding.put_batch(next(run.iterator), run.mesh)
         profile.before(step)
@@ -351,13 +356,14 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
 class _Report:
     """Checks, averages and writes the metrics of each step, one step late."""
 
-    def __init__(self, run: Run, writer: metrics.Writer, interval: list[Any]):
+    def __init__(self, run: Run, writer: metrics.Writer, interval: list[Any], num_steps: int):
         """Begin with the metrics of an interval that is not over, as `interval` returned them."""
         self._run = run
         self._writer = writer
         self._interval = metrics.Interval(
             run.settings.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
         )
+        self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
         self._schedule = learning_rate_schedule(run.settings.optimizer)
         self._interval.resume(interval)
         self._pending = None
@@ -381,7 +387,9 @@ class _Report:
         self._check_finite(step, update)
         self._interval.add(step, update)
         config = self._run.settings.train
-        if _is_due(step, config.log_every, config.steps):
+        is_due = _is_due(step, config.log_every, config.steps)
+        self._progress.add(1, told=is_due)
+        if is_due:
             rate = {"train/learning_rate": float(self._schedule(step - 1))}
             wait = {"perf/data_wait": self._run.iterator.take_wait()}
             self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})

@@ -23,10 +23,11 @@ POLL_SECONDS = 10.0
 class Progress:
     """Lines with the number of images that are done, the rate and the time left."""
 
-    def __init__(self, total: int, what: str = "images"):
-        """Expect `total` of `what`."""
+    def __init__(self, total: int, what: str = "images", *, every: float = REPORT_SECONDS):
+        """Expect `total` of `what`; say how many are done every so many seconds."""
         self._total = total
         self._what = what
+        self._every = every
         self._done = 0
         self._reported = time.monotonic()
         self._clock = None
@@ -37,8 +38,13 @@ class Progress:
         if event in COMPILATION_EVENTS:
             self._compilation += seconds
 
-    def add(self, count: int) -> None:
-        """Count a batch; say so after the first, now and then, and at the end."""
+    def add(self, count: int, *, told: bool = False) -> None:
+        """Count a batch; say so after the first, now and then, and at the end.
+
+        Args:
+            count: of the batch.
+            told: another line has said it; the first one is written all the same.
+        """
         self._done += count
         now = time.monotonic()
         if self._clock is None:
@@ -53,7 +59,7 @@ class Progress:
                 now - self._reported,
                 self._compilation,
             )
-        elif now - self._reported > REPORT_SECONDS or self._done >= self._total:
+        elif not told and (now - self._reported > self._every or self._done >= self._total):
             rate = (self._done - self._clock[0]) / (now - self._clock[1])
             left = datetime.timedelta(seconds=math.ceil((self._total - self._done) / rate))
             logging.info(
@@ -64,7 +70,7 @@ class Progress:
                 rate,
                 left,
             )
-        else:
+        elif not told:
             return
         self._reported = now
 

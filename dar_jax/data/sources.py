@@ -17,8 +17,12 @@ __all__ = [
     "DataConfig",
     "Source",
     "check_num_classes",
+    "describe",
     "load_source",
 ]
+
+MAX_LISTED = 5
+"""Classes that are named."""
 
 LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "folder": load_folder,
@@ -51,6 +55,13 @@ def load_source(config: DataConfig, split: str) -> Source:
     if not len(source):
         raise ValueError(f"the {split} split of source {config.source!r} has no pictures")
     return source
+
+
+def describe(source: Source) -> str:
+    """Return how many training examples and classes there are, and what the first are called."""
+    names = ", ".join(source.class_names[:MAX_LISTED])
+    more = ", ..." if source.num_classes > MAX_LISTED else ""
+    return f"{len(source):,} training examples of {source.num_classes:,} classes: {names}{more}"
 
 
 def check_num_classes(num_classes: int | None, source: Source) -> None:

@@ -1,6 +1,8 @@
 """What a step reports, how steps are averaged, and where the figures are written."""
 
+import datetime
 import json
+import math
 import os
 import pathlib
 import time
@@ -202,7 +204,7 @@ def _progress(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     parts = [f"step {step}/{num_steps}", *train]
     if "perf/steps_per_second" in values:
         rate = values["perf/steps_per_second"]
-        left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) / rate))
+        left = datetime.timedelta(seconds=math.ceil((num_steps - step) / rate))
         parts += [
             f"{values['perf/seconds_per_step']:.3g} s/step",
             f"{values['perf/images_per_second']:.4g} images/s",

@@ -25,6 +25,28 @@ def test_first_line_tells_how_long_compilation_took(caplog, monkeypatch):
     ]
 
 
+def test_what_others_told_is_counted_without_a_line(caplog, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    logging.get_absl_logger().propagate = True
+    with caplog.at_level("INFO", logger="absl"):
+        lines = progress.Progress(100, "steps", every=30.0)
+        for seconds, told in (
+            (7.0, True),
+            (20.0, False),
+            (20.0, True),
+            (20.0, False),
+            (20.0, False),
+        ):
+            now[0] += seconds
+            lines.add(1, told=told)
+        lines.add(95, told=True)
+    assert caplog.messages == [
+        "1 of 100 steps in 7.0 s, 0.0 s of it compilation",
+        "5 of 100 steps, 0.05 per second, 0:31:40 left",
+    ]
+
+
 def test_jax_reports_compilation_under_these_names():
     seen = set()
 

@@ -102,6 +102,12 @@ def test_resumed_writer_leaves_no_doubles(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == expected
 
 
+def test_time_left_may_be_days():
+    values = {"perf/steps_per_second": 0.1, "perf/seconds_per_step": 10.0}
+    values |= {"perf/images_per_second": 1.0, "perf/tflops_per_device": 1.0}
+    assert metrics._progress(0, 20_000, values).endswith("2 days, 7:33:20 left")
+
+
 def test_progress_names_speed_and_time_left(tmp_path, caplog):
     logging.get_absl_logger().propagate = True
     with caplog.at_level("INFO", logger="absl"):
@@ -120,6 +126,6 @@ def test_progress_names_speed_and_time_left(tmp_path, caplog):
         writer.close()
     expected = (
         "step 40/100 | loss 3.142 | 2 s/step | 8 images/s | 12 TFLOP/s per device | MFU 45.6% | "
-        "00:02:00 left"
+        "0:02:00 left"
     )
     assert expected in caplog.messages
