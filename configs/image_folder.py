@@ -10,8 +10,11 @@ The second command trains on the tokens of the first one's model. Both are for 1
 size and format will do, and nothing has to be prepared. A fiftieth of every class is held out;
 with `DIR/train/CLASS` and `DIR/val/CLASS` it is the latter. Some pictures without classes are one
 class. The sizes suit tens of thousands of pictures on one accelerator; others can be set.
+`tokenizer_32` and `dar_32` are the quickstart's model and short schedule, for a CPU and a few
+hundred pictures.
 
     variant  tokens  tokenizer  prior
+    32       32      0.6M       0.9M
     64       64      15M        28M
     128      128     49M        66M
     256      256     300M       110M
@@ -23,9 +26,11 @@ Other forms of data: `--config.data.source=tar` (WebDataset), `records` (`--mode
 `tfds:NAME`.
 """
 
+import functools
+
 import ml_collections
 
-from configs import common
+from configs import common, mnist
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
@@ -62,7 +67,13 @@ PRIORS = {64: (8, 8, 512), 128: (12, 10, 640), 256: (12, 12, 768)}
 """Layers, heads and width by image size."""
 
 
+def accelerated(config: ml_collections.ConfigDict, image_size: int) -> None:
+    config.compute.update(dtype="bfloat16", remat="blocks")
+    config.data.image_size = image_size
+
+
 def tokenizer(config: ml_collections.ConfigDict, image_size: int) -> None:
+    accelerated(config, image_size)
     config.task = "dar_tokenizer"
     config.model = common.block(TOKENIZERS[image_size])
     # Small data fill a codebook more slowly than the released recipe's ImageNet does.
@@ -82,6 +93,7 @@ def tokenizer(config: ml_collections.ConfigDict, image_size: int) -> None:
 
 
 def dar(config: ml_collections.ConfigDict, image_size: int) -> None:
+    accelerated(config, image_size)
     num_layers, num_heads, dim = PRIORS[image_size]
     config.task = "dar_prior"
     config.tokenizer = "runs/images/tokenizer/model"
@@ -113,16 +125,29 @@ def dar(config: ml_collections.ConfigDict, image_size: int) -> None:
     config.sample.guidance_scale = (1.1, 4.0)
 
 
+def tokenizer_32(config: ml_collections.ConfigDict) -> None:
+    mnist.tokenizer(config)
+    mnist.quick_evaluation(config)
+    config.data.update(crop="random", flip=True, padding=0)
+
+
+def dar_32(config: ml_collections.ConfigDict) -> None:
+    mnist.dar(config)
+    mnist.quick_evaluation(config)
+    config.tokenizer = "runs/images/tokenizer/model"
+    config.model.num_classes = 0
+    config.data.crop = "ten_crop"
+    config.sample.untrained_model = ""
+
+
 def get_config(name: str = "tokenizer") -> ml_collections.ConfigDict:
     config = common.base()
     sizes = {"": 128, **{f"_{size}": size for size in TOKENIZERS}}
     variants = {
-        f"{part.__name__}{suffix}": (part, size)
+        f"{part.__name__}{suffix}": functools.partial(part, image_size=size)
         for part in (tokenizer, dar)
         for suffix, size in sizes.items()
     }
-    fill, image_size = common.variant(name, variants)
-    config.compute.update(dtype="bfloat16", remat="blocks")
-    config.data.update(source="folder", image_size=image_size)
-    fill(config, image_size)
+    config.data.source = "folder"
+    common.variant(name, {**variants, "tokenizer_32": tokenizer_32, "dar_32": dar_32})(config)
     return config

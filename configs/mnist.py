@@ -158,10 +158,14 @@ def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
     config.loss.copies = 1
 
 
+def quick_evaluation(config: ml_collections.ConfigDict) -> None:
+    """A classifier judges digits well and within seconds; the large networks are on demand."""
+    config.evaluate.update(classifier=True, features="", lpips="", num_images=1000)
+
+
 def get_config(name: str = "dar") -> ml_collections.ConfigDict:
     config = common.base()
-    # A classifier judges digits well and within seconds; the large networks are there on demand.
-    config.evaluate.update(classifier=True, features="", lpips="", num_images=1000)
+    quick_evaluation(config)
     common.variant(
         name,
         {
