@@ -13,7 +13,7 @@ from dar_jax.demo import DemoConfig
 from dar_jax.evaluators import EvaluateConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.sample import SampleConfig
-from dar_jax.train import TrainConfig
+from dar_jax.train_settings import TrainConfig
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.tracking import WandbConfig

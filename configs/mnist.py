@@ -1,10 +1,19 @@
-"""D-AR on 5,000 MNIST digits that come with a package: the whole method in minutes on a laptop.
+"""5,000 MNIST digits that come with a package: both methods, whole, in minutes on a laptop.
+
+D-AR:
 
     python -m dar_jax.main --config=configs/mnist.py:tokenizer --workdir=runs/mnist/tokenizer
     python -m dar_jax.main --config=configs/mnist.py:dar --workdir=runs/mnist/dar
 
 The second command trains on the tokens of the first one's model. `bash launch/quickstart.sh` runs
 both, samples and measures the result.
+
+TransDiff: an autoencoder, the one-step model of its latents, and multi-reference autoregression
+fine-tuned from that:
+
+    for name in kl_vae transdiff transdiff_mrar; do
+      python -m dar_jax.main --config=configs/mnist.py:$name --workdir=runs/mnist/$name
+    done
 """
 
 import ml_collections
@@ -145,14 +154,15 @@ def transdiff(config: ml_collections.ConfigDict) -> None:
     )
     config.loss = common.block(TransDiffLossConfig(copies=2))
     config.compute.unroll = True
-    config.data.batch_size = 32
+    config.data.update(batch_size=32, padding=1)
     short_schedule(config, steps=1500, learning_rate=1e-2)
     config.sample.update(solver="euler_maruyama", guidance_scale=(1.5,), num_steps=50)
 
 
 def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
-    """The same with four references of 16 tokens each."""
+    """The same with four references of 16 tokens each, from the one-step model."""
     transdiff(config)
+    config.train.init_from = "runs/mnist/transdiff/model"
     config.model.update(num_references=4, reference_patch_size=2)
     config.data.update(num_references=4, batch_size=16)
     config.loss.copies = 1

@@ -29,7 +29,7 @@ import ml_collections
 from absl import logging
 from jax.experimental import topologies
 
-from dar_jax import tasks, train
+from dar_jax import tasks, train_settings
 from dar_jax.common import config as config_lib
 from dar_jax.common import model_dir
 from dar_jax.common.chips import Chip, chip_of
@@ -100,9 +100,9 @@ def compile_programs(config: ml_collections.ConfigDict, workdir: str) -> None:
     block = config.to_dict().get("compile", {})
     settings = config_lib.build(CompileConfig, block, "config.compile")
     devices = find_devices(settings.topology)
-    mesh = sharding.make_mesh(train.parse(config).mesh, devices)
+    mesh = sharding.make_mesh(train_settings.parse(config).mesh, devices)
     task = tasks.build(config, **_shapes(config))
-    jobs = list(jobs_of(train.parse(config), task, mesh, settings.images_per_device))
+    jobs = list(jobs_of(train_settings.parse(config), task, mesh, settings.images_per_device))
     directory = open_workdir(workdir)
     report = {
         "topology": settings.topology,

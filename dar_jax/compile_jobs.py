@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dar_jax import train
+from dar_jax import train_settings
 from dar_jax.common.typing import Params
 from dar_jax.flow import solvers
 from dar_jax.models.dar import sampler, work
@@ -58,7 +58,7 @@ class Job:
 
 
 def jobs_of(
-    settings: train.Settings, task: Task, mesh: Mesh, images_per_device: int
+    settings: train_settings.Settings, task: Task, mesh: Mesh, images_per_device: int
 ) -> Iterator[Job]:
     """The train step, then what the sampler runs over and over; nothing is computed."""
     images = images_per_device * mesh.size
@@ -72,7 +72,7 @@ def jobs_of(
         yield from _latent_jobs(task.model, mesh, images)
 
 
-def _train_job(settings: train.Settings, task: Task, mesh: Mesh) -> Job:
+def _train_job(settings: train_settings.Settings, task: Task, mesh: Mesh) -> Job:
     size, accumulation = settings.data.batch_size, settings.train.accumulation
     step_lib.check_accumulation(size, accumulation, mesh)
     state = state_lib.abstract_state(task, settings.optimizer, mesh)
@@ -84,7 +84,7 @@ def _train_job(settings: train.Settings, task: Task, mesh: Mesh) -> Job:
     return Job("train step", step, (state, batch, frozen), {}, size, size * task.flops_per_image)
 
 
-def _batch(settings: train.Settings, task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(settings: train_settings.Settings, task: Task) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of pixels, or of codes (one crop each) if the data are codes."""
     size, references = settings.data.batch_size, settings.data.num_references
     label = jax.ShapeDtypeStruct((size,), jnp.int32)

@@ -20,86 +20,26 @@ from clu import metrics as clu_metrics
 from clu import parameter_overview
 
 from dar_jax import tasks
-from dar_jax.common import config as config_lib
 from dar_jax.common import model_dir
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Params
 from dar_jax.data import pipeline, sources
-from dar_jax.nn.compute import Compute
 from dar_jax.tasks.base import Task
 from dar_jax.train_evaluation import TrainEvaluation
+from dar_jax.train_settings import Settings, bound_config, parse
 from dar_jax.training import checkpoint, distributed, metrics, sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
-from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from dar_jax.training.optimizer import learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
-from dar_jax.training.tracking import WandbConfig
 from dar_jax.workdir import open_workdir
 
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
 SILENT_SECONDS = 30.0
 """After which a step is reported, if its figures are not."""
-UNBOUND_BLOCKS = (
-    *("train", "mesh", "compute", "sample", "evaluate"),
-    *("cache", "convert", "compile", "benchmark", "wandb"),
-)
-"""Blocks that may change between a checkpoint and the run that resumes from it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Length and rhythm of a run; all counts are steps."""
-
-    steps: int = 10_000
-    log_every: int = 100
-    checkpoint_every: int = 1_000
-    keep_checkpoints: int = 3
-    keep_every: int = 0
-    """Checkpoints of multiples of this step are kept as well as the latest ones; 0: none."""
-    init_from: str = ""
-    """Model directory (or workdir, or hf:// address) whose parameters a new run starts from."""
-    image_every: int = 1_000
-    """0: no pictures."""
-    evaluate_every: int = 0
-    """Evaluate as `config.evaluate` says; 0: never. See `train_evaluation`."""
-    accumulation: int = 1
-    """Microbatches per step, one after the other: the same step with less memory."""
-    profile_steps: tuple[int, ...] = ()
-    """First and last step to record with `jax.profiler` to WORKDIR/profile; empty: none."""
-
-    def __post_init__(self):
-        if self.profile_steps and not (
-            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
-        ):
-            raise ValueError(
-                f"profile_steps {self.profile_steps} must be a first and a last step, e.g. (10, 12)"
-            )
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The blocks of the configuration that the loop itself reads."""
-
-    data: sources.DataConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    mesh: sharding.MeshConfig
-    compute: Compute
-    wandb: WandbConfig
-    seed: int
-
-    @property
-    def step_options(self) -> dict[str, Any]:
-        """Keyword arguments of `make_train_step`."""
-        once = self.mesh.gather == "step"
-        dtype = self.compute.jnp_dtype if once else None
-        return {"accumulation": self.train.accumulation, "gather_dtype": dtype}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
     directory = open_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(
         directory / CHECKPOINTS,
-        _bound_config(config),
+        bound_config(config),
         keep=settings.train.keep_checkpoints,
         keep_every=settings.train.keep_every,
     )
@@ -177,29 +117,6 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
         _export(run, state, run.workdir / "model")
         distributed.wait_for_all("export")
     return done
-
-
-def parse(config: ml_collections.ConfigDict) -> Settings:
-    """Turn the loop's blocks into dataclasses; an absent block keeps its defaults."""
-
-    def block(cls: type, name: str) -> Any:
-        return config_lib.build(cls, config.to_dict().get(name, {}), f"config.{name}")
-
-    return Settings(
-        data=block(sources.DataConfig, "data"),
-        optimizer=block(OptimizerConfig, "optimizer"),
-        train=block(TrainConfig, "train"),
-        mesh=block(sharding.MeshConfig, "mesh"),
-        compute=block(Compute, "compute"),
-        wandb=block(WandbConfig, "wandb"),
-        seed=config.seed,
-    )
-
-
-def _bound_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    bound = {name: v for name, v in config.to_dict().items() if name not in UNBOUND_BLOCKS}
-    data = {name: v for name, v in bound["data"].items() if name not in sources.READING_KEYS}
-    return {**bound, "data": data}
 
 
 def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from configs import mnist
 from dar_jax import compile as compile_mode
-from dar_jax import tasks, train
+from dar_jax import tasks, train_settings
 from dar_jax.common import model_dir
 from dar_jax.common.chips import Chip
 from dar_jax.compile import CompileConfig
@@ -81,7 +81,7 @@ def test_latent_model_has_a_condition_and_a_step_of_every_image_on_its_device(tm
         tmp_path / "vae", "kl_vae", mnist.get_config("kl_vae").model.to_dict(), {}, {}
     )
     config.vae = str(tmp_path / "vae")
-    settings, shapes = train.parse(config), compile_mode._shapes(config)
+    settings, shapes = train_settings.parse(config), compile_mode._shapes(config)
     mesh = sharding.make_mesh(settings.mesh)
     jobs = list(jobs_of(settings, tasks.build(config, **shapes), mesh, 2))
     assert [job.name for job in jobs] == ["train step", "condition", "flow step"]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dar_jax import train
+from dar_jax import train, train_settings
 from dar_jax.data import pipeline
 from dar_jax.training import distributed, sharding
 from dar_jax.training.checkpoint import Checkpoints
@@ -101,10 +101,10 @@ def run_job(workdir):
 
 def final_state(workdir):
     """Restore the last checkpoint of a job into this process's eight devices."""
-    settings = train.parse(job_config())
+    settings = train_settings.parse(job_config())
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     iterator = pipeline.train_iterator(settings.data, settings.seed)
-    bound = train._bound_config(job_config())
+    bound = train_settings.bound_config(job_config())
     checkpoints = Checkpoints(workdir / train.CHECKPOINTS, bound, keep=3)
     state, interval = checkpoints.restore(
         abstract_state(ToyTask(), settings.optimizer, mesh), iterator
