@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from dar_jax.common import hub, tree
+from dar_jax.common.files import write_safetensors
 from dar_jax.common.typing import Params
 
 CONFIG_NAME = "config.json"
@@ -65,8 +65,8 @@ def save_model(
         content = temporary / "new"
         content.mkdir()
         (content / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        arrays = {n: np.asarray(leaf, order="C") for n, leaf in tree.flatten(params).items()}
-        safetensors.numpy.save_file(arrays, content / WEIGHTS_NAME)
+        arrays = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+        write_safetensors(content / WEIGHTS_NAME, arrays)
         for name, companion in companions.items():
             shutil.copytree(companion, content / name)
         if target.exists():

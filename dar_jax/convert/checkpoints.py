@@ -6,7 +6,6 @@ and the reference's `config_util.Config`. A file that names anything else is ref
 """
 
 import argparse
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -72,17 +71,6 @@ def read_checkpoint(source: str) -> Checkpoint:
     if len(state_dict) < len(checkpoint.state_dict):
         raise ValueError(f"{path} holds tensors twice, with and without a wrapper's prefix")
     return checkpoint._replace(state_dict=state_dict)
-
-
-def write_safetensors(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Write a state dict that torch programs can load, whole or not at all."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
-    temporary = path.with_name(f".{path.name}")
-    try:
-        safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

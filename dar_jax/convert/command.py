@@ -14,10 +14,11 @@ from absl import logging
 
 from dar_jax.common import model_dir
 from dar_jax.common.config import build
+from dar_jax.common.files import write_safetensors
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
 from dar_jax.convert import dar, frozen, kl_vae, transdiff
-from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint, write_safetensors
+from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.sampler import check_pair
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
@@ -146,7 +147,7 @@ def to_torch(source: str, workdir: pathlib.Path) -> None:
     state_dict = to_state_dict(model_dir.load_params(directory, like), model)
     path = workdir / f"{loaded['kind']}.safetensors"
     with _writing(path):
-        write_safetensors(path, state_dict)
+        write_safetensors(path, state_dict, {"format": "pt"})
     logging.info("Wrote %s with %d tensors", path, len(state_dict))
 
 

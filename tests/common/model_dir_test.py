@@ -34,6 +34,8 @@ def test_round_trip_is_bitwise(tmp_path):
         assert loaded.shape == saved.shape and loaded.tobytes() == np.asarray(saved).tobytes()
     names = json.loads((tmp_path / "model" / "config.json").read_text()).keys()
     assert list(names) == ["kind", "model", "class_names"]
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "who can read one file can read both"
 
 
 def test_failed_save_keeps_the_old_model_and_leaves_nothing(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 
 from dar_jax.common import hub
-from dar_jax.convert.checkpoints import read_checkpoint, write_safetensors
+from dar_jax.common.files import write_safetensors
+from dar_jax.convert.checkpoints import read_checkpoint
 
 WEIGHTS = {"a": np.float32([1, 2, 3]), "b.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
@@ -38,7 +39,7 @@ def test_safetensors_become_float32_without_prefixes(tmp_path, dtype):
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(arrays, path, **_):
+    def fail(arrays, path, *_):
         path.write_bytes(b"half")
         raise OSError("disk full")
 

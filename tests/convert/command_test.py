@@ -15,8 +15,8 @@ import safetensors.numpy
 from configs import common, imagenet_dar, imagenet_tokenizer, mnist
 from dar_jax.common import model_dir, tree
 from dar_jax.common.config import build
+from dar_jax.common.files import write_safetensors
 from dar_jax.convert import command, dar
-from dar_jax.convert.checkpoints import write_safetensors
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines import from_pretrained
