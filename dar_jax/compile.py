@@ -30,24 +30,18 @@ from absl import logging
 from jax.experimental import topologies
 
 from dar_jax import tasks, train_settings
+from dar_jax.architectures import tokenizer_config, vae_config
 from dar_jax.common import config as config_lib
-from dar_jax.common import model_dir
 from dar_jax.common.chips import Chip, chip_of
 from dar_jax.compile_jobs import Job, jobs_of
 from dar_jax.costs import Collective, Program, traced_flops
-from dar_jax.models.dar.tokenizer import TokenizerConfig
-from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.tasks.dar_prior import DarPriorTask
-from dar_jax.tasks.dar_tokenizer import DarTokenizerTask
-from dar_jax.tasks.kl_vae import KlVaeTask
 from dar_jax.tasks.transdiff import TransDiffTask
 from dar_jax.training import sharding
 from dar_jax.workdir import open_workdir
 
 LOCAL = "local"
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
-RELEASED_TOKENIZER = TokenizerConfig(tokens_per_step=32)
-RELEASED_VAE = KlVaeConfig()
 REPORT_NAME = "compile.json"
 
 
@@ -272,21 +266,11 @@ def _shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Architecture of the frozen model that a task reads, as an argument of `tasks.build`."""
     match config.task:
         case DarPriorTask.kind:
-            released, where = RELEASED_TOKENIZER, config.tokenizer
-            return {"shape_of_tokenizer": _shape(released, where, DarTokenizerTask.kind)}
+            return {"shape_of_tokenizer": tokenizer_config(config.tokenizer)}
         case TransDiffTask.kind:
-            return {"shape_of_vae": _shape(RELEASED_VAE, config.vae, KlVaeTask.kind)}
+            return {"shape_of_vae": vae_config(config.vae)}
         case _:
             return {}
-
-
-def _shape(released: Any, directory: str, kind: str) -> Any:
-    """Read the architecture in a model directory; the released one if there is no directory."""
-    if pathlib.Path(directory).exists():
-        loaded = model_dir.load_config(directory, kind)
-        return config_lib.build(type(released), loaded["model"], directory)
-    logging.info("%s does not exist: compiling with the released %s", directory, kind)
-    return released
 
 
 def _write(path: pathlib.Path, report: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 Autoencoder = TokenizerPipeline | KlVaePipeline
 """Images to codes or latents and back; it draws none."""
+KINDS = {TokenizerPipeline: "a tokenizer", KlVaePipeline: "a KL autoencoder"}
+"""What messages call it."""
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
 DRAWING_OPTIONS = {*DarPipeline.drawing_options, *TransDiffPipeline.drawing_options}
@@ -137,12 +139,7 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig,
     """
     settings = build(SampleConfig, config.sample.to_dict(), "config.sample")
     path = model_path(settings, workdir)
-    pipeline = load_model(config, path)
-    if not isinstance(pipeline, Pipeline):
-        raise ValueError(
-            f"{path} holds an autoencoder; sampling needs the model directory of a model over its "
-            "tokens or latents"
-        )
+    pipeline = check_generator(load_model(config, path), path)
     # Here, so that a mistake comes before anything is written.
     pipeline.check_options(**drawing(settings, pipeline))
     return settings, pipeline
@@ -158,6 +155,20 @@ def load_model(config: ml_collections.ConfigDict, path: str) -> Pipeline | Autoe
     mesh = make_mesh(build(MeshConfig, config.mesh.to_dict(), "config.mesh"), jax.local_devices())
     logging.info("Model: %s", path)
     return from_pretrained(path, compute=compute, mesh=mesh)
+
+
+def check_generator(model: Pipeline | Autoencoder, path: str) -> Pipeline:
+    """Return the model at `path`.
+
+    Raises:
+        ValueError: it draws no images.
+    """
+    if not isinstance(model, Pipeline):
+        raise ValueError(
+            f"{path} holds {KINDS[type(model)]}, which draws no images: name the model directory "
+            "of a model over its tokens or latents"
+        )
+    return model
 
 
 def drawing(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class LatentPipeline:
             step_noise = jnp.asarray(step_noise)
             step_noise = step_noise[None] if step_noise.ndim == 5 else step_noise
             check_shape("step_noise", step_noise, (config.num_references, num_steps - 1, *latent))
-        solver = _solver_config(
+        solver = solver_config(
             num_steps, guidance_scale, drift_scale=drift_scale, noise_scale=noise_scale
         )
         for progress in self.run(labels, put_batch(noise, self.mesh), step_noise, solver):
@@ -168,10 +168,9 @@ class TransDiffPipeline:
     def compute(self) -> Compute:
         return self.prior.model.compute
 
-    def check_options(self, *, guidance_times: Sequence[float], **options: Any) -> None:
+    def check_options(self, **options: Any) -> None:
         """Raise ValueError if `stream` would refuse these drawing options."""
-        solver = _solver_config(**options, guidance_times=tuple(guidance_times) or ALWAYS)
-        sampler.check_scales(solver, self.prior.config)
+        sampler.check_scales(solver_config(**options), self.prior.config)
 
     def generate(
         self, labels: Array | np.ndarray | Sequence[int], **options: Any
@@ -222,16 +221,16 @@ class TransDiffPipeline:
                 mesh; at the call, not at the first preview.
         """
         config = self.prior.config
-        options = _solver_config(
+        options = solver_config(
             num_steps,
             guidance_scale,
-            guidance_times=tuple(guidance_times) or ALWAYS,
+            guidance_times=guidance_times,
             solver=solver,
             drift_scale=drift_scale,
             noise_scale=noise_scale,
         )
         if preview_every is None:
-            preview_every = num_steps if config.num_references > 1 else -(-num_steps // 4)
+            preview_every = sampler.steps_per_preview(config, num_steps)
         if preview_every < 1:
             raise ValueError(f"preview_every={preview_every} must be at least 1")
         microbatch = check_microbatch(microbatch, len(labels))
@@ -259,6 +258,21 @@ class TransDiffPipeline:
                 yield TransDiffPreview(step, images, progress.latents)
 
 
-def _solver_config(num_steps: int, guidance_scale: Guidance, **options: Any) -> SolverConfig:
-    scales = tuple(np.ravel(guidance_scale).tolist())
-    return SolverConfig(num_steps=num_steps, guidance_scale=scales, **options)
+def solver_config(
+    num_steps: int,
+    guidance_scale: Guidance,
+    *,
+    guidance_times: Sequence[float] = ALWAYS,
+    **options: Any,
+) -> SolverConfig:
+    """Turn drawing options into the solver's config.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    return SolverConfig(
+        num_steps=num_steps,
+        guidance_scale=tuple(np.ravel(guidance_scale).tolist()),
+        guidance_times=tuple(guidance_times) or ALWAYS,
+        **options,
+    )

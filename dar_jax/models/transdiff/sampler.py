@@ -11,6 +11,7 @@ and noise; see `flow.guidance`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from dar_jax.nn.functional import FunctionalModel
 SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
 INITIAL_STREAM, STEP_STREAM = 0, 1
 """Folded into an image's key for its initial noise and for that of its steps."""
+NUM_PREVIEWS = 4
+"""Of a one-step model, its image included, where their number is left open."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,11 @@ def check_image_size(config: TransDiffConfig, vae: KlVaeConfig, image_size: int)
         )
 
 
+def steps_per_preview(config: TransDiffConfig, num_steps: int) -> int:
+    """Steps between previews where none are asked for: a pass of MRAR, else a quarter of it."""
+    return num_steps if config.num_references > 1 else math.ceil(num_steps / NUM_PREVIEWS)
+
+
 class Progress(NamedTuple):
     """Latents on their way.
 
@@ -167,31 +175,47 @@ def run(
         config: the solver's.
         stops: increasing numbers of steps after which latents are looked at.
     """
-    times, coefficients = config.grid, config.coefficients
-    ends = (*(stop for stop in stops if 0 < stop < config.num_steps), config.num_steps)
     references = noise[:, None][:, :0]
     for step_pass in range(model.config.num_references):
-        scale = config.scale_of(step_pass)
-        guided = scale != 1
+        guided = config.scale_of(step_pass) != 1
         caches = condition_caches(model, params, labels, references, guided=guided)
-        state, start = solvers.start(noise), 0
-        for stop in ends:
-            part = slice(start, stop)
-            state, latents = advance(
-                model,
-                params,
-                caches,
-                state,
-                times[start : stop + 1],
-                coefficients.select(part),
-                _noise_of(step_noise, step_pass, start, config),
-                scale=scale if guided else None,
-                interval=config.guidance_times,
-            )
-            start = stop
-            latents = state.x if stop == config.num_steps else latents
-            yield Progress(step_pass, stop, latents)
-        references = jnp.concatenate([references, state.x[:, None]], axis=1)
+        for progress in denoise(
+            model, params, caches, noise, step_noise, config, step_pass=step_pass, stops=stops
+        ):
+            yield progress
+        references = jnp.concatenate([references, progress.latents[:, None]], axis=1)
+
+
+def denoise(
+    model: FunctionalModel[TransDiff],
+    params: Params,
+    caches: KVCache,
+    noise: Float[Array, "B h w C"],
+    step_noise: PRNGKeys | Float[Array, "passes steps B h w C"],
+    config: SolverConfig,
+    *,
+    step_pass: int = 0,
+    stops: Sequence[int] = (),
+) -> Iterator[Progress]:
+    """Yield the latents of one pass, whose condition has these keys and values; see `run`."""
+    times, coefficients = config.grid, config.coefficients
+    ends = (*(stop for stop in stops if 0 < stop < config.num_steps), config.num_steps)
+    scale = config.scale_of(step_pass)
+    state, start = solvers.start(noise), 0
+    for stop in ends:
+        state, latents = advance(
+            model,
+            params,
+            caches,
+            state,
+            times[start : stop + 1],
+            coefficients.select(slice(start, stop)),
+            _noise_of(step_noise, step_pass, start, config),
+            scale=None if scale == 1 else scale,
+            interval=config.guidance_times,
+        )
+        start = stop
+        yield Progress(step_pass, stop, state.x if stop == config.num_steps else latents)
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "microbatch"))

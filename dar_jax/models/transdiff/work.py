@@ -1,4 +1,4 @@
-"""Work of TransDiff, from its config alone: FLOPs per image; see `models.dar.work` for what counts.
+"""Work of TransDiff, from its config alone; see `models.dar.work` for what counts.
 
 The encoder's blocks are counted at the pairs that their mask allows, the decoder's cross-attention
 at the condition tokens of each image. With guidance everything runs twice. Keys and values of the
@@ -44,6 +44,32 @@ def step_flops(config: TransDiffConfig, num_condition_tokens: int) -> int:
     blocks = config.decoder_depth * (_block_flops(num_tokens, num_tokens**2, dim) + cross)
     time = linear_flops(1, TIME_FEATURES, dim, dim) + linear_flops(1, dim, NUM_MODULATIONS * dim)
     return blocks + time + 2 * linear_flops(num_tokens, config.channels, dim)
+
+
+def encode_bytes(config: TransDiffConfig, itemsize: int = 2) -> int:
+    """Bytes of the matrices that one batch of conditions, with their keys and values, reads."""
+    block = (ATTENTION_PROJECTIONS + 2 * MLP_RATIO) * config.dim**2
+    keys_values = (1 + 2 * config.decoder_depth) * config.dim**2
+    return itemsize * (config.encoder_depth * block + keys_values)
+
+
+def step_bytes(
+    config: TransDiffConfig, num_condition_tokens: int, *, num_rows: int, itemsize: int = 2
+) -> int:
+    """Bytes that one velocity of `num_rows` rows reads: matrices, and the rows' keys and values.
+
+    Keys and values of the condition are there already, see `encode_bytes`.
+    """
+    dim = config.dim
+    block = (ATTENTION_PROJECTIONS + 2 + 2 * MLP_RATIO) * dim**2
+    time = TIME_FEATURES * dim + dim**2 + NUM_MODULATIONS * dim**2
+    weights = config.decoder_depth * block + time + 2 * config.channels * dim
+    return itemsize * weights + num_rows * cache_bytes(config, num_condition_tokens, itemsize)
+
+
+def cache_bytes(config: TransDiffConfig, num_condition_tokens: int, itemsize: int = 2) -> int:
+    """Bytes of the keys and values of one condition (guidance has two per image)."""
+    return itemsize * 2 * config.decoder_depth * num_condition_tokens * config.dim
 
 
 def sampling_flops(config: TransDiffConfig, num_steps: int = 100, guided: bool = True) -> int:
