@@ -166,6 +166,7 @@ def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
     config.model.update(num_references=4, reference_patch_size=2)
     config.data.update(num_references=4, batch_size=16)
     config.loss.copies = 1
+    short_schedule(config, steps=800, learning_rate=5e-3)
 
 
 def quick_evaluation(config: ml_collections.ConfigDict) -> None:
