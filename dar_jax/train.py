@@ -195,7 +195,6 @@ def _loop(
     )
     frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
-    logging.info("Compiling the training step")
     for step in range(first_step + 1, config.steps + 1):
         batch = sharding.put_batch(next(run.iterator), run.mesh)
         profile.before(step)

@@ -142,7 +142,9 @@ class SplitImages:
         try:
             picture = self._source[int(self._order[position])]
         except UnreadablePictureError as error:
-            raise ValueError(f"cannot read {error}; every picture counts, repair it") from error
+            raise ValueError(
+                f"cannot read {error}; every picture counts, repair or remove it"
+            ) from error
         return center_crop(picture["pixels"], self.config.image_size)
 
     def labels(self) -> np.ndarray:
