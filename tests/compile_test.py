@@ -166,3 +166,14 @@ def test_compilation_for_a_tpu_that_is_not_there(tmp_path):
     config.compile.topology = "v9:2x2"
     with pytest.raises(ValueError, match="no compile.topology 'v9:2x2'"):
         compile_mode.compile_programs(config, str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "shape"), [("v5e:16x16", (8, 32, 1)), ("v5p:4x4x4", (2, 32, 1))]
+)
+def test_open_mesh_fits_every_torus(topology, shape):
+    pytest.importorskip("libtpu")
+    devices = compile_mode.find_devices(topology)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=-1), devices)
+    assert mesh.devices.shape == shape

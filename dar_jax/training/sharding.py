@@ -88,10 +88,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {axes} does not multiply to the {len(devices)} devices present; "
             "set one axis to -1 to take what the others leave"
         )
-    auto = (AxisType.Auto,) * len(shape)
     if _check_slices(config, devices) == 1:
-        return jax.make_mesh(tuple(shape), tuple(axes), axis_types=auto, devices=devices)
-    return Mesh(_hybrid_array(shape, config.dcn_data, devices), tuple(axes), axis_types=auto)
+        # An axis of the mesh may need half of a torus axis: 32 of 4x4x4 devices.
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        array = _hybrid_array(shape, config.dcn_data, devices)
+    return Mesh(array, tuple(axes), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _check_slices(config: MeshConfig, devices: Sequence[Any]) -> int:
