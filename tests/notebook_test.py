@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import re
 
 import nbclient
 import nbformat
@@ -29,6 +30,17 @@ def test_notebook_is_valid_and_stored_without_outputs():
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
             assert cell.metadata == {}
+
+
+def test_badge_opens_the_notebook_that_installs_the_same_repository():
+    """So that one command fills the owner in; see the README's table of what runs where."""
+    readme = (ROOT / "README.md").read_text()
+    ((repository, path),) = re.findall(
+        r"https://colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([^)]+)\)", readme
+    )
+    assert ROOT / path == PATH
+    assert f'REPOSITORY = "{repository}"' in read().cells[1].source
+    assert f"sed -i s,{repository},YOU/dar_jax, README.md {path}" in readme
 
 
 def outputs_by_heading(notebook):
