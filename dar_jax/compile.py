@@ -188,10 +188,11 @@ def roofline(
     """Return the limits of a program whose work is split evenly over the devices."""
     compute = report["executed_flops"] / num_devices / chip.peak_flops
     memory = report["memory_traffic"] / chip.hbm_bandwidth
-    interconnect = sum(
+    times = (
         each.bytes / (chip.ici_bandwidth * share_of_links(each, chip, num_devices))
         for each in collectives
     )
+    interconnect = sum(times, start=0.0)
     overlapped, serial = max(compute, memory, interconnect), compute + memory + interconnect
     ideal = report["model_flops"] / num_devices / chip.peak_flops
     return Roofline(
