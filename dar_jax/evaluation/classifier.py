@@ -15,8 +15,13 @@ class Classifier:
         """Fit to labelled images.
 
         Raises:
-            ValueError: scikit-learn is not installed.
+            ValueError: scikit-learn is not installed, or there is only one class.
         """
+        if len(np.unique(labels)) == 1:
+            raise ValueError(
+                "a classifier needs pictures of two classes, these are of one; use "
+                "--config.evaluate.classifier=false --config.evaluate.features=vgg16"
+            )
         try:
             from sklearn.svm import SVC
         except ImportError as error:

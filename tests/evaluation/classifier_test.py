@@ -1,6 +1,7 @@
 """The judge of samples on real digits."""
 
 import numpy as np
+import pytest
 
 from dar_jax.data.sources import DataConfig
 from dar_jax.evaluation.classifier import Classifier
@@ -14,3 +15,8 @@ def test_classifier_judges_held_out_digits():
     shape = read_all(test).shape
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     assert classifier.accuracy(noise, test.labels()) < 0.3
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match=r"two classes, .* --config.evaluate.classifier=false"):
+        Classifier(np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int32))
