@@ -9,6 +9,7 @@ from clu import metrics
 
 from dar_jax.common import image as image_lib
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
+from dar_jax.nn.layout import keep_batch_split
 
 LAYERS = 2
 
@@ -58,7 +59,8 @@ class ToyTask:
     def reconstruct(
         self, params: Params, image: Float[Array, "B H W 3"]
     ) -> Float[Array, "B H W 3"]:
-        x = image.reshape(len(image), -1) @ params["input"]["kernel"] + params["input"]["bias"]
+        pixels = keep_batch_split(image.reshape(len(image), -1))
+        x = keep_batch_split(pixels @ params["input"]["kernel"] + params["input"]["bias"])
         body = lambda x, layer: (x + jax.nn.gelu(x @ layer["kernel"] + layer["bias"]), None)  # noqa: E731
         x, _ = jax.lax.scan(body, x, params["blocks"])
         return (x @ params["output"]["kernel"]).reshape(image.shape)
