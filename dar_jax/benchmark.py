@@ -26,7 +26,7 @@ from dar_jax.common.checks import check_microbatch
 from dar_jax.common.config import build
 from dar_jax.common.typing import Params
 from dar_jax.device_speed import DeviceSpeed
-from dar_jax.generation import SampleConfig, check_generator, drawing
+from dar_jax.generation import SampleConfig, check, drawing
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.sampler import check_pair
 from dar_jax.models.dar.tokenizer import Tokenizer
@@ -98,11 +98,13 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str) -> None:
     settings = build(BenchmarkConfig, config.benchmark.to_dict(), "config.benchmark")
     sampling = build(SampleConfig, config.sample.to_dict(), "config.sample")
     compute = build(Compute, config.compute.to_dict(), "config.compute")
+    if settings.model:
+        check(sampling, settings.model)
     pipeline, weights = load(settings, config, compute)
     options = drawing(sampling, pipeline)
     del options["guidance_scale"]  # those of the benchmark
     for scale in settings.guidance_scales:
-        pipeline.check_options(**options, guidance_scale=scale)
+        pipeline.check_options(pipeline.prior.config, **options, guidance_scale=scale)
     path = pathlib.Path(workdir) / "benchmark.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -139,8 +141,7 @@ def load(
 ) -> tuple[DarPipeline | TransDiffPipeline, str]:
     """Load or draw the models; return them and what their weights are."""
     if settings.model:
-        pipeline = from_pretrained(settings.model, compute=compute)
-        return check_generator(pipeline, settings.model), settings.model
+        return from_pretrained(settings.model, compute=compute), settings.model
     logging.info("Drawing random weights")
     match config.task:
         case "dar_prior":

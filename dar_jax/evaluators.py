@@ -33,6 +33,7 @@ from dar_jax.filling import PREVIEW, fill, fill_reconstructions
 from dar_jax.generation import (
     Autoencoder,
     SampleConfig,
+    check,
     classes_of,
     drawing,
     identity,
@@ -145,20 +146,6 @@ class Subject:
             return self.pipeline.tokenizer
         return self.pipeline.vae
 
-    @property
-    def generator(self) -> Pipeline:
-        """The model, which draws images.
-
-        Raises:
-            ValueError: it is a tokenizer or VAE.
-        """
-        if isinstance(self.pipeline, Autoencoder):
-            raise ValueError(
-                f"{self.path} holds an autoencoder, which draws no images: use "
-                "--config.evaluate.evaluators=reconstruction"
-            )
-        return self.pipeline
-
 
 class Evaluation:
     """Evaluates models as one config says; networks and references are loaded once."""
@@ -215,14 +202,14 @@ class Evaluation:
         Raises:
             ValueError: it cannot be read, or is not of the kind that the evaluators need.
         """
+        if self.settings.generates:
+            for scale in (self.sampling.guidance_scale, *self.settings.guidance_scales):
+                sampling = dataclasses.replace(self.sampling, guidance_scale=scale)
+                check(sampling, path, "use --config.evaluate.evaluators=reconstruction")
         pipeline = load_model(self._config, path)
         subject = Subject(pipeline, path, model_dir.fingerprint(model_dir.locate(path)))
         if "reconstruction" in self.settings.names:
             self._check_size(subject.autoencoder)
-        if self.settings.generates:
-            generator = subject.generator
-            generator.check_options(**drawing(self.sampling, generator))
-            classes_of(generator, self.sampling)
         return subject
 
     def _check_size(self, model: Autoencoder) -> None:
@@ -259,8 +246,9 @@ class Evaluation:
         """What the figures depend on, for the record."""
         settings = {"seed": self.sampling.seed, "model": subject.fingerprint}
         if not self.settings.generates:
-            return {"solver": self.sampling.solver, **settings}
-        drawn = drawing(self.sampling, subject.generator)
+            has_flow = not isinstance(subject.pipeline, KlVaePipeline)
+            return {"solver": self.sampling.solver, **settings} if has_flow else settings
+        drawn = drawing(self.sampling, subject.pipeline)
         return {"num_generated": self.settings.num_images, **drawn, **settings}
 
     def forget(self, subject: Subject) -> None:
@@ -327,10 +315,10 @@ class Evaluation:
 
     def _generated(self, subject: Subject, sampling: SampleConfig) -> SetImages:
         """Make the images that are not there yet."""
-        pipeline = subject.generator
+        pipeline = subject.pipeline
         previews = "previews" in self.settings.names and sampling is self.sampling
         made_with = {**identity(sampling, pipeline, subject.fingerprint), "previews": previews}
-        labels = classes_of(pipeline, sampling, most=None)
+        labels = classes_of(pipeline.num_classes, sampling, most=None)
         path = self._path("images", {**made_with, "labels": labels})
         image_set = ImageSet(path, self.settings.num_images, labels)
         image_set.bind(made_with)

@@ -24,6 +24,7 @@ from dar_jax.pipelines import (
     Pipeline,
     TokenizerPipeline,
     TransDiffPipeline,
+    architecture_of,
     from_pretrained,
 )
 from dar_jax.training.checkpoint import CHECKPOINTS
@@ -31,8 +32,8 @@ from dar_jax.training.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 Autoencoder = TokenizerPipeline | KlVaePipeline
 """Images to codes or latents and back; it draws none."""
-KINDS = {TokenizerPipeline: "a tokenizer", KlVaePipeline: "a KL autoencoder"}
-"""What messages call it."""
+AUTOENCODERS = {TokenizerPipeline: "a tokenizer", KlVaePipeline: "a KL autoencoder"}
+"""What messages call them."""
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
 DRAWING_OPTIONS = {*DarPipeline.drawing_options, *TransDiffPipeline.drawing_options}
@@ -135,14 +136,39 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> tuple[SampleConfig,
     """Load the model directory that `config.sample` names onto this process's devices.
 
     Raises:
-        ValueError: it cannot be read or draws no images, or a block of the config is wrong.
+        ValueError: it cannot be read or does not draw what is asked for, or a block of the config
+            is wrong.
     """
     settings = build(SampleConfig, config.sample.to_dict(), "config.sample")
     path = model_path(settings, workdir)
-    pipeline = check_generator(load_model(config, path), path)
-    # Here, so that a mistake comes before anything is written.
-    pipeline.check_options(**drawing(settings, pipeline))
-    return settings, pipeline
+    check(settings, path)
+    return settings, load_model(config, path)
+
+
+def check(
+    config: SampleConfig,
+    path: str,
+    otherwise: str = "name the model directory of a model over its tokens or latents",
+) -> None:
+    """Look at a model directory's config for mistakes, before weights are read or work begins.
+
+    Args:
+        config: what is sampled, and how.
+        path: of the model directory.
+        otherwise: what to do if the model there draws no images.
+
+    Raises:
+        ValueError: the model draws no images, or not the classes or in the way that is asked for.
+    """
+    cls, architecture = architecture_of(path)
+    if not issubclass(cls, Pipeline):
+        raise ValueError(f"{path} holds {AUTOENCODERS[cls]}, which draws no images: {otherwise}")
+    if (config.prefix_image or config.inpaint_image) and not issubclass(cls, DarPipeline):
+        raise ValueError(
+            "config.sample.prefix_image and inpaint_image need a model of tokens (dar_prior)"
+        )
+    cls.check_options(architecture, **drawing(config, cls))
+    classes_of(architecture.num_classes, config)
 
 
 def load_model(config: ml_collections.ConfigDict, path: str) -> Pipeline | Autoencoder:
@@ -157,21 +183,7 @@ def load_model(config: ml_collections.ConfigDict, path: str) -> Pipeline | Autoe
     return from_pretrained(path, compute=compute, mesh=mesh)
 
 
-def check_generator(model: Pipeline | Autoencoder, path: str) -> Pipeline:
-    """Return the model at `path`.
-
-    Raises:
-        ValueError: it draws no images.
-    """
-    if not isinstance(model, Pipeline):
-        raise ValueError(
-            f"{path} holds {KINDS[type(model)]}, which draws no images: name the model directory "
-            "of a model over its tokens or latents"
-        )
-    return model
-
-
-def drawing(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
+def drawing(config: SampleConfig, pipeline: Pipeline | type[Pipeline]) -> dict[str, Any]:
     """How images are drawn, as `pipeline.stream` takes it.
 
     Raises:
@@ -201,14 +213,13 @@ def model_path(config: SampleConfig, workdir: str) -> str:
 
 
 def classes_of(
-    pipeline: Pipeline, config: SampleConfig, most: int | None = MAX_CLASSES
+    num_classes: int, config: SampleConfig, most: int | None = MAX_CLASSES
 ) -> tuple[int, ...]:
     """The labels that the config lists, or the first `most` classes.
 
     Raises:
         ValueError: a label is no class of the model.
     """
-    num_classes = pipeline.num_classes
     wrong = [label for label in config.labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(

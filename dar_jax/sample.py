@@ -25,7 +25,7 @@ from dar_jax.generation import (
     load,
     model_path,
 )
-from dar_jax.pipelines import DarPipeline, Pipeline
+from dar_jax.pipelines import Pipeline
 from dar_jax.workdir import open_workdir
 
 DIRECTORY_NAME = "samples"
@@ -48,10 +48,6 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     data = build(DataConfig, config.data.to_dict(), "config.data")
     settings, pipeline = load(config, workdir)
-    if (settings.prefix_image or settings.inpaint_image) and not isinstance(pipeline, DarPipeline):
-        raise ValueError(
-            "config.sample.prefix_image and inpaint_image need a model of tokens (dar_prior)"
-        )
     if settings.num_images:
         make_set(pipeline, settings, workdir)
         return
@@ -73,7 +69,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     Raises:
         ValueError: a label is no class, or the directory holds images of other settings.
     """
-    classes = classes_of(pipeline, settings, most=None)
+    classes = classes_of(pipeline.num_classes, settings, most=None)
     directory = open_workdir(workdir) / DIRECTORY_NAME
     image_set = ImageSet(directory / SET_NAME, settings.num_images, classes, settings.format)
     fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
@@ -95,7 +91,7 @@ def draw_grid(
     pipeline: Pipeline, settings: SampleConfig
 ) -> tuple[dict[str, UInt8[np.ndarray, "_ _ 3"]], dict[str, np.ndarray]]:
     """Return the grid and the strip of previews, and the arrays that they show."""
-    classes = classes_of(pipeline, settings)
+    classes = classes_of(pipeline.num_classes, settings)
     labels = np.repeat(np.int32(classes), settings.images_per_class)
     batches = list(generate(pipeline, labels, settings))
     previews = np.concatenate([batch.previews for batch in batches], axis=1)

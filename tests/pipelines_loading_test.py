@@ -140,7 +140,7 @@ def test_compute_dtype_is_an_argument(workdir):
     for pipeline, dtype in zip(pipelines, DTYPES, strict=True):
         assert pipeline.tokenizer.model.compute.dtype == dtype
         assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(pipeline.tokenizer.params))
-        assert all(p.dtype == dtype for p in jax.tree.leaves(pipeline.prior.unstacked_params))
+        assert all(p.dtype == dtype for p in jax.tree.leaves(pipeline.prior.sampling_params))
     single, half = (p.prior.logits(LABELS, np.zeros((2, 16), np.int32)) for p in pipelines)
     assert 0 < jnp.abs(single - half).max() < BFLOAT16_ROUNDING
 

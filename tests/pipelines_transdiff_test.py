@@ -134,8 +134,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_one_line_and_writes_nothing(directory, tmp_path, name, monkeypatch):
+def test_mistake_is_one_line_before_anything_is_read_or_written(
+    directory, tmp_path, name, monkeypatch
+):
     settings, message = MISTAKES[name]
+    monkeypatch.delattr(generation, "from_pretrained")
     config = mnist.get_config("transdiff")
     config.sample.update(dict(model=str(directory / "mrar"), num_images=2) | settings)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:

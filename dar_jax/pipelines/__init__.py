@@ -1,6 +1,8 @@
 """The Python API: load a model directory; encode, decode, generate, stream."""
 
+import functools
 import os
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -30,11 +32,33 @@ __all__ = [
     "PriorPipeline",
     "TokenizerPipeline",
     "TransDiffPipeline",
+    "architecture_of",
     "from_pretrained",
     "image_keys",
 ]
 
-KINDS = ("dar_tokenizer", "dar_prior", "kl_vae", "transdiff")
+KINDS = {
+    "dar_tokenizer": (TokenizerPipeline, TokenizerConfig),
+    "dar_prior": (DarPipeline, LlamaConfig),
+    "kl_vae": (KlVaePipeline, KlVaeConfig),
+    "transdiff": (TransDiffPipeline, TransDiffConfig),
+}
+"""Pipeline and architecture by the kind of a model directory."""
+
+
+def architecture_of(path: str | os.PathLike) -> tuple[type, Any]:
+    """Return the class of what `from_pretrained` loads, and the architecture; no weights are read.
+
+    Raises:
+        ValueError: no such directory, or an unknown kind.
+    """
+    directory = model_dir.locate(path)
+    loaded = model_dir.load_config(directory)
+    kind = loaded["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"{path}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    cls, config_class = KINDS[kind]
+    return cls, build(config_class, loaded["model"], str(directory))
 
 
 def from_pretrained(
@@ -53,37 +77,29 @@ def from_pretrained(
         ValueError: no such directory, an unknown kind, or weights that do not fit the config.
     """
     directory = model_dir.locate(path)
-    loaded = model_dir.load_config(directory)
-    class_names = loaded.get("class_names", ())
-    match loaded["kind"]:
-        case "dar_tokenizer":
-            loaded_model = _load(Tokenizer, TokenizerConfig, directory, compute, mesh)
-            return TokenizerPipeline(*loaded_model, class_names=class_names, mesh=mesh)
-        case "dar_prior":
-            nested = model_dir.tokenizer_of(directory)
-            prior = PriorPipeline(*_load(Llama, LlamaConfig, directory, compute, mesh), mesh=mesh)
-            tokenizer = from_pretrained(nested, compute=compute, mesh=mesh)
-            sampler.check_pair(prior.config, tokenizer.config, str(nested))
-            return DarPipeline(prior, tokenizer, class_names=class_names)
-        case "kl_vae":
-            loaded_model = _load(KlVae, KlVaeConfig, directory, compute, mesh)
-            return KlVaePipeline(*loaded_model, class_names=class_names, mesh=mesh)
-        case "transdiff":
-            nested = model_dir.vae_of(directory)
-            latent = LatentPipeline(
-                *_load(TransDiff, TransDiffConfig, directory, compute, mesh), mesh=mesh
-            )
-            vae = from_pretrained(nested, compute=compute, mesh=mesh)
-            check_vae(latent.config, vae.config, str(nested))
-            return TransDiffPipeline(latent, vae, class_names=class_names)
-        case kind:
-            raise ValueError(f"{path}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    cls, config = architecture_of(directory)
+    class_names = model_dir.load_config(directory).get("class_names", ())
+    load = functools.partial(_load, directory, config, compute, mesh)
+    if cls is TokenizerPipeline:
+        return TokenizerPipeline(*load(Tokenizer), class_names=class_names, mesh=mesh)
+    if cls is KlVaePipeline:
+        return KlVaePipeline(*load(KlVae), class_names=class_names, mesh=mesh)
+    if cls is DarPipeline:
+        nested = model_dir.tokenizer_of(directory)
+        prior = PriorPipeline(*load(Llama), mesh=mesh)
+        tokenizer = from_pretrained(nested, compute=compute, mesh=mesh)
+        sampler.check_pair(prior.config, tokenizer.config, str(nested))
+        return DarPipeline(prior, tokenizer, class_names=class_names)
+    nested = model_dir.vae_of(directory)
+    latent = LatentPipeline(*load(TransDiff), mesh=mesh)
+    vae = from_pretrained(nested, compute=compute, mesh=mesh)
+    check_vae(latent.config, vae.config, str(nested))
+    return TransDiffPipeline(latent, vae, class_names=class_names)
 
 
 def _load(
-    cls: type, config_class: type, path: os.PathLike, compute: Compute | None, mesh: Mesh | None
+    path: os.PathLike, config: Any, compute: Compute | None, mesh: Mesh | None, cls: type
 ) -> tuple[FunctionalModel, Params]:
-    config = build(config_class, model_dir.load_config(path)["model"], str(path))
     model = FunctionalModel(cls, config, compute or Compute())
     like = model.abstract_params()
     shardings = None if mesh is None else fsdp_sharding(like, mesh)

@@ -1,7 +1,9 @@
-"""What pipelines of all kinds share: their surface, keys of images, batches, parameters."""
+"""What pipelines of all kinds share: models on a mesh, their surface, keys of images, batches."""
 
+import abc
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,38 @@ from jax.sharding import Mesh
 
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
-from dar_jax.training.sharding import batch_sharding, check_batch_size
+from dar_jax.nn.functional import FunctionalModel, M
+from dar_jax.training.sharding import batch_sharding, check_batch_size, fsdp_sharding
+
+
+class ModelPipeline(Generic[M]):
+    """One model and its parameters.
+
+    With a mesh the parameters are spread by the FSDP rule and batches over its data axes.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel[M],
+        params: Params,
+        *,
+        class_names: Sequence[str] = (),
+        mesh: Mesh | None = None,
+    ):
+        self.model = model
+        self.config: Any = model.config
+        self.mesh = mesh
+        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
+        self.class_names = tuple(class_names)
+
+    @functools.cached_property
+    def sampling_params(self) -> Params:
+        """Parameters with the matrices in the compute dtype, cast once: what sampling reads."""
+        return cast_kernels(self.params, self.model.compute.jnp_dtype)
+
+    def put(self, batch: Any) -> Any:
+        """Put a tree of arrays [B, ...] on the devices, see `put_batch`."""
+        return put_batch(batch, self.mesh)
 
 
 @runtime_checkable
@@ -21,39 +54,54 @@ class Preview(Protocol):
     images: Array
 
 
-@runtime_checkable
-class Pipeline(Protocol):
+class Pipeline(abc.ABC):
     """Class labels to images, whatever the model.
 
     Attributes:
-        class_names: of the classes that have a name.
         drawing_options: names of what `stream` takes from `config.sample`.
         kept_fields: fields of the last preview that are kept beside the images.
+        prior: the model that draws tokens or latents.
+        class_names: of the classes that have a name.
     """
 
-    class_names: tuple[str, ...]
     drawing_options: tuple[str, ...]
     kept_fields: tuple[str, ...]
+
+    def __init__(self, prior: ModelPipeline, class_names: Sequence[str]):
+        self.prior = prior
+        self.class_names = tuple(class_names)
 
     @property
     def num_classes(self) -> int:
         """Labels are 0 .. num_classes - 1."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
+        return self.prior.config.num_classes
 
     @property
     def mesh(self) -> Mesh | None:
         """The devices that a batch is split over."""
+        return self.prior.mesh
 
     @property
     def compute(self) -> Compute:
         """Execution choices."""
+        return self.prior.model.compute
 
-    def check_options(self, **options: Any) -> None:
-        """Raise ValueError if `stream` would refuse these drawing options."""
+    @property
+    @abc.abstractmethod
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
 
+    @staticmethod
+    @abc.abstractmethod
+    def check_options(config: Any, **options: Any) -> None:
+        """Raise ValueError if `stream` would refuse these drawing options.
+
+        Args:
+            config: architecture of the prior.
+            **options: by their names in `drawing_options`.
+        """
+
+    @abc.abstractmethod
     def generate(
         self,
         labels: Array | np.ndarray | Sequence[int],
@@ -64,6 +112,7 @@ class Pipeline(Protocol):
     ) -> Any:
         """Return the end of `stream`: `.images` and the kept fields."""
 
+    @abc.abstractmethod
     def stream(
         self,
         labels: Array | np.ndarray | Sequence[int],

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeyArray
@@ -21,12 +20,10 @@ from dar_jax.models.dar.inputs import (
 )
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
-from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
-from dar_jax.pipelines.base import cast_kernels, image_keys, put_batch, require_rng
+from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-from dar_jax.training.sharding import fsdp_sharding
 
 Guidance = float | int | Sequence[float | int]
 """One scale for all tokens, or the first and last of a ramp; 1 is no guidance."""
@@ -42,30 +39,10 @@ class Generated(NamedTuple):
     indices: Array
 
 
-class TokenizerPipeline:
-    """Images to indices and back.
+class TokenizerPipeline(ModelPipeline[Tokenizer]):
+    """Images to indices and back."""
 
-    With a mesh the parameters are spread by the FSDP rule and batches over its data axes.
-    """
-
-    def __init__(
-        self,
-        model: FunctionalModel[Tokenizer],
-        params: Params,
-        *,
-        class_names: Sequence[str] = (),
-        mesh: Mesh | None = None,
-    ):
-        self.model = model
-        self.config: TokenizerConfig = model.config
-        self.mesh = mesh
-        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
-        self.class_names = tuple(class_names)
-
-    @functools.cached_property
-    def decoding_params(self) -> Params:
-        """Parameters with the matrices in the compute dtype, cast once: what decoding reads."""
-        return cast_kernels(self.params, self.model.compute.jnp_dtype)
+    config: TokenizerConfig
 
     def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B N"]:
         """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
@@ -74,7 +51,7 @@ class TokenizerPipeline:
             ValueError: another shape, or a batch that does not divide over the mesh.
         """
         check_shape("images", images, ("B", "H", "W", 3))
-        return _encode(self.model, self.params, put_batch(images, self.mesh))
+        return _encode(self.model, self.params, self.put(images))
 
     def decode(
         self,
@@ -116,7 +93,7 @@ class TokenizerPipeline:
         num_steps = config.num_steps if num_steps is None else num_steps
         stop_step = check_steps(config, num_steps, num_groups, start_step)
         check_indices(indices, config, num_groups)
-        put = functools.partial(put_batch, mesh=self.mesh)
+        put = self.put
         if noise is None:
             rngs = put(image_keys(require_rng(rng), len(indices)))
             noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
@@ -125,7 +102,7 @@ class TokenizerPipeline:
             check_shape("start_image", start_image, noise.shape)
         return _decode(
             self.model,
-            self.decoding_params,
+            self.sampling_params,
             put(indices),
             put(noise),
             solver=solver,
@@ -138,17 +115,13 @@ class TokenizerPipeline:
         )
 
 
-class PriorPipeline:
-    """Class labels (or captions) to indices; a mesh is used as in `TokenizerPipeline`."""
+class PriorPipeline(ModelPipeline[Llama]):
+    """Class labels (or captions) to indices."""
 
-    def __init__(self, model: FunctionalModel[Llama], params: Params, *, mesh: Mesh | None = None):
-        self.model = model
-        self.config: LlamaConfig = model.config
-        self.mesh = mesh
-        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
+    config: LlamaConfig
 
     @functools.cached_property
-    def unstacked_params(self) -> Params:
+    def sampling_params(self) -> Params:
         """Per-layer parameters in the compute dtype, made once: what decoding reads."""
         cast = jax.tree.map(lambda leaf: leaf.astype(self.model.compute.dtype), self.params)
         return unstack(cast)
@@ -165,9 +138,9 @@ class PriorPipeline:
         Raises:
             ValueError: a label or token out of range, or captions of another shape.
         """
-        labels = put_batch(check_labels(labels, self.config), self.mesh)
+        labels = self.put(check_labels(labels, self.config))
         check_range("indices", indices, self.config.vocab_size)
-        return _logits(self.model, self.params, labels, put_batch(indices, self.mesh))
+        return _logits(self.model, self.params, labels, self.put(indices))
 
     def generate_indices(
         self,
@@ -191,10 +164,10 @@ class PriorPipeline:
         rng = jax.random.key(0) if temperature == 0 and rng is None else require_rng(rng)
         config = self.config
         labels = check_labels(labels, config)
-        put = functools.partial(put_batch, mesh=self.mesh)
+        put = self.put
         groups = sampler.generate_indices(
             self.model.unstacked(),
-            self.unstacked_params,
+            self.sampling_params,
             put(labels),
             put(image_keys(rng, len(labels))),
             _scales(config, guidance_scale, guidance_schedule, guidance_interval),
@@ -205,8 +178,8 @@ class PriorPipeline:
         return list(groups)[-1]
 
 
-class DarPipeline:
-    """A prior and its tokenizer: class labels to images. See `pipelines.base.Pipeline`."""
+class DarPipeline(Pipeline):
+    """A prior and its tokenizer: class labels to images."""
 
     drawing_options = (
         *("guidance_scale", "guidance_schedule", "guidance_interval"),
@@ -221,28 +194,16 @@ class DarPipeline:
         *,
         class_names: Sequence[str] = (),
     ):
-        self.prior = prior
+        super().__init__(prior, class_names)
         self.tokenizer = tokenizer
-        self.class_names = tuple(class_names)
-
-    @property
-    def num_classes(self) -> int:
-        return self.prior.config.num_classes
 
     @property
     def image_size(self) -> int:
         return self.tokenizer.config.image_size
 
-    @property
-    def mesh(self) -> Mesh | None:
-        return self.prior.mesh
-
-    @property
-    def compute(self) -> Compute:
-        return self.prior.model.compute
-
+    @staticmethod
     def check_options(
-        self,
+        config: LlamaConfig,
         *,
         guidance_scale: Guidance,
         guidance_schedule: str,
@@ -252,10 +213,9 @@ class DarPipeline:
         top_p: float,
         solver: str,
     ) -> None:
-        """Raise ValueError if `stream` would refuse these drawing options."""
         SamplingConfig(temperature, top_k, top_p)
         solvers.coefficients(solver, num_steps=1)
-        _scales(self.prior.config, guidance_scale, guidance_schedule, guidance_interval)
+        _scales(config, guidance_scale, guidance_schedule, guidance_interval)
 
     def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
         """Generate one image per label; the options are those of `stream`."""
@@ -314,12 +274,12 @@ class DarPipeline:
         """
         config, size = self.prior.config, self.image_size
         labels = check_labels(labels, config)
-        put = functools.partial(put_batch, mesh=self.mesh)
+        put = self.prior.put
         return sampler.stream(
             self.prior.model.unstacked(),
-            self.prior.unstacked_params,
+            self.prior.sampling_params,
             self.tokenizer.model,
-            self.tokenizer.decoding_params,
+            self.tokenizer.sampling_params,
             put(labels),
             put(image_keys(require_rng(rng), len(labels), first_index)),
             _scales(config, guidance_scale, guidance_schedule, guidance_interval),

@@ -1,36 +1,21 @@
 """The KL autoencoder: images to Gaussians over latents, latents to images."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dar_jax.common.checks import check_microbatch, check_shape
 from dar_jax.common.typing import Array, Float, Params
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.pipelines.base import put_batch
-from dar_jax.training.sharding import fsdp_sharding
+from dar_jax.pipelines.base import ModelPipeline
 
 
-class KlVaePipeline:
-    """Images to moments, latents to images; a mesh is used as in `TokenizerPipeline`."""
+class KlVaePipeline(ModelPipeline[KlVae]):
+    """Images to moments, latents to images."""
 
-    def __init__(
-        self,
-        model: FunctionalModel[KlVae],
-        params: Params,
-        *,
-        class_names: Sequence[str] = (),
-        mesh: Mesh | None = None,
-    ):
-        self.model = model
-        self.config: KlVaeConfig = model.config
-        self.mesh = mesh
-        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
-        self.class_names = tuple(class_names)
+    config: KlVaeConfig
 
     def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w C2"]:
         """Encode images in [-1, 1] to moments; `models.kl_vae.posterior` makes a Gaussian of them.
@@ -40,7 +25,7 @@ class KlVaePipeline:
                 not divide over the mesh.
         """
         check_shape("images", images, ("B", "H", "W", 3))
-        return _encode(self.model, self.params, put_batch(images, self.mesh))
+        return _encode(self.model, self.params, self.put(images))
 
     def decode(
         self, latents: Float[Array | np.ndarray, "B h w C"], *, microbatch: int | None = None
@@ -56,8 +41,7 @@ class KlVaePipeline:
         """
         check_shape("latents", latents, ("B", "h", "w", self.config.latent_channels))
         microbatch = check_microbatch(microbatch, len(latents))
-        latents = put_batch(latents, self.mesh)
-        return _decode(self.model, self.params, latents, microbatch=microbatch)
+        return _decode(self.model, self.params, self.put(latents), microbatch=microbatch)
 
 
 @functools.partial(jax.jit, static_argnames="model")

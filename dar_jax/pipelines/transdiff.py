@@ -1,49 +1,30 @@
 """TransDiff: class labels to latents, and through the VAE to images."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
-from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
 from dar_jax.flow.guidance import ALWAYS
 from dar_jax.flow.solvers import EULER_MARUYAMA
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.sampler import SolverConfig
-from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
-from dar_jax.pipelines.base import cast_kernels, image_keys, put_batch, require_rng
+from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
 from dar_jax.pipelines.kl_vae import KlVaePipeline
-from dar_jax.training.sharding import fsdp_sharding
 
 Guidance = float | int | Sequence[float | int]
 """One scale for all passes, or one for each; 1 is no guidance."""
 
 
-class LatentPipeline:
-    """Class labels to latents.
+class LatentPipeline(ModelPipeline[TransDiff]):
+    """Class labels to latents."""
 
-    With a mesh the parameters are spread by the FSDP rule and batches over its data axes.
-    """
-
-    def __init__(
-        self, model: FunctionalModel[TransDiff], params: Params, *, mesh: Mesh | None = None
-    ):
-        self.model = model
-        self.config: TransDiffConfig = model.config
-        self.mesh = mesh
-        self.params = jax.device_put(params, mesh and fsdp_sharding(params, mesh))
-
-    @functools.cached_property
-    def sampling_params(self) -> Params:
-        """Parameters with the matrices in the compute dtype, cast once: what sampling reads."""
-        return cast_kernels(self.params, self.model.compute.jnp_dtype)
+    config: TransDiffConfig
 
     def sample_latents(
         self,
@@ -76,7 +57,7 @@ class LatentPipeline:
         config, size = self.config, len(labels)
         latent = (size, config.latent_size, config.latent_size, config.channels)
         if noise is None or step_noise is None:
-            rngs = put_batch(image_keys(require_rng(rng), size), self.mesh)
+            rngs = self.put(image_keys(require_rng(rng), size))
             noise = sampler.initial_noise(rngs, config) if noise is None else noise
             step_noise = rngs if step_noise is None else step_noise
         check_shape("noise", noise, latent)
@@ -87,7 +68,7 @@ class LatentPipeline:
         solver = solver_config(
             num_steps, guidance_scale, drift_scale=drift_scale, noise_scale=noise_scale
         )
-        for progress in self.run(labels, put_batch(noise, self.mesh), step_noise, solver):
+        for progress in self.run(labels, self.put(noise), step_noise, solver):
             latents = progress.latents
         return latents
 
@@ -109,7 +90,7 @@ class LatentPipeline:
         check_shape("labels", labels, ("B",))
         check_range("labels", labels, self.config.num_classes + 1)
         sampler.check_scales(solver, self.config)
-        labels = put_batch(labels.astype(np.int32), self.mesh)
+        labels = self.put(labels.astype(np.int32))
         return sampler.run(
             self.model, self.sampling_params, labels, noise, step_noise, solver, stops=stops
         )
@@ -136,8 +117,8 @@ class GeneratedLatents(NamedTuple):
     latents: Array
 
 
-class TransDiffPipeline:
-    """A model of latents and its autoencoder. See `pipelines.base.Pipeline`."""
+class TransDiffPipeline(Pipeline):
+    """A model of latents and its autoencoder."""
 
     drawing_options = (
         *("num_steps", "guidance_scale", "guidance_times"),
@@ -148,29 +129,16 @@ class TransDiffPipeline:
     def __init__(
         self, prior: LatentPipeline, vae: KlVaePipeline, *, class_names: Sequence[str] = ()
     ):
-        self.prior = prior
+        super().__init__(prior, class_names)
         self.vae = vae
-        self.class_names = tuple(class_names)
-
-    @property
-    def num_classes(self) -> int:
-        return self.prior.config.num_classes
 
     @property
     def image_size(self) -> int:
         return self.prior.config.latent_size * self.vae.config.stride
 
-    @property
-    def mesh(self) -> Mesh | None:
-        return self.prior.mesh
-
-    @property
-    def compute(self) -> Compute:
-        return self.prior.model.compute
-
-    def check_options(self, **options: Any) -> None:
-        """Raise ValueError if `stream` would refuse these drawing options."""
-        sampler.check_scales(solver_config(**options), self.prior.config)
+    @staticmethod
+    def check_options(config: TransDiffConfig, **options: Any) -> None:
+        sampler.check_scales(solver_config(**options), config)
 
     def generate(
         self, labels: Array | np.ndarray | Sequence[int], **options: Any
@@ -234,7 +202,7 @@ class TransDiffPipeline:
         if preview_every < 1:
             raise ValueError(f"preview_every={preview_every} must be at least 1")
         microbatch = check_microbatch(microbatch, len(labels))
-        rngs = put_batch(image_keys(require_rng(rng), len(labels), first_index), self.mesh)
+        rngs = self.prior.put(image_keys(require_rng(rng), len(labels), first_index))
         stops = range(preview_every, num_steps, preview_every) if previews else ()
         noise = sampler.initial_noise(rngs, config)
         run = self.prior.run(labels, noise, rngs, options, stops=stops)

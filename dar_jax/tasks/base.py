@@ -1,12 +1,20 @@
-"""What the trainer asks of a task. Tasks draw all randomness and pass it in to the models."""
+"""What the trainer asks of a task, and what most tasks answer.
 
+Tasks draw all randomness and pass it in to the models.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from clu import metrics
 
+from dar_jax.common import model_dir
+from dar_jax.common.config import build
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional import FunctionalModel
 
 DISCRIMINATOR = "discriminator"
 """Subtree of the trained parameters that has an optimizer of its own: the judge of an adversarial
@@ -76,3 +84,55 @@ class Task(Protocol):
 
         Of a model that training starts from (`train.init_from`), only these may differ in shape.
         """
+
+
+class ModelTask:
+    """A task that trains one model, `self.model`, and nothing else."""
+
+    model: FunctionalModel
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        return self.model.init(rng)
+
+    def figures(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> dict[str, float]:
+        return {}
+
+    def released(self, params: Params) -> Params:
+        return params
+
+    def model_config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.model.config)
+
+    def companions(self) -> dict[str, str]:
+        return {}
+
+    def adapters(self) -> dict[str, Adapter]:
+        return {}
+
+
+def load_frozen(
+    cls: type, config_class: type, kind: str, directory: str, *, compute: Compute, shape: Any = None
+) -> tuple[FunctionalModel, Params]:
+    """Load a model that is used and not trained.
+
+    Args:
+        cls: of the module.
+        config_class: of its architecture.
+        kind: of the model directory.
+        directory: as `model_dir.locate` takes it.
+        compute: execution choices.
+        shape: for compiling without weights: the architecture; nothing is read, and the parameters
+            are shapes.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if shape is not None:
+        model = FunctionalModel(cls, shape, compute)
+        return model, model.abstract_params()
+    located = model_dir.locate(directory)
+    model_dir.load_config(located, kind)
+    loaded, params = model_dir.load_model(located)
+    return FunctionalModel(cls, build(config_class, loaded["model"], directory), compute), params

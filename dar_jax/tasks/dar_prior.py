@@ -9,16 +9,14 @@ loss = mean cross-entropy of logits(label, indices[:-1]) against indices
 import dataclasses
 from collections.abc import Mapping
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
 from dar_jax.common import image as images
-from dar_jax.common.config import build
-from dar_jax.common.model_dir import load_model
-from dar_jax.common.typing import Any, Array, Int, Params, PRNGKeyArray
+from dar_jax.common import model_dir
+from dar_jax.common.typing import Array, Int, Params, PRNGKeyArray
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -27,13 +25,13 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-from dar_jax.tasks.base import Adapter
+from dar_jax.tasks.base import ModelTask, load_frozen
 
 NUM_PICTURES = 10
 PICTURE_GUIDANCE = 2.0
 
 
-class DarPriorTask:
+class DarPriorTask(ModelTask):
     """See the module's docstring."""
 
     kind = "dar_prior"
@@ -60,19 +58,17 @@ class DarPriorTask:
         Raises:
             ValueError: it cannot be read, is no tokenizer, or does not fit the prior.
         """
-        tokenizer_config = shape_of_tokenizer
-        if tokenizer_config is None:
-            loaded, self._tokenizer_params = load_model(tokenizer)
-            if loaded["kind"] != "dar_tokenizer":
-                raise ValueError(f"{tokenizer} holds a {loaded['kind']}, expected a dar_tokenizer")
-            tokenizer_config = build(TokenizerConfig, loaded["model"], tokenizer)
-        sampler.check_pair(config, tokenizer_config, tokenizer)
         self.model = FunctionalModel(Llama, config, compute)
-        # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
-        exact = dataclasses.replace(compute, dtype="float32")
-        self.tokenizer = FunctionalModel(Tokenizer, tokenizer_config, exact)
-        if shape_of_tokenizer is not None:
-            self._tokenizer_params = self.tokenizer.abstract_params()
+        self.tokenizer, self._tokenizer_params = load_frozen(
+            Tokenizer,
+            TokenizerConfig,
+            "dar_tokenizer",
+            tokenizer,
+            # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
+            compute=dataclasses.replace(compute, dtype="float32"),
+            shape=shape_of_tokenizer,
+        )
+        sampler.check_pair(config, self.tokenizer.config, tokenizer)
         self._tokenizer_path = tokenizer
         self._from_codes = from_codes
 
@@ -81,9 +77,6 @@ class DarPriorTask:
         """Of the prior, and of the tokenizer's encoder in front of it where there is one."""
         encode = 0 if self._from_codes else work.encode_flops(self.tokenizer.config)
         return float(work.prior_train_flops(self.model.config) + encode)
-
-    def init(self, rng: PRNGKeyArray) -> Params:
-        return self.model.init(rng)
 
     def frozen(self) -> Params:
         return {"tokenizer": self._tokenizer_params}
@@ -139,23 +132,8 @@ class DarPriorTask:
             guidance_schedule(PICTURE_GUIDANCE, config.num_tokens),
             sampling=SamplingConfig(),
         )
-        strip = np.stack([images.to_pixels(preview.images) for preview in stream])
-        rows = einops.rearrange(strip, "columns b h w c -> (b columns) h w c")
-        return {"samples": images.grid(rows, columns=len(strip))}
-
-    def figures(
-        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, float]:
-        return {}
-
-    def released(self, params: Params) -> Params:
-        return params
-
-    def model_config(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.model.config)
+        columns = [images.to_pixels(preview.images) for preview in stream]
+        return {"samples": images.side_by_side(np.stack(columns))}
 
     def companions(self) -> dict[str, str]:
-        return {"tokenizer": self._tokenizer_path}
-
-    def adapters(self) -> dict[str, Adapter]:
-        return {}
+        return {model_dir.TOKENIZER_NAME: str(model_dir.locate(self._tokenizer_path))}

@@ -10,22 +10,19 @@ loss = flow + codebook + commitment + entropy_weight * entropy
        + adversarial_weight * (generator + discriminator)      see `tasks.loss_nets`
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
 from dar_jax.common import image as images
-from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray, UInt8
+from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray, UInt8
 from dar_jax.flow.path import interpolate, predict_data, velocity
 from dar_jax.flow.times import shift_times
-from dar_jax.losses.distortion import psnr
 from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.quantizer import (
     Quantized,
@@ -41,9 +38,9 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.tasks.base import DISCRIMINATOR, Adapter
+from dar_jax.tasks.base import DISCRIMINATOR, ModelTask
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
-from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, perceptual_of_pair
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
 
 __all__ = ["DarTokenizerTask", "TokenizerLossConfig", "TrainingForward", "training_forward"]
@@ -117,7 +114,7 @@ def training_forward(
     )
 
 
-class DarTokenizerTask:
+class DarTokenizerTask(ModelTask):
     """See the module's docstring."""
 
     kind = "dar_tokenizer"
@@ -215,9 +212,7 @@ class DarTokenizerTask:
         del frozen
         pixels = jnp.asarray(batch["pixels"][:NUM_PICTURES])
         previews = self._reconstruct(params, pixels, rng)
-        strip = np.concatenate([pixels[None], previews])
-        rows = einops.rearrange(strip, "columns b h w c -> (b columns) h w c")
-        return {"reconstruction": images.grid(rows, columns=len(strip))}
+        return {"reconstruction": images.side_by_side(np.concatenate([pixels[None], previews]))}
 
     def figures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
@@ -225,10 +220,7 @@ class DarTokenizerTask:
         """PSNR of reconstructions and, where it is part of the loss, their LPIPS (VGG-16)."""
         pixels = jnp.asarray(batch["pixels"])
         other = self._reconstruct(params, pixels, rng)[-1]
-        values = {"psnr_db": psnr(np.asarray(pixels), np.asarray(other))}
-        if self.nets.lpips is not None:
-            values["lpips"] = float(perceptual_of_pair(self.nets, frozen, pixels, other))
-        return values
+        return reconstruction_figures(self.nets, frozen, pixels, other)
 
     def _reconstruct(
         self, params: Params, pixels: UInt8[Array, "B H W 3"], rng: PRNGKeyArray
@@ -236,15 +228,6 @@ class DarTokenizerTask:
         """Previews after each step; the last one is the reconstruction."""
         image = images.to_float(pixels)
         return images.to_pixels(_previews(self.model, self.released(params), image, rng))
-
-    def model_config(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.model.config)
-
-    def companions(self) -> dict[str, str]:
-        return {}
-
-    def adapters(self) -> dict[str, Adapter]:
-        return {}
 
 
 @functools.partial(jax.jit, static_argnames="model")

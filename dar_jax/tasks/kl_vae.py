@@ -25,14 +25,13 @@ import numpy as np
 from clu import metrics
 
 from dar_jax.common import image as images
-from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
-from dar_jax.losses.distortion import psnr
+from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.models import kl_vae_work as work
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.tasks.base import Adapter
-from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, perceptual_of_pair
+from dar_jax.tasks.base import ModelTask
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
 
 NUM_PICTURES = 16
 COLUMNS = 8
@@ -58,7 +57,7 @@ class KlVaeLossConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
-class KlVaeTask:
+class KlVaeTask(ModelTask):
     """See the module's docstring."""
 
     kind = "kl_vae"
@@ -93,9 +92,6 @@ class KlVaeTask:
         """Of the autoencoder and the frozen net of its loss."""
         size = self._image_size
         return float(work.train_flops(self.model.config, size) + self.nets.flops(size))
-
-    def init(self, rng: PRNGKeyArray) -> Params:
-        return self.model.init(rng)
 
     def frozen(self) -> Params:
         return self.nets.frozen()
@@ -150,26 +146,11 @@ class KlVaeTask:
         """PSNR of reconstructions and, where it is part of the loss, their LPIPS (VGG-16)."""
         pixels = jnp.asarray(batch["pixels"])
         other = self._reconstruct(params, pixels)
-        values = {"psnr_db": psnr(np.asarray(pixels), np.asarray(other))}
-        if self.nets.lpips is not None:
-            values["lpips"] = float(perceptual_of_pair(self.nets, frozen, pixels, other))
-        return values
+        return reconstruction_figures(self.nets, frozen, pixels, other)
 
     def _reconstruct(self, params: Params, pixels: Array | np.ndarray) -> Array:
         """Decode the most likely latents: uint8 [B, H, W, 3]."""
         return images.to_pixels(_reconstruct(self.model, params, jnp.asarray(pixels)))
-
-    def released(self, params: Params) -> Params:
-        return params
-
-    def model_config(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.model.config)
-
-    def companions(self) -> dict[str, str]:
-        return {}
-
-    def adapters(self) -> dict[str, Adapter]:
-        return {}
 
 
 @functools.partial(jax.jit, static_argnames="model")

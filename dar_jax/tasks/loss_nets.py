@@ -20,6 +20,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dar_jax.common import image as images
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray, UInt8
@@ -29,6 +30,7 @@ from dar_jax.losses.adversarial import (
     time_weighted,
 )
 from dar_jax.losses.alignment import alignment_loss
+from dar_jax.losses.distortion import psnr
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.dar.decoder import FEATURE_GRID
 from dar_jax.models.dar.tokenizer import TokenizerConfig
@@ -167,8 +169,18 @@ class LossNets:
         }
 
 
+def reconstruction_figures(
+    nets: LossNets, frozen: Params, pixels: UInt8[Array, "B H W 3"], other: UInt8[Array, "B H W 3"]
+) -> dict[str, float]:
+    """PSNR of pairs of 8-bit images and, where it is part of the loss, their LPIPS (VGG-16)."""
+    values = {"psnr_db": psnr(np.asarray(pixels), np.asarray(other))}
+    if nets.lpips is not None:
+        values["lpips"] = float(_perceptual_of_pair(nets, frozen, pixels, other))
+    return values
+
+
 @functools.partial(jax.jit, static_argnames="nets")
-def perceptual_of_pair(
+def _perceptual_of_pair(
     nets: LossNets, frozen: Params, pixels: UInt8[Array, "B H W 3"], other: UInt8[Array, "B H W 3"]
 ) -> Float[Array, ""]:
     """Mean LPIPS of pairs of 8-bit images."""

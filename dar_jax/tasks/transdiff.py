@@ -34,9 +34,8 @@ from clu import metrics
 
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.config import build
 from dar_jax.common.image import bicubic_matrix
-from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.flow.path import interpolate, velocity
 from dar_jax.flow.times import logit_normal_times
 from dar_jax.models import kl_vae_work
@@ -45,7 +44,7 @@ from dar_jax.models.transdiff import sampler, work
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional import FunctionalModel
-from dar_jax.tasks.base import Adapter
+from dar_jax.tasks.base import Adapter, ModelTask, load_frozen
 from dar_jax.tasks.time_groups import group_average, group_sums
 
 NUM_LEVELS = 1000
@@ -104,7 +103,8 @@ def image_losses(
     t = logit_normal_times(normals, num_levels).reshape(-1)
     x_t = interpolate(data, noise, t)
     mask = None if latents.shape[1] == 1 else model.prefix_mask(copies)
-    predicted = model.velocity(x_t, t, model.keys_values(condition), mask, rng=rng)
+    caches = model.decoder.keys_values(condition)
+    predicted = model.decoder.velocity(x_t, t, caches, mask, rng=rng)
     error = predicted - velocity(data, noise)
     return jnp.mean(error**2, axis=(1, 2, 3)).reshape(normals.shape)
 
@@ -118,7 +118,7 @@ def diversity(condition: Float[Array, "B M D"]) -> Float[Array, ""]:
     return jnp.mean(cosines) / (num_tokens * (num_tokens - 1))
 
 
-class TransDiffTask:
+class TransDiffTask(ModelTask):
     """See the module's docstring."""
 
     kind = "transdiff"
@@ -149,19 +149,13 @@ class TransDiffTask:
         Raises:
             ValueError: it cannot be read, is none, or its latents do not fit the model.
         """
-        vae_config = shape_of_vae
-        if vae_config is None:
-            directory = model_dir.locate(vae)
-            model_dir.load_config(directory, "kl_vae")
-            loaded, self._vae_params = model_dir.load_model(directory)
-            vae_config = build(KlVaeConfig, loaded["model"], vae)
-        sampler.check_vae(config, vae_config, vae)
-        sampler.check_image_size(config, vae_config, image_size)
         self.model = FunctionalModel(TransDiff, config, compute)
         self.loss_config = loss_config
-        self.vae = FunctionalModel(KlVae, vae_config)
-        if shape_of_vae is not None:
-            self._vae_params = self.vae.abstract_params()
+        self.vae, self._vae_params = load_frozen(
+            KlVae, KlVaeConfig, "kl_vae", vae, compute=Compute(), shape=shape_of_vae
+        )
+        sampler.check_vae(config, self.vae.config, vae)
+        sampler.check_image_size(config, self.vae.config, image_size)
         self._vae_path = vae
         self._image_size = image_size
         self._from_moments = from_moments
@@ -176,9 +170,6 @@ class TransDiffTask:
                 self.vae.config, self._image_size
             )
         return float(work.train_flops(config, self.loss_config.copies) + encode)
-
-    def init(self, rng: PRNGKeyArray) -> Params:
-        return self.model.init(rng)
 
     def frozen(self) -> Params:
         return {"vae": self._vae_params}
@@ -262,25 +253,9 @@ class TransDiffTask:
         solver = sampler.SolverConfig(num_steps=PICTURE_STEPS, guidance_scale=(PICTURE_GUIDANCE,))
         noise = sampler.initial_noise(rngs, config)
         passes = sampler.run(self.model, params, labels, noise, rngs, solver)
-        strip = np.stack(
-            [
-                images.to_pixels(sampler.decode(self.vae, frozen["vae"], progress.latents))
-                for progress in passes
-            ]
-        )
-        rows = einops.rearrange(strip, "columns b h w c -> (b columns) h w c")
-        return {"samples": images.grid(rows, columns=len(strip))}
-
-    def figures(
-        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, float]:
-        return {}
-
-    def released(self, params: Params) -> Params:
-        return params
-
-    def model_config(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.model.config)
+        decoded = (sampler.decode(self.vae, frozen["vae"], each.latents) for each in passes)
+        columns = [images.to_pixels(image) for image in decoded]
+        return {"samples": images.side_by_side(np.stack(columns))}
 
     def companions(self) -> dict[str, str]:
         return {model_dir.VAE_NAME: str(model_dir.locate(self._vae_path))}

@@ -100,7 +100,7 @@ def test_prior_equals_the_reference(released):
         labels, tokens = (jnp.asarray(golden.arrays[name]) for name in ("labels", "tokens"))
         logits = prior.logits(labels, jnp.pad(tokens, ((0, 0), (0, 1))))
         guided = guide(logits[:1, -1], logits[1:, -1], jnp.float32(4.0))
-        cached = cached_last_logits(prior.model.unstacked(), prior.unstacked_params, labels, tokens)
+        cached = cached_last_logits(prior.model.unstacked(), prior.sampling_params, labels, tokens)
         golden.check_all(
             logits_sub=logits[..., ::VOCABULARY_STRIDE],
             logsumexp=jax.nn.logsumexp(logits, axis=-1),

@@ -5,7 +5,7 @@ share one time modulation (adaLN-single, Chen et al. 2023, arXiv:2310.00426), ea
 its own added to it. Keys and values of the condition do not depend on the time: `keys_values` makes
 them once for all steps of a solver.
 
-The reference counts time from 0 (data) to 1000 (noise) and predicts noise - data; `__call__` is
+The reference counts time from 0 (data) to 1000 (noise) and predicts noise - data; `velocity` is
 where that is adapted. It casts the input of the time projection to bfloat16 whatever the precision;
 here that follows the compute dtype.
 """
@@ -136,7 +136,7 @@ class DiffusionDecoder(nnx.Module):
         projected = self.condition_projection(condition)
         return self.stack.each(lambda block: block.cross_attention.keys_values(projected))
 
-    def __call__(
+    def velocity(
         self,
         x_t: Float[Array, "R h w C"],
         t: Float[Array, " R"],

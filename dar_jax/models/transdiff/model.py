@@ -16,7 +16,6 @@ from flax import nnx
 
 from dar_jax.common.typing import Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.models.transdiff.decoder import EMBEDDING_INIT, DiffusionDecoder
-from dar_jax.nn.attention import KVCache
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import XAVIER_INIT, affine_layer_norm, linear
 from dar_jax.nn.patch import patchify
@@ -177,7 +176,7 @@ class Encoder(nnx.Module):
 
 
 class TransDiff(nnx.Module):
-    """Encoder and diffusion decoder."""
+    """Encoder and diffusion decoder: `condition`, `decoder.keys_values`, `decoder.velocity`."""
 
     def __init__(self, config: TransDiffConfig, *, rngs: nnx.Rngs, compute: Compute | None = None):
         compute = compute or Compute()
@@ -209,22 +208,6 @@ class TransDiff(nnx.Module):
             shape = (len(labels), 0, config.latent_size, config.latent_size, config.channels)
             references = jnp.zeros(shape)
         return self.encoder(labels, references, rng=rng)
-
-    def keys_values(self, condition: Float[Array, "B M D"]) -> KVCache:
-        """Return what the decoder reads of a condition, once for all times."""
-        return self.decoder.keys_values(condition)
-
-    def velocity(
-        self,
-        x_t: Float[Array, "R h w C"],
-        t: Float[Array, " R"],
-        caches: KVCache,
-        mask: Bool[Array, "S M"] | None = None,
-        *,
-        rng: PRNGKeyArray | None = None,
-    ) -> Float[Array, "R h w C"]:
-        """Velocity at (x_t, t) given the condition; see `DiffusionDecoder`."""
-        return self.decoder(x_t, t, caches, mask, rng=rng)
 
     def prefix_mask(self, copies: int) -> Bool[Array, "S M"]:
         """Mask of the cross-attention where all images of a class are trained on at once.

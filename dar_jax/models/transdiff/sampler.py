@@ -247,7 +247,7 @@ def condition_caches(
         references = jnp.repeat(references, 2, axis=0)
     module = model.bind(params)
     condition = module.condition(labels, references)
-    return module.keys_values(condition)
+    return module.decoder.keys_values(condition)
 
 
 class StepKeys(NamedTuple):
@@ -274,7 +274,7 @@ def advance(
 
     All guidance scales share one program; None is no guidance, and caches without the null rows.
     """
-    velocity = _velocity(model.bind(params))
+    velocity = model.bind(params).decoder.velocity
     if scale is not None:
         velocity = guidance.guide(velocity, scale, interval)
 
@@ -292,10 +292,6 @@ def advance(
         coefficients,
         step_noise=step_noise,
     )
-
-
-def _velocity(module: TransDiff) -> guidance.VelocityFn:
-    return lambda x, t, caches: module.velocity(x, t, caches)
 
 
 def _noise_of(

@@ -196,9 +196,9 @@ def test_bfloat16_keeps_the_state_in_float32(multihead):
     assert 1e-4 < np.linalg.norm(images - exact) / np.linalg.norm(exact) < 0.05
     # A bfloat16 state would leave 8 bits of every value.
     assert np.any(images != images.astype(jnp.bfloat16).astype(jnp.float32))
-    matrices = coarse.decoding_params["decoder"]["patch_embed"]["kernel"]
+    matrices = coarse.sampling_params["decoder"]["patch_embed"]["kernel"]
     assert matrices.dtype == jnp.bfloat16
-    coarse.decoding_params = coarse.params  # cast at every step instead of once
+    coarse.sampling_params = coarse.params  # cast at every step instead of once
     np.testing.assert_array_equal(images, coarse.decode(indices, noise=noise))
 
 

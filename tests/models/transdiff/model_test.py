@@ -69,7 +69,7 @@ def test_cached_keys_and_values_equal_recomputed_ones():
     x = jax.random.normal(rngs[0], (2, 4, 4, 2))
     t = jnp.array([0.2, 0.7])
     condition = bound.condition(jnp.array([0, 3]))
-    velocity = bound.velocity(x, t, bound.keys_values(condition))
+    velocity = bound.decoder.velocity(x, t, bound.decoder.keys_values(condition))
 
     decoder = bound.decoder
     tokens, (time, modulation) = decoder.embed(x), decoder.embed_time(1 - t)
@@ -101,13 +101,13 @@ def test_images_trained_at_once_equal_images_one_by_one():
     condition = bound.condition(jnp.array([1, 2]), jax.random.normal(rngs[0], (2, 3, 4, 4, 2)))
     x = jax.random.normal(rngs[1], (2, 4, copies, 4, 4, 2))
     t = jax.random.uniform(rngs[2], (2, 4, copies))
-    caches, mask = bound.keys_values(condition), bound.prefix_mask(copies)
+    caches, mask = bound.decoder.keys_values(condition), bound.prefix_mask(copies)
     rows = x.reshape(-1, 4, 4, 2)
-    together = bound.velocity(rows, t.reshape(-1), caches, mask).reshape(x.shape)
+    together = bound.decoder.velocity(rows, t.reshape(-1), caches, mask).reshape(x.shape)
     for image in range(4):
-        caches = bound.keys_values(condition[:, : 4 * (image + 1)])
+        caches = bound.decoder.keys_values(condition[:, : 4 * (image + 1)])
         for copy in range(copies):
-            alone = bound.velocity(x[:, image, copy], t[:, image, copy], caches)
+            alone = bound.decoder.velocity(x[:, image, copy], t[:, image, copy], caches)
             np.testing.assert_allclose(together[:, image, copy], alone, atol=ROUNDING)
 
 
@@ -125,8 +125,8 @@ def test_dropout_needs_a_key_and_changes_the_output():
 def test_untrained_model_predicts_zero():
     model = FunctionalModel(TransDiff, TINY)
     bound = model.bind(model.init(jax.random.key(0)))
-    caches = bound.keys_values(bound.condition(jnp.array([0])))
-    velocity = bound.velocity(jnp.ones((1, 4, 4, 2)), jnp.array([0.5]), caches)
+    caches = bound.decoder.keys_values(bound.condition(jnp.array([0])))
+    velocity = bound.decoder.velocity(jnp.ones((1, 4, 4, 2)), jnp.array([0.5]), caches)
     np.testing.assert_array_equal(velocity, 0)
 
 
