@@ -32,7 +32,8 @@ from dar_jax.training import distributed
 from dar_jax.workdir import open_workdir
 
 RESULT_NAME = "evaluation.json"
-AFTER_EACH_GROUP = "_after_each_group"
+OF_PREVIEWS = "_of_previews"
+"""Ends the names of lists with a figure per preview, the last one the image."""
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -63,9 +64,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
     """Draw what is varied."""
     previews = {
-        name.removeprefix("generation/").removesuffix(AFTER_EACH_GROUP): values
+        name.removeprefix("generation/").removesuffix(OF_PREVIEWS): values
         for name, values in results.items()
-        if name.endswith(AFTER_EACH_GROUP)
+        if name.endswith(OF_PREVIEWS)
     }
     guidance = {
         name.removeprefix("guidance/"): values
@@ -73,10 +74,8 @@ def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
         if name.startswith("guidance/")
     }
     if previews:
-        groups = range(1, len(next(iter(previews.values()))) + 1)
-        report.draw_curves(
-            directory / "previews.png", [*map(str, groups)], "groups of tokens", previews
-        )
+        ticks = [str(i + 1) for i in range(len(next(iter(previews.values()))))]
+        report.draw_curves(directory / "previews.png", ticks, "preview", previews)
     if guidance:
         ticks = [*map(report.format_value, guidance.pop("scales"))]
         report.draw_curves(directory / "guidance.png", ticks, "guidance scale", guidance)

@@ -61,8 +61,9 @@ class EvaluateConfig:
                 rFID, PSNR, SSIM, LPIPS, use of a codebook;
             generation: generated images against the reference: FID, sFID, Inception score, KID,
                 precision, recall;
-            previews: the same, and for the images after each group of tokens, of one set of
-                samples; takes the room of as many sets;
+            previews: the same, and for every preview of one set of samples: after each group of
+                tokens (D-AR), each quarter of the steps, or each pass (TransDiff, MRAR); takes the
+                room of as many sets;
             guidance: the same for every one of `guidance_scales`.
         num_images: images that are generated, classes in turns; at most so many reconstructed.
         images: judge these instead of a model's: a folder of pictures or a `.npz` with `arr_0`.
@@ -299,7 +300,7 @@ class Evaluation:
         ordered = [PREVIEW.format(group + 1) for group in range(len(names))]
         after = [self._judge(dataclasses.replace(images, name=name)) for name in ordered]
         figures = [*after, self._judge(images)]
-        lists = {f"{name}_after_each_group": [f[name] for f in figures] for name in figures[0]}
+        lists = {f"{name}_of_previews": [f[name] for f in figures] for name in figures[0]}
         return _below("generation", {**figures[-1], **lists})
 
     def _guidance(self, subject: Subject) -> Figures:

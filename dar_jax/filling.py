@@ -23,7 +23,7 @@ from dar_jax.models.kl_vae import posterior
 from dar_jax.pipelines import KlVaePipeline, Pipeline, image_keys
 
 PREVIEW = "after_{}"
-"""Name of the array of images after so many groups of tokens; those of all groups are `PIXELS`."""
+"""Name of the array of first, second, ... previews; the last ones, the images, are `PIXELS`."""
 
 
 def fill(
@@ -35,19 +35,18 @@ def fill(
         image_set: bound to what the images depend on.
         pipeline: the model.
         config: how they are drawn.
-        previews: keep the images after each group of tokens as well, see `PREVIEW`.
+        previews: keep the previews as well, see `PREVIEW`.
     """
 
     def generate(first: int, stop: int, size: int) -> dict[str, Array]:
         labels = pad(image_set.labels_of(first, stop), size)
+        how = options(config, pipeline, first)
+        stream = pipeline.stream(labels, **how) if previews else [pipeline.generate(labels, **how)]
         kept = {}
-        stream = pipeline.stream(labels, **options(config, pipeline, first))
-        for group, preview in enumerate(stream, 1):
-            if previews:
-                kept[PREVIEW.format(group)] = images.to_pixels(preview.images)
-        kept.pop(PREVIEW.format(group), None)
-        fields = {name: getattr(preview, name) for name in pipeline.kept_fields}
-        return {PIXELS: images.to_pixels(preview.images), **fields, **kept}
+        for number, last in enumerate(stream, 1):
+            kept[PREVIEW.format(number)] = images.to_pixels(last.images)
+        kept[PIXELS] = kept.pop(PREVIEW.format(number))
+        return {**kept, **{name: getattr(last, name) for name in pipeline.kept_fields}}
 
     def write(first: int, arrays: dict[str, np.ndarray]) -> None:
         image_set.write(first, arrays.pop(PIXELS), arrays)

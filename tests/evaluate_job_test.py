@@ -69,7 +69,7 @@ def one_device(model, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
     assert start(model, workdir).wait() == 0
     found = figures(workdir)
-    assert len(found["generation/fd_vgg16_after_each_group"]) == 2
+    assert len(found["generation/fd_vgg16_of_previews"]) == 2
     return found
 
 

@@ -10,13 +10,14 @@ from PIL import Image
 
 from configs import common
 from dar_jax import evaluators, generation
+from dar_jax.common.image import to_pixels
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluate import evaluate
 from dar_jax.evaluation.classifier import Classifier
 from dar_jax.evaluation.image_sources import SplitImages, read_all
 from dar_jax.evaluation.pieces import Pieces
 from dar_jax.evaluators import EvaluateConfig
-from tests import tiny_model
+from tests import tiny_model, tiny_transdiff
 from tests.tiny_model import NUM_CLASSES, SIZE
 
 NUM_IMAGES = 12
@@ -53,12 +54,11 @@ def simple_parts():
 def run(model, tmp_path):
     """Evaluate with these settings; return what `evaluation.json` holds."""
 
-    def run(workdir="run", batch_size=8, path=model, solver="adams_bashforth2", **settings):
+    def run(workdir="run", batch_size=8, path=model, sample=None, **settings):
         config = common.base()
         config.data.update(source="synthetic", image_size=SIZE)
-        config.sample.update(
-            model=str(path), batch_size=batch_size, guidance_scale=(2.0,), solver=solver
-        )
+        config.sample.update(model=str(path), batch_size=batch_size, guidance_scale=(2.0,))
+        config.sample.update(sample or {})
         config.evaluate.update(BASIC | settings)
         evaluate(config, str(tmp_path / workdir))
         return json.loads((tmp_path / workdir / "evaluation.json").read_text())
@@ -77,7 +77,7 @@ def test_previews_are_judged_after_every_group(run, tmp_path):
     previews = [image_set.array(name) for name in ("after_1", "arr_0")]
     labels = np.arange(NUM_IMAGES) % NUM_CLASSES
     expected = [BrightnessClassifier().accuracy(pixels, labels) for pixels in previews]
-    assert results["generation/accuracy_after_each_group"] == pytest.approx(expected)
+    assert results["generation/accuracy_of_previews"] == pytest.approx(expected)
     assert results["generation/accuracy"] == pytest.approx(expected[-1])
     assert not np.array_equal(*previews)
     assert Image.open(tmp_path / "run/evaluation/previews.png").width > 100
@@ -118,9 +118,9 @@ def test_tokenizer_alone_is_judged_by_its_reconstructions(run, model, tmp_path):
 def test_solver_of_the_config_draws_reconstructions_and_generated_images(run, tmp_path):
     solvers = ("adams_bashforth2", "euler")
     for solver in solvers:
-        assert (
-            run(solver, evaluators="reconstruction,generation", solver=solver)["solver"] == solver
-        )
+        sample = {"solver": solver}
+        results = run(solver, evaluators="reconstruction,generation", sample=sample)
+        assert results["solver"] == solver
     for name in ("images", "reconstructions"):
         made = [pieces(tmp_path / solver, name) for solver in solvers]
         np.testing.assert_array_equal(*(part.array("indices") for part in made))
@@ -136,6 +136,32 @@ def test_guidance_is_swept(run, tmp_path):
     scales = sorted(json.loads(path.read_text())["guidance_scale"] for path in manifests)
     assert scales == [[1.0], [1.0, 3.0]]
     assert Image.open(tmp_path / "run/evaluation/guidance.png").width > 100
+
+
+def test_model_of_latents_is_judged_like_one_of_tokens(run, tmp_path):
+    tiny_transdiff.save_vae(tmp_path)
+    path = tiny_transdiff.save(tmp_path, "model", tiny_transdiff.ONE_STEP)
+    options = dict(num_steps=8, solver="euler_maruyama", noise_scale=0.9)
+    evaluators = dict(evaluators="reconstruction,previews,guidance", guidance_scales=((1.0,),))
+    results = run(path=path, sample=options, num_images=4, **evaluators)
+    assert {name: results[name] for name in options} == options
+    assert "reconstruction/psnr_db" in results and "reconstruction/codebook_usage" not in results
+    assert len(results["generation/accuracy_of_previews"]) == 4
+    assert len(results["guidance/accuracy"]) == 1
+    drawn = {}
+    for directory in (tmp_path / "run/evaluation").glob("images-*"):
+        (piece,) = directory.glob("0*.npz")
+        scale = json.loads((directory / "manifest.json").read_text())["guidance_scale"]
+        drawn[tuple(scale)] = dict(np.load(piece))
+    guided, plain = drawn[2.0,], drawn[1.0,]
+    assert guided.keys() - plain.keys() == {"after_1", "after_2", "after_3"}
+    # What is kept beside the images is what they are made of.
+    vae = generation.from_pretrained(path).vae
+    for part in (guided, plain):
+        images = vae.decode(part["latents"] / vae.config.latent_scale)
+        pixels = to_pixels(np.clip(images, -1, 1))
+        np.testing.assert_allclose(part["arr_0"].astype(int), pixels, atol=ONE_LEVEL)
+    assert np.any(guided["arr_0"] != plain["arr_0"])
 
 
 def test_killed_evaluation_goes_on_with_another_batch_size(run, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What an evaluation says: a table, JSON, and curves.
 
 Figures are numbers by their path, `generation/fid`, or lists of numbers where something is varied:
-`generation/fid_after_each_group`, `guidance/fid`.
+`generation/fid_of_previews`, `guidance/fid`.
 """
 
 import json

@@ -7,10 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from configs import common, imagenet_kl_vae, imagenet_transdiff
+from dar_jax.convert import command
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.checkpoints import read_checkpoint
+from dar_jax.pipelines import from_pretrained
+from tests.convert.command_test import assert_same_params
 from tests.golden import fixtures, models
 
+VAE = "transdiff/kl_vae_tiny"
 FOLDERS = ("transdiff/transdiff_tiny", "transdiff/transdiff_mrar_tiny")
 
 
@@ -63,6 +68,44 @@ def test_configs_that_are_not_supported_are_refused(changes, message):
         message = "lacks the key 'buffer_size'"
     with pytest.raises(ValueError, match=message):
         convert.transdiff_config(reference)
+
+
+def convert_file(config, model, source, workdir):
+    config.model = common.block(model)
+    config.convert.source = str(source)
+    command.convert(config, str(workdir))
+
+
+def test_official_files_become_a_model_directory_and_go_back(tmp_path):
+    torch = pytest.importorskip("torch")
+    state_dict, vae = (fixtures.load_state_dict(folder) for folder in (FOLDERS[0], VAE))
+    average, vae = ({n: torch.tensor(a) for n, a in d.items()} for d in (state_dict, vae))
+    content = dict(model={n: -t for n, t in average.items()}, model_ema=average, epoch=799)
+    content |= dict(optimizer={"state": {}}, scaler={}, args=argparse.Namespace(lr=1e-4))
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    torch.save({"model": vae}, tmp_path / "kl16.ckpt")
+    (vae_model, vae_params), (model, params) = models.kl_vae(VAE), models.transdiff(FOLDERS[0])
+    vae_config, config = imagenet_kl_vae.get_config(), imagenet_transdiff.get_config("b")
+    convert_file(vae_config, vae_model.config, tmp_path / "kl16.ckpt", tmp_path / "vae")
+    config.vae = str(tmp_path / "vae")
+    source = tmp_path / "checkpoint-last.pth"
+    convert_file(config, model.config, source, tmp_path / "transdiff")
+
+    pipeline = from_pretrained(tmp_path / "transdiff")
+    assert (pipeline.prior.config, pipeline.vae.config) == (model.config, vae_model.config)
+    assert_same_params(pipeline.prior.params, params)
+    assert_same_params(pipeline.vae.params, vae_params)
+
+    config.convert.update(source="", to="torch")
+    command.convert(config, str(tmp_path / "transdiff"))
+    back = read_checkpoint(str(tmp_path / "transdiff/transdiff.safetensors")).state_dict
+    assert_same_params(back, state_dict)
+
+    config.convert.to = "jax"
+    other = dataclasses.replace(model.config, channels=4)
+    with pytest.raises(ValueError, match=r"checkpoint-last.pth: .*misshapen diffdecoder.net"):
+        convert_file(config, other, source, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("averaged", [True, False])
