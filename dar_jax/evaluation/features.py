@@ -66,7 +66,9 @@ EXTRACTORS = {
     ),
     "vgg16": Network(
         FunctionalModel(Lpips, NETWORKS["vgg16"]),
-        functools.partial(lpips_params, network="vgg16"),
+        functools.partial(
+            lpips_params, network="vgg16", otherwise="--config.evaluate.features=inception"
+        ),
         _vgg16_features,
     ),
 }

@@ -36,7 +36,7 @@ class LpipsMetric:
             ValueError: the weights cannot be had; the message says how to get them.
         """
         self._model = FunctionalModel(Lpips, NETWORKS[network])
-        self._params = jax.device_put(lpips_params(weights, network))
+        self._params = jax.device_put(lpips_params(weights, network, "--config.evaluate.lpips="))
 
     def __call__(
         self, original: UInt8[np.ndarray, "N H W 3"], other: UInt8[np.ndarray, "N H W 3"]

