@@ -13,9 +13,9 @@ import pytest
 
 from configs import imagenet_dar, imagenet_tokenizer
 from dar_jax.common.config import build
+from dar_jax.common.files import write_safetensors
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import command, dar
-from dar_jax.convert.checkpoints import write_safetensors
 from dar_jax.convert.rules import reference_shapes
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute

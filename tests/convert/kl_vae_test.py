@@ -8,8 +8,8 @@ import pytest
 
 from configs import common, imagenet_kl_vae
 from dar_jax.common import model_dir
+from dar_jax.common.files import write_safetensors
 from dar_jax.convert import command, kl_vae, rules
-from dar_jax.convert.checkpoints import write_safetensors
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.nn.functional import FunctionalModel
 from dar_jax.pipelines import KlVaePipeline, from_pretrained
