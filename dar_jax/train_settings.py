@@ -14,7 +14,7 @@ from dar_jax.training.tracking import WandbConfig
 
 UNBOUND_BLOCKS = (
     *("train", "mesh", "compute", "sample", "evaluate"),
-    *("cache", "convert", "compile", "benchmark", "wandb"),
+    *("cache", "convert", "compile", "benchmark", "demo", "wandb"),
 )
 """Blocks that may change between a checkpoint and the run that resumes from it."""
 
