@@ -1,9 +1,10 @@
-"""Every task has the same loss and gradients on one device and on any mesh of eight.
+"""Every task has the same loss, gradients and update on one device and on any mesh of eight.
 
 Single gradients differ by more than 1e-6 in float32, where sums over shards round differently. In
 float64 they agree to 1e-10, which shows that rounding is all the difference there is.
 """
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -20,10 +21,12 @@ from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
 from dar_jax.models.kl_vae import KlVaeConfig
+from dar_jax.models.transdiff.model import TransDiffConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
 from dar_jax.tasks.kl_vae import KlVaeLossConfig, KlVaeTask
+from dar_jax.tasks.transdiff import TransDiffLossConfig, TransDiffTask
 from dar_jax.training import sharding
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.sharding import MeshConfig
@@ -31,7 +34,8 @@ from dar_jax.training.state import create_state
 from dar_jax.training.step import make_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
-TASKS = ("prior", "tokenizer", "kl_vae")
+COMPUTE = Compute()
+TASKS = ("prior", "tokenizer", "kl_vae", "transdiff", "transdiff_mrar")
 SHAPES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 RTOL = 1e-6
 """Of the loss, and of the gradient as one vector: sums over shards round differently in float32."""
@@ -79,8 +83,22 @@ VAE = KlVaeConfig(
     latent_channels=2,
     num_groups=4,
 )
-OPTIMIZER = OptimizerConfig(warmup_steps=0, b1=0.0, clip_norm=1e9, ema_decay=0.9)
-"""Without momentum and clipping, the first moment after one step is the gradient."""
+TRANSDIFF = TransDiffConfig(
+    latent_size=8,
+    channels=2,
+    num_classes=10,
+    condition_tokens=64,
+    buffer_size=4,
+    dim=32,
+    num_heads=2,
+    encoder_depth=2,
+    decoder_depth=2,
+)
+OPTIMIZER = OptimizerConfig(
+    warmup_steps=0, learning_rate=1.0, b1=0.0, eps=1.0, clip_norm=1e9, ema_decay=0.9
+)
+"""Without momentum and clipping, the first moment after one step is the gradient; with a large eps
+the update is about as large, where AdamW's own would make a whole step of a rounding error."""
 
 
 def perturbed(params, rng):
@@ -93,37 +111,65 @@ def perturbed(params, rng):
     )
 
 
-def loss_and_gradients(task, mesh):
+class Step(NamedTuple):
+    """Loss and gradients of one train step, and the parameters after it."""
+
+    loss: float
+    gradients: dict
+    params: dict
+
+
+def train_once(task, mesh):
     """Run one train step from the same parameters on the same batch."""
     params = perturbed(task.init(jax.random.key(1)), jax.random.key(2))
     params = sharding.put(params, mesh)
     state = create_state(task, OPTIMIZER, jax.random.key(0), mesh=mesh, params=params)
     step = make_train_step(task, OPTIMIZER, jax.tree.map(lambda leaf: leaf.sharding, state))
     rng = np.random.default_rng(0)
+    images = getattr(task.model.config, "num_references", 1)
+    group = () if images == 1 else (images,)
     batch = {
-        "pixels": rng.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
+        "pixels": rng.integers(0, 256, (16, *group, 16, 16, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, 16, dtype=np.int32),
     }
     frozen = sharding.put(task.frozen(), mesh)
     state, metrics = step(state, sharding.put_batch(batch, mesh), frozen)
-    return float(metrics.loss.compute()), jax.device_get(state.opt_state[1][0].mu)
+    return Step(
+        float(metrics.loss.compute()), *jax.device_get((state.opt_state[1][0].mu, state.params))
+    )
 
 
 def make_task(name, directory):
     """Build a tiny task; `directory` is for the models that it is made from."""
-    if name == "kl_vae":
-        loss = KlVaeLossConfig(kl_weight=0.1, perceptual_weight=0.0)
-        return KlVaeTask(VAE, loss, Compute(), image_size=16)
-    tokenizer = DarTokenizerTask(TOKENIZER, TokenizerLossConfig(), Compute())
-    if name == "tokenizer":
-        return tokenizer
-    params = perturbed(tokenizer.init(jax.random.key(3)), jax.random.key(4))
-    model_dir.save_model(directory, tokenizer.kind, tokenizer.model_config(), params, {})
-    return DarPriorTask(PRIOR, str(directory), Compute())
+    vae = KlVaeTask(
+        VAE, KlVaeLossConfig(kl_weight=0.1, perceptual_weight=0.0), COMPUTE, image_size=16
+    )
+    tokenizer = DarTokenizerTask(TOKENIZER, TokenizerLossConfig(), COMPUTE)
+    match name:
+        case "kl_vae":
+            return vae
+        case "tokenizer":
+            return tokenizer
+        case "prior":
+            return DarPriorTask(PRIOR, save(tokenizer, directory), COMPUTE)
+    references = dict(num_references=4, reference_patch_size=2) if name == "transdiff_mrar" else {}
+    config = dataclasses.replace(TRANSDIFF, **references)
+    loss = TransDiffLossConfig(copies=2, diversity_weight=0.1)
+    return TransDiffTask(config, loss, save(vae, directory), COMPUTE, image_size=16)
+
+
+def save(task, directory):
+    """Write the model directory of a task's model and return its path."""
+    params = perturbed(task.init(jax.random.key(3)), jax.random.key(4))
+    model_dir.save_model(directory, task.kind, task.model_config(), params, {})
+    return str(directory)
 
 
 class Errors(NamedTuple):
-    """Relative errors of the loss, of the gradient as one vector and of each parameter's."""
+    """Relative errors of the loss, of the gradient as one vector and of each array's.
+
+    The arrays are the gradients and, after them, the updated parameters.
+    """
 
     loss: float
     gradient: float
@@ -131,13 +177,20 @@ class Errors(NamedTuple):
 
 
 def relative_errors(result, expected):
-    """Compare two results of `loss_and_gradients`."""
-    norms = jax.tree.map(np.linalg.norm, expected[1])
-    errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b), result[1], expected[1])
-    total, whole = (np.linalg.norm(jax.tree.leaves(tree)) for tree in (errors, norms))
-    largest = max(jax.tree.leaves(norms))
-    ratios = jax.tree.map(lambda e, norm: e / max(norm, NOISE * largest), errors, norms)
-    return Errors(abs(result[0] / expected[0] - 1), total / whole, named(ratios))
+    """Compare two results of `train_once`."""
+
+    def norms(first, second):
+        sizes = jax.tree.map(np.linalg.norm, second)
+        return sizes, jax.tree.map(lambda a, b: np.linalg.norm(a - b), first, second)
+
+    sizes, errors = norms(result.gradients, expected.gradients)
+    whole, total = (np.linalg.norm(jax.tree.leaves(tree)) for tree in (sizes, errors))
+    largest = max(jax.tree.leaves(sizes))
+    gradients = jax.tree.map(lambda e, size: e / max(size, NOISE * largest), errors, sizes)
+    sizes, errors = norms(result.params, expected.params)
+    updated = jax.tree.map(np.divide, errors, sizes)
+    leaves = named({"gradient": gradients, "updated": updated})
+    return Errors(abs(result.loss / expected.loss - 1), total / whole, leaves)
 
 
 def named(tree):
@@ -146,14 +199,14 @@ def named(tree):
 
 
 def on_one_device(task):
-    return loss_and_gradients(task, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    return train_once(task, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 @pytest.fixture(
     scope="module", params=["prior", *(pytest.param(n, marks=pytest.mark.slow) for n in TASKS[1:])]
 )
 def task(request, tmp_path_factory):
-    return make_task(request.param, tmp_path_factory.mktemp("models") / "tokenizer")
+    return make_task(request.param, tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +217,9 @@ def expected(task):
 @pytest.mark.parametrize(
     "shape", [pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[:2]] + [SHAPES[2]]
 )
-def test_loss_and_gradients_are_those_of_one_device(task, expected, shape, monkeypatch):
+def test_train_step_is_that_of_one_device(task, expected, shape, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", MIN_SHARDED_SIZE)
-    result = loss_and_gradients(task, sharding.make_mesh(MeshConfig(*shape)))
+    result = train_once(task, sharding.make_mesh(MeshConfig(*shape)))
     errors = relative_errors(result, expected)
     assert errors.loss <= RTOL and errors.gradient <= RTOL
     assert {name: error for name, error in errors.leaves.items() if error > LEAF_RTOL} == {}
@@ -177,17 +230,17 @@ def write_errors(name, directory):
     sharding.MIN_SHARDED_SIZE = MIN_SHARDED_SIZE
     task = make_task(name, directory)
     expected = on_one_device(task)
-    assert {leaf.dtype for leaf in jax.tree.leaves(expected[1])} == {np.dtype("float64")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(expected.gradients)} == {np.dtype("float64")}
     for shape in SHAPES:
-        result = loss_and_gradients(task, sharding.make_mesh(MeshConfig(*shape)))
+        result = train_once(task, sharding.make_mesh(MeshConfig(*shape)))
         errors = relative_errors(result, expected)
         sys.stdout.write(json.dumps([shape, *errors]) + "\n")
 
 
 @pytest.mark.slow  # about a minute each
 @pytest.mark.parametrize("name", TASKS)
-def test_loss_and_gradients_in_float64_differ_by_nothing_but_rounding(name, tmp_path):
-    command = [sys.executable, "-c", RUN_FLOAT64, name, str(tmp_path / "tokenizer")]
+def test_train_step_in_float64_differs_by_nothing_but_rounding(name, tmp_path):
+    command = [sys.executable, "-c", RUN_FLOAT64, name, str(tmp_path / "model")]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     lines = [json.loads(line) for line in output.splitlines()]
     assert [tuple(shape) for shape, *_ in lines] == list(SHAPES)

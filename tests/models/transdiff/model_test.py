@@ -10,6 +10,8 @@ import pytest
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import reference_shapes
+from dar_jax.costs import traced_flops
+from dar_jax.models.dar.work import attention_flops
 from dar_jax.models.transdiff import work
 from dar_jax.models.transdiff.model import (
     AT_512_PIXELS,
@@ -55,6 +57,44 @@ def test_work_of_sampling(size):
     mrar = TransDiffConfig(**SIZES[size], **MRAR)
     total = work.sampling_flops(mrar) / 1e12
     assert total == pytest.approx(MRAR_TERAFLOPS[size], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_references"),
+    [(TransDiffConfig(**SIZES["l"]), 0), (TINY, 0), (TINY, 3)],
+    ids=["one step", "class", "references"],
+)
+def test_work_is_that_of_the_traced_model(config, num_references):
+    model, rows = FunctionalModel(TransDiff, config), 2
+    params = model.abstract_params()
+    latent = (config.latent_size, config.latent_size, config.channels)
+    tokens = (1 + num_references) * config.tokens_per_image
+
+    def flops(function, *shapes):
+        return traced_flops(jax.make_jaxpr(function)(params, *shapes)) / rows
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    found = flops(
+        lambda p, *a: model.bind(p).condition(*a),
+        array(dtype=jnp.int32),
+        array(num_references, *latent),
+    )
+    # A trace does not see what the mask leaves out: every block's pairs with later ones.
+    blocks = [config.buffer_size] + [config.tokens_per_image] * (1 + num_references)
+    masked = sum(size * sum(blocks[i + 1 :]) for i, size in enumerate(blocks))
+    masked *= config.num_references > 1
+    hidden = config.encoder_depth * attention_flops(masked, config.dim)
+    assert found == work.encode_flops(config, num_references) + hidden
+
+    condition = array(tokens, config.dim)
+    keys_values = lambda p, z: model.bind(p).decoder.keys_values(z)  # noqa: E731
+    assert flops(keys_values, condition) == work.keys_values_flops(config, tokens)
+    caches = jax.eval_shape(keys_values, params, condition)
+    velocity = lambda p, *a: model.bind(p).decoder.velocity(*a)  # noqa: E731
+    found = flops(velocity, array(*latent), array(), caches)
+    assert found == work.step_flops(config, tokens)
 
 
 def model_and_params(config):
