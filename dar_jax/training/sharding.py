@@ -61,7 +61,8 @@ class MeshConfig:
     """Slices that `data` spans, if a slower network joins several; part of `data`."""
     gather: str = "layer"
     """What `fsdp` splits is gathered for each `layer`, forwards and backwards, or once a `step` in
-    the compute dtype, which sends half and holds all weights and their gradients at a time."""
+    the compute dtype, which sends half and holds all weights and their gradients at a time. With
+    accumulation that is once per microbatch."""
 
     def __post_init__(self):
         if self.gather not in GATHERS:
