@@ -4,18 +4,18 @@ import dataclasses
 
 import ml_collections
 
-from dar_jax.benchmark import BenchmarkConfig
-from dar_jax.cache import CacheConfig
-from dar_jax.compile import CompileConfig
-from dar_jax.convert.command import ConvertConfig
 from dar_jax.data.sources import DataConfig
-from dar_jax.demo import DemoConfig
-from dar_jax.evaluators import EvaluateConfig
+from dar_jax.evaluation.evaluators import EvaluateConfig
+from dar_jax.modes.benchmark import BenchmarkConfig
+from dar_jax.modes.cache import CacheConfig
+from dar_jax.modes.compile import CompileConfig
+from dar_jax.modes.convert import ConvertConfig
+from dar_jax.modes.demo import DemoConfig
+from dar_jax.modes.sample import SampleConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.sample import SampleConfig
-from dar_jax.train_settings import TrainConfig
+from dar_jax.parallel.sharding import MeshConfig
+from dar_jax.training.config import TrainConfig
 from dar_jax.training.optimizer import OptimizerConfig
-from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.tracking import WandbConfig
 
 

@@ -39,16 +39,15 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax import benchmark, cache, compile, demo, evaluate, sample, train
-from dar_jax.convert import command
-from dar_jax.training import distributed
+from dar_jax.modes import benchmark, cache, compile, convert, demo, evaluate, sample, train
+from dar_jax.parallel import distributed
 
 MODES = {
     "train": train.train_and_evaluate,
     "sample": sample.sample,
     "evaluate": evaluate.evaluate,
     "cache": cache.cache,
-    "convert": command.convert,
+    "convert": convert.convert,
     "compile": compile.compile_programs,
     "benchmark": benchmark.benchmark,
     "demo": demo.demo,

@@ -12,15 +12,16 @@ from configs import (
     mnist,
     photographs,
 )
-from dar_jax import tasks, train_settings
+from dar_jax import tasks
 from dar_jax.common import model_dir
-from dar_jax.common.config import build
+from dar_jax.common.config_build import build
 from dar_jax.common.tree import num_parameters
-from dar_jax.convert.command import ConvertConfig
-from dar_jax.evaluators import EvaluateConfig
+from dar_jax.evaluation.evaluators import EvaluateConfig
 from dar_jax.models.dar.llama import SIZES
 from dar_jax.models.dar.tokenizer import TokenizerConfig
-from dar_jax.sample import SampleConfig
+from dar_jax.modes.convert import ConvertConfig
+from dar_jax.modes.sample import SampleConfig
+from dar_jax.training import config
 from dar_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.data import tiny_sets
 
@@ -95,7 +96,7 @@ def task_of(config, directory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_block_builds(name, tmp_path):
     config = CONFIGS[name]()
-    settings = train_settings.parse(config)
+    settings = config.parse(config)
     for cls, block in (
         (SampleConfig, "sample"),
         (EvaluateConfig, "evaluate"),
@@ -119,20 +120,19 @@ def test_released_tokenizer_is_the_default():
 
 def test_published_recipes():
     """Batch, length and rates; the optimizer tests cover the schedules themselves."""
-    tokenizer = train_settings.parse(imagenet_tokenizer.get_config())
+    tokenizer = config.parse(imagenet_tokenizer.get_config())
     assert (tokenizer.data.batch_size, tokenizer.train.steps) == (1024, 210_000)
     assert (tokenizer.data.crop, tokenizer.data.flip) == ("random", True)
     assert tokenizer.optimizer.ema_decay == 0.999
     one_step, mrar, large = (
-        train_settings.parse(imagenet_transdiff.get_config(name))
-        for name in ("l", "l,mrar", "l,512")
+        config.parse(imagenet_transdiff.get_config(name)) for name in ("l", "l,mrar", "l,512")
     )
     assert (one_step.data.batch_size, one_step.train.steps) == (2048, 800 * 625)
     assert (mrar.data.num_references, large.data.image_size) == (4, 512)
     rates = [run.optimizer.learning_rate for run in (one_step, mrar, large)]
     assert rates == pytest.approx([8e-4, 5e-5, 1e-4])
     assert [run.optimizer.trained for run in (one_step, mrar, large)] == ["", "", "decoder/"]
-    prior = train_settings.parse(imagenet_dar.get_config("xl"))
+    prior = config.parse(imagenet_dar.get_config("xl"))
     assert (prior.data.batch_size, prior.train.steps) == (1024, 360_000)
     assert (prior.optimizer.weight_decay, prior.optimizer.ema_decay) == (0.05, 0.0)
     rate = learning_rate_schedule(prior.optimizer)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from configs import mnist
-from dar_jax import evaluate, main, sample, train
+from dar_jax import main
+from dar_jax.modes import evaluate, sample, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_TOKENIZER = [

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from configs import mnist
-from dar_jax import generation, pipelines
+from dar_jax import pipelines
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.config import build
+from dar_jax.common.config_build import build
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.evaluation.classifier import Classifier
+from dar_jax.generation import batches
 from tests.architecture_test import ROOT
 
 ADDRESS = "package://mnist"
@@ -40,7 +41,7 @@ def test_model_that_is_not_shipped_is_one_line():
 
 def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_path):
     settings = build(
-        generation.SampleConfig, mnist.get_config("dar").sample.to_dict(), "config.sample"
+        batches.SampleConfig, mnist.get_config("dar").sample.to_dict(), "config.sample"
     )
     for name, expected in (
         ("untouched", ADDRESS),
@@ -50,11 +51,11 @@ def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_p
     ):
         if name != "untouched":
             (tmp_path / name / name).mkdir(parents=True)
-        assert generation.model_path(settings, str(tmp_path / name)) == expected
-    unnamed = generation.SampleConfig()
-    assert generation.model_path(unnamed, str(tmp_path)) == f"{tmp_path}/model"
-    named = generation.SampleConfig(model="own", untrained_model=ADDRESS)
-    assert generation.model_path(named, str(tmp_path)) == "own"
+        assert batches.model_path(settings, str(tmp_path / name)) == expected
+    unnamed = batches.SampleConfig()
+    assert batches.model_path(unnamed, str(tmp_path)) == f"{tmp_path}/model"
+    named = batches.SampleConfig(model="own", untrained_model=ADDRESS)
+    assert batches.model_path(named, str(tmp_path)) == "own"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import ConditionConfig, Tokenizer, TokenizerConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 SIZE, NUM_TOKENS, NUM_CLASSES = 16, 8, 10
 TOKENIZER = TokenizerConfig(

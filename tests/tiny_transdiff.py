@@ -8,7 +8,7 @@ import jax
 from dar_jax.common.model_dir import save_model
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.random_params import random_params
 
 VAE = KlVaeConfig(

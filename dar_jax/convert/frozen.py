@@ -22,7 +22,7 @@ from dar_jax.models.frozen.pretrained import (
     INCEPTION_KIND,
     LPIPS_KIND,
 )
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 LPIPS_PREFIX = f"{LPIPS_KIND}_"
 NETS = (DINOV2_KIND, *(f"{LPIPS_PREFIX}{network}" for network in NETWORKS), INCEPTION_KIND)

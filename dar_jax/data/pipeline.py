@@ -182,7 +182,7 @@ def train_iterator(config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)
     Args:
         config: the data.
         seed: of order and augmentation.
-        part: which part, of how many; see `training.sharding.batch_part`.
+        part: which part, of how many; see `parallel.sharding.batch_part`.
 
     Raises:
         ValueError: see `load_source`; the batch does not divide into the parts; or, while reading,

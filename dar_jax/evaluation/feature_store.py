@@ -1,8 +1,8 @@
 """Features of images on disk, so that none is computed twice.
 
-They lie in pieces (`evaluation.pieces`) in a directory that is named after the images and the
-network: a run that was killed goes on, several processes share the work, and comparisons with the
-same images share the result. What is computed is the same for any number of processes.
+They lie in pieces (`generation.resumable_arrays`) in a directory that is named after the images and
+the network: a run that was killed goes on, several processes share the work, and comparisons with
+the same images share the result. What is computed is the same for any number of processes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from dar_jax.common.progress import Progress, wait_for
 from dar_jax.common.typing import Any, Float, UInt8
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.image_sources import Images
-from dar_jax.evaluation.pieces import Pieces
+from dar_jax.generation.resumable_arrays import Pieces
 
 PIECE = 256
 """Images whose features are one file; more of them are lost when a run is killed."""

@@ -25,7 +25,7 @@ from dar_jax.common.typing import Array, Float, Params, UInt8
 from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
 from dar_jax.models.frozen.pretrained import inception_params, lpips_params
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 INCEPTION = "inception"
 BATCH_SIZE = 64

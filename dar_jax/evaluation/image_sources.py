@@ -23,9 +23,9 @@ from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.folder import SUFFIXES
 from dar_jax.data.sources import Source, load_source
 from dar_jax.data.transforms import center_crop
-from dar_jax.evaluation.image_set import PIXELS
 from dar_jax.evaluation.npz_images import NpzImages
-from dar_jax.evaluation.pieces import Pieces
+from dar_jax.generation.image_set import PIXELS
+from dar_jax.generation.resumable_arrays import Pieces
 
 NUM_THREADS = 8
 """Pictures that are decoded at the same time."""

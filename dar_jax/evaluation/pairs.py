@@ -10,12 +10,12 @@ from scipy.stats import entropy
 from dar_jax.common.progress import wait_for
 from dar_jax.common.typing import Int, UInt8
 from dar_jax.data.base import DataConfig
+from dar_jax.evaluation.distances import distance, warn_of_few
 from dar_jax.evaluation.feature_store import PIECE, FeatureStore, digest, read_ahead
 from dar_jax.evaluation.features import metric_name
-from dar_jax.evaluation.generation import distance, warn_of_few
 from dar_jax.evaluation.image_sources import Images, SplitImages
 from dar_jax.evaluation.moments import Moments
-from dar_jax.evaluation.pieces import Pieces
+from dar_jax.generation.resumable_arrays import Pieces
 
 Metric = Callable[[UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "N H W 3"]], float]
 """Mean over pairs of an original and another image."""

@@ -14,7 +14,7 @@ from dar_jax.losses.distortion import psnr
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
 from dar_jax.models.frozen.pretrained import lpips_params
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 __all__ = ["LpipsMetric", "psnr", "ssim"]
 

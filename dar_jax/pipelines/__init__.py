@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dar_jax.common import model_dir
-from dar_jax.common.config import build
+from dar_jax.common.config_build import build
 from dar_jax.common.typing import Params
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -16,12 +16,12 @@ from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.sampler import check_vae
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel.sharding import fsdp_sharding
 from dar_jax.pipelines.base import Pipeline, image_keys
 from dar_jax.pipelines.dar import DarPipeline, Generated, PriorPipeline, TokenizerPipeline
 from dar_jax.pipelines.kl_vae import KlVaePipeline
 from dar_jax.pipelines.transdiff import LatentPipeline, TransDiffPipeline
-from dar_jax.training.sharding import fsdp_sharding
 
 __all__ = [
     "DarPipeline",

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel, M
-from dar_jax.training.sharding import batch_sharding, check_batch_size, fsdp_sharding
+from dar_jax.nn.functional_model import FunctionalModel, M
+from dar_jax.parallel.sharding import batch_sharding, check_batch_size, fsdp_sharding
 
 
 class ModelPipeline(Generic[M]):

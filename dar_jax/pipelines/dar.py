@@ -11,18 +11,18 @@ from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeyArray
 from dar_jax.flow import solvers
 from dar_jax.models.dar import sampler
-from dar_jax.models.dar.inputs import (
+from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.nn.stack import unstack
+from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
+from dar_jax.pipelines.dar_inputs import (
     check_indices,
     check_known,
     check_labels,
     check_prefix,
     check_steps,
 )
-from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
-from dar_jax.nn.functional import FunctionalModel
-from dar_jax.nn.stack import unstack
-from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
 
 Guidance = float | int | Sequence[float | int]

@@ -8,7 +8,7 @@ import numpy as np
 from dar_jax.common.checks import check_microbatch, check_shape
 from dar_jax.common.typing import Array, Float, Params
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines.base import ModelPipeline
 
 

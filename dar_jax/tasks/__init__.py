@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from dar_jax.common.config import build as build_config
+from dar_jax.common.config_build import build as build_config
 from dar_jax.data import codes, encoded, latents
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.models.dar.llama import LlamaConfig

@@ -11,10 +11,10 @@ import numpy as np
 from clu import metrics
 
 from dar_jax.common import model_dir
-from dar_jax.common.config import build
+from dar_jax.common.config_build import build
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 DISCRIMINATOR = "discriminator"
 """Subtree of the trained parameters that has an optimizer of its own: the judge of an adversarial

@@ -22,7 +22,7 @@ from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
 from dar_jax.tasks.base import ModelTask, load_frozen

@@ -37,7 +37,7 @@ from dar_jax.models.dar.tokenizer import (
     window_start,
 )
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import DISCRIMINATOR, ModelTask
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures

@@ -29,7 +29,7 @@ from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.models import kl_vae_work as work
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import ModelTask
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
 

@@ -37,7 +37,7 @@ from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.models.frozen import dinov2, lpips, pretrained, work
 from dar_jax.models.patchgan import PatchGan, PatchGanConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 LPIPS_NETWORK = "vgg16"
 

@@ -43,7 +43,7 @@ from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.models.transdiff import sampler, work
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import Adapter, ModelTask, load_frozen
 from dar_jax.tasks.time_groups import group_average, group_sums
 

@@ -16,8 +16,8 @@ from absl import logging
 from clu import metrics as clu_metrics
 from PIL import Image
 
-from dar_jax.common.chips import chip_of
 from dar_jax.common.typing import UInt8
+from dar_jax.parallel.chips import chip_of
 from dar_jax.tasks.base import Task
 from dar_jax.training.tracking import Tracker, WandbConfig
 

@@ -20,8 +20,8 @@ import optax
 from optax import contrib
 
 from dar_jax.common.typing import Any, Params
+from dar_jax.parallel import sharding
 from dar_jax.tasks.base import DISCRIMINATOR
-from dar_jax.training import sharding
 
 OPTIMIZERS = ("adamw", "muon")
 DECAY_SHAPES = ("linear", "cosine")

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from dar_jax.common import tree
 from dar_jax.common.typing import Params, PRNGKeyArray
+from dar_jax.parallel import sharding
 from dar_jax.tasks.base import Task
-from dar_jax.training import sharding
 from dar_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 

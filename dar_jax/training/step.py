@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.nn.layout import batch_split
+from dar_jax.parallel import sharding
 from dar_jax.tasks.base import Task
-from dar_jax.training import metrics, sharding
+from dar_jax.training import metrics
 from dar_jax.training.optimizer import OptimizerConfig, make_optimizer, trained_gradients
 from dar_jax.training.state import TrainState
 

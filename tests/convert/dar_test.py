@@ -8,7 +8,7 @@ from dar_jax.convert import dar as convert
 from dar_jax.convert.rules import reference_shapes, to_state_dict
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures
 
 TOKENIZERS = ("dar/tokenizer_tiny", "dar/tokenizer_multihead")

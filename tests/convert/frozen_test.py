@@ -8,12 +8,13 @@ import pytest
 import safetensors.numpy
 
 from configs import imagenet_tokenizer
-from dar_jax.convert import command, dinov2, frozen, inception, lpips, rules
+from dar_jax.convert import dinov2, frozen, inception, lpips, rules
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES, Dinov2
 from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.modes import convert as mode
+from dar_jax.nn.functional_model import FunctionalModel
 
 
 def random_state_dict(table, model):
@@ -28,7 +29,7 @@ def convert(tmp_path, net, *state_dicts):
         safetensors.numpy.save_file(state_dict, paths[-1])
     config = imagenet_tokenizer.get_config()
     config.convert.update(net=net, source=",".join(paths))
-    command.convert(config, str(tmp_path))
+    mode.convert(config, str(tmp_path))
 
 
 def test_dinov2_tells_its_size_and_is_found_by_the_loss(tmp_path, monkeypatch):
@@ -67,7 +68,7 @@ def test_inception_is_found_by_evaluation(tmp_path, monkeypatch):
 
 def test_unknown_network_and_missing_heads_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="net='vgg' must be one of dinov2, lpips_vgg16"):
-        command.ConvertConfig(net="vgg")
+        mode.ConvertConfig(net="vgg")
     with pytest.raises(ValueError, match=r"missing lin0\.model\.1\.weight") as caught:
         convert(tmp_path, "lpips_alexnet", {"features.0.bias": np.zeros(64, np.float32)})
     assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()

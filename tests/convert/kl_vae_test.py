@@ -9,9 +9,10 @@ import pytest
 from configs import common, imagenet_kl_vae
 from dar_jax.common import model_dir
 from dar_jax.common.files import write_safetensors
-from dar_jax.convert import command, kl_vae, rules
+from dar_jax.convert import checkpoints, kl_vae, rules
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.modes import convert as mode
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines import KlVaePipeline, from_pretrained
 from tests.golden import fixtures, models
 from tests.models.kl_vae_test import to_nchw, to_nhwc
@@ -66,7 +67,7 @@ def test_converted_model_directory_encodes_and_decodes_like_the_reference(tmp_pa
     config.convert.source = str(tmp_path / "kl16.safetensors")
     logging.getLogger("absl").addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, logger="absl"):
-        command.convert(config, str(tmp_path))
+        mode.convert(config, str(tmp_path))
     logging.getLogger("absl").removeHandler(caplog.handler)
     assert "Left out 1 tensors that are no parameters: loss.logvar" in caplog.text
 
@@ -81,8 +82,8 @@ def test_converted_model_directory_encodes_and_decodes_like_the_reference(tmp_pa
         loaded.encode(np.zeros((1, 40, 64, 3), np.float32))
 
     config.convert.update(source="", to="torch")
-    command.convert(config, str(tmp_path))
-    back = command.read_checkpoint(str(tmp_path / "kl_vae.safetensors")).state_dict
+    mode.convert(config, str(tmp_path))
+    back = checkpoints.read_checkpoint(str(tmp_path / "kl_vae.safetensors")).state_dict
     assert back.keys() == state_dict.keys()
     assert all(np.array_equal(back[name], array) for name, array in state_dict.items())
 

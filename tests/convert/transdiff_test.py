@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from configs import common, imagenet_kl_vae, imagenet_transdiff
-from dar_jax.convert import command
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.checkpoints import read_checkpoint
+from dar_jax.modes import convert as mode
 from dar_jax.pipelines import from_pretrained
-from tests.convert.command_test import assert_same_params
 from tests.golden import fixtures, models
+from tests.modes.convert_test import assert_same_params
 
 VAE = "transdiff/kl_vae_tiny"
 FOLDERS = ("transdiff/transdiff_tiny", "transdiff/transdiff_mrar_tiny")
@@ -73,7 +73,7 @@ def test_configs_that_are_not_supported_are_refused(changes, message):
 def convert_file(config, model, source, workdir):
     config.model = common.block(model)
     config.convert.source = str(source)
-    command.convert(config, str(workdir))
+    mode.convert(config, str(workdir))
 
 
 def test_official_files_become_a_model_directory_and_go_back(tmp_path):
@@ -97,7 +97,7 @@ def test_official_files_become_a_model_directory_and_go_back(tmp_path):
     assert_same_params(pipeline.vae.params, vae_params)
 
     config.convert.update(source="", to="torch")
-    command.convert(config, str(tmp_path / "transdiff"))
+    mode.convert(config, str(tmp_path / "transdiff"))
     back = read_checkpoint(str(tmp_path / "transdiff/transdiff.safetensors")).state_dict
     assert_same_params(back, state_dict)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs import mnist
-from dar_jax import cache
-from dar_jax.common.config import build
+from dar_jax.common.config_build import build
 from dar_jax.data import pipeline, references
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
+from dar_jax.modes import cache
 from tests.data import tiny_sets
 
 SIZE = references.GROUP_SIZE

@@ -13,7 +13,7 @@ from dar_jax.evaluation import features
 from dar_jax.evaluation.features import FeatureExtractor, metric_name
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig, StageConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.models.inception_test import scaled_state_dict
 from tests.random_params import random_params
 

@@ -8,7 +8,6 @@ from PIL import Image
 from dar_jax.common import image as images
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
-from dar_jax.evaluation.image_set import ImageSet
 from dar_jax.evaluation.image_sources import (
     FolderImages,
     SetImages,
@@ -17,6 +16,7 @@ from dar_jax.evaluation.image_sources import (
     open_images,
     read_all,
 )
+from dar_jax.generation.image_set import ImageSet
 
 SYNTHETIC = DataConfig(source="synthetic", image_size=8)
 LEVELS = np.arange(256, dtype=np.uint8)

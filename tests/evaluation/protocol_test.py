@@ -15,9 +15,9 @@ from dar_jax.common import image as images
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.feature_store import FeatureStore
 from dar_jax.evaluation.features import FeatureExtractor
-from dar_jax.evaluation.image_set import ImageSet
 from dar_jax.evaluation.image_sources import SplitImages, open_images, read_all
 from dar_jax.evaluation.pairs import distance_figures
+from dar_jax.generation.image_set import ImageSet
 
 SIZE, COUNT = 64, 48
 ZERO = 1e-3

@@ -7,7 +7,7 @@ import pytest
 from dar_jax.evaluation import reconstruction
 from dar_jax.evaluation.reconstruction import psnr
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig, StageConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 
 def test_psnr_equals_definition():

@@ -15,7 +15,7 @@ from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.models.kl_vae import KlVae
 from dar_jax.models.transdiff.model import TransDiff
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures
 
 

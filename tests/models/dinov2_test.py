@@ -10,7 +10,7 @@ from dar_jax.common import tree
 from dar_jax.convert import dinov2 as convert_dinov2
 from dar_jax.convert import rules
 from dar_jax.models.frozen.dinov2 import IMAGE_SIZE, SIZES, Dinov2, Dinov2Config, preprocess
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 CONFIG = Dinov2Config(dim=32, depth=2, num_heads=4, patch_size=56)
 MODEL = FunctionalModel(Dinov2, CONFIG)

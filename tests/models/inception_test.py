@@ -11,7 +11,7 @@ import pytest
 from dar_jax.convert import inception, rules
 from dar_jax.models.frozen import inception as network
 from dar_jax.models.frozen.inception import Inception, InceptionConfig, resize_bilinear
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 TOLERANCE = 1e-4  # float32 through 94 convolutions; features reach 8
 RESIZE_TOLERANCE = 1e-4  # of 255: float32

@@ -9,7 +9,7 @@ import pytest
 from dar_jax.common import image as images
 from dar_jax.common.tree import num_parameters
 from dar_jax.models.kl_vae import LATENT_SCALE, KlVae, KlVaeConfig, posterior
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures, models
 
 TINY, GROUPS = "transdiff/kl_vae_tiny", "transdiff/kl_vae_groups32"

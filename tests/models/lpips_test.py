@@ -10,7 +10,7 @@ from dar_jax.convert import lpips as convert_lpips
 from dar_jax.convert import rules
 from dar_jax.losses.perceptual import level_distances, perceptual_distance
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures
 
 FOLDER = "dar/lpips"

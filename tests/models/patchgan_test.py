@@ -12,7 +12,7 @@ from dar_jax.convert import rules
 from dar_jax.losses import adversarial
 from dar_jax.models.patchgan import TIME_FEATURES, PatchGan, PatchGanConfig
 from dar_jax.nn.embeddings import timestep_features
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures
 
 FOLDER = "dar/discriminator"

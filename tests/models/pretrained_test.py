@@ -23,7 +23,7 @@ from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 EXAMPLE = pathlib.Path(__file__).parent / "lpips_example"
 """A picture and two distortions of it, from the LPIPS repository (its license is beside them)."""

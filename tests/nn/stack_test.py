@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dar_jax.nn.compute import REMAT_POLICIES, Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.layers import Mlp, dropout
 from dar_jax.nn.stack import Stack, unstack
 

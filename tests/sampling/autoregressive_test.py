@@ -10,7 +10,7 @@ import pytest
 
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import Decoder

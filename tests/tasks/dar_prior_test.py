@@ -13,11 +13,11 @@ from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import ConditionConfig, Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel import sharding
+from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.tasks.dar_prior import DarPriorTask
-from dar_jax.training import sharding
 from dar_jax.training.optimizer import OptimizerConfig
-from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.state import create_state
 from dar_jax.training.step import make_train_step
 

@@ -12,7 +12,7 @@ from dar_jax.models import kl_vae_work
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig, StageConfig
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import Task
 from dar_jax.tasks.kl_vae import KlVaeLossConfig, KlVaeTask
 from tests.random_params import random_params

@@ -18,11 +18,11 @@ from dar_jax.models.frozen.lpips import NETWORKS, Lpips, LpipsConfig, StageConfi
 from dar_jax.models.frozen.work import dinov2_flops, lpips_train_flops
 from dar_jax.models.patchgan import PatchGanConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel import sharding
 from dar_jax.tasks.base import DISCRIMINATOR, Task
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
 from dar_jax.tasks.time_groups import time_group
-from dar_jax.training import sharding
 from dar_jax.training import state as state_lib
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.step import make_train_step

@@ -12,11 +12,11 @@ from dar_jax.common import model_dir, tree
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import to_state_dict
 from dar_jax.nn.compute import Compute
+from dar_jax.parallel import sharding
+from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.tasks.transdiff import TransDiffLossConfig, TransDiffTask, diversity
 from dar_jax.training import optimizer as optimizer_lib
-from dar_jax.training import sharding
 from dar_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.state import create_state
 from dar_jax.training.step import make_train_step
 from tests import tiny_transdiff

@@ -6,10 +6,10 @@ import pytest
 
 from dar_jax.data import pipeline
 from dar_jax.data.sources import DataConfig
-from dar_jax.training import sharding
+from dar_jax.parallel import sharding
+from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.training.checkpoint import Checkpoints
 from dar_jax.training.optimizer import OptimizerConfig
-from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.state import TrainState, abstract_state, create_state
 from tests.training.toy_task import ToyTask
 

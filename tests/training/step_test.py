@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from dar_jax.common import image as image_lib
-from dar_jax.training import sharding
+from dar_jax.parallel import sharding
+from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.training.optimizer import OptimizerConfig
-from dar_jax.training.sharding import MeshConfig
 from dar_jax.training.state import abstract_state, create_state
 from dar_jax.training.step import accumulate, check_accumulation, make_train_step
 from tests.training.toy_task import ToyTask

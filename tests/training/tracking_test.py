@@ -8,10 +8,10 @@ import pytest
 import wandb
 from PIL import Image
 
-from dar_jax import train
+from dar_jax.modes import train
 from dar_jax.training import metrics, tracking
 from dar_jax.training.tracking import WandbConfig
-from tests import train_test
+from tests.modes import train_test
 from tests.training.toy_task import ToyTask
 
 

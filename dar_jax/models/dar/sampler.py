@@ -24,7 +24,7 @@ from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.layout import in_parts
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig

@@ -20,7 +20,7 @@ from dar_jax.common.typing import Params
 from dar_jax.models.frozen.dinov2 import Dinov2, Dinov2Config
 from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips, LpipsConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 LPIPS_KIND = "lpips"
 DINOV2_KIND = "dinov2"

@@ -26,7 +26,7 @@ from dar_jax.flow.times import shifted_grid, stochastic_grid
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.nn.attention import KVCache
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
 INITIAL_STREAM, STEP_STREAM = 0, 1

@@ -15,7 +15,7 @@ from dar_jax.convert.rules import to_state_dict
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import SIZES, Llama, LlamaConfig, cache_mask, ffn_hidden_dim
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling.autoregressive import grow
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule, guide, scale_and_filter

@@ -14,7 +14,7 @@ from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines import TokenizerPipeline
 from tests.golden import fixtures, models
 

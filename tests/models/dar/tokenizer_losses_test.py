@@ -15,7 +15,7 @@ from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.dar.quantizer import dead_code_rate, entropy_loss
 from dar_jax.models.dar.tokenizer import window_start
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.dar_tokenizer import training_forward
 from tests.golden import fixtures, models
 

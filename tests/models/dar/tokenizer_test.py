@@ -21,7 +21,7 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.attention import causal_mask
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.layers import layer_norm
 from dar_jax.nn.patch import patchify
 from dar_jax.nn.rope import append_identity, rope_2d

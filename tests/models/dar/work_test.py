@@ -13,7 +13,7 @@ from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import SIZES, Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import ConditionConfig, Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 
 GIGA, MEGA = 1e9, 1e6
 ELEMENTWISE = 0.025  # XLA counts norms, activations and softmax too; small at these widths

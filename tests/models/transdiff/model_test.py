@@ -10,7 +10,6 @@ import pytest
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import reference_shapes
-from dar_jax.costs import traced_flops
 from dar_jax.models.dar.work import attention_flops
 from dar_jax.models.transdiff import work
 from dar_jax.models.transdiff.model import (
@@ -20,8 +19,9 @@ from dar_jax.models.transdiff.model import (
     TransDiff,
     TransDiffConfig,
 )
-from dar_jax.nn.functional import FunctionalModel
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
+from dar_jax.performance.hlo import traced_flops
 from tests.random_params import random_params
 from tests.tiny_transdiff import MRAR as TINY
 

@@ -1,0 +1,120 @@
+"""`--mode=cache --config.cache.kind=codes`: a data set as the codes of a frozen tokenizer.
+
+Training pictures are encoded in all crops that `config.data.crop` may draw: one for "center", ten
+for "ten_crop" (the published recipe), and all of them mirrored as well with `config.data.flip`;
+held-out pictures in the centre crop.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import ml_collections
+import numpy as np
+
+from dar_jax.caching.encoded import Encoder, Views, write_encoded
+from dar_jax.common import image as images
+from dar_jax.common import model_dir
+from dar_jax.common.config_build import build
+from dar_jax.common.typing import Array, Int, Params, UInt8
+from dar_jax.data.base import DataConfig
+from dar_jax.data.codes import FORM, MAX_CODEBOOK_SIZE
+from dar_jax.data.sources import SPLITS, load_source
+from dar_jax.data.transforms import center_crop, ten_crop
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel.workdir import open_workdir
+
+CROPS_PER_DEVICE = 64
+"""Encoded at a time; their distances to 16,384 codes take 1 GB."""
+NUM_CROPS = {"center": 1, "ten_crop": 10}
+CROPS = {"center": lambda pixels, size: center_crop(pixels, size)[None], "ten_crop": ten_crop}
+
+
+def write_codes(config: ml_collections.ConfigDict, workdir: str, pictures_per_shard: int) -> None:
+    """Write the codes of every split to `workdir`; shards that are there already are kept.
+
+    Raises:
+        ValueError: the data or the tokenizer cannot be used, or the workdir holds another cache.
+        OSError: the workdir cannot be written.
+    """
+    data = build(DataConfig, config.data.to_dict(), "config.data")
+    if data.crop not in CROPS:
+        raise ValueError(
+            f"config.data.crop={data.crop!r} never repeats a crop, so its codes cannot be cached; "
+            f"use {' or '.join(CROPS)}"
+        )
+    if data.padding:
+        raise ValueError(
+            f"config.data.padding={data.padding} moves a picture anew every time, so its codes "
+            "cannot be cached; use 0"
+        )
+    model = load_tokenizer(config.tokenizer, data.image_size)
+    encoder = Encoder(model, config.tokenizer, _encode, rows_per_device=CROPS_PER_DEVICE)
+    sources = {split: load_source(data, split) for split in SPLITS}
+    contents = {
+        FORM.model: model_dir.fingerprint(config.tokenizer),
+        "num_tokens": model.config.num_tokens,
+        "crop": data.crop,
+        "flip": data.flip,
+    }
+    # What is held out is seen in one crop, as everywhere else.
+    held_out = dataclasses.replace(data, crop="center", flip=False)
+    write_encoded(
+        data,
+        open_workdir(workdir),
+        contents,
+        form=FORM,
+        sources=sources,
+        encoder=encoder,
+        views={"train": views_of(data), "test": views_of(held_out)},
+        pictures_per_shard=pictures_per_shard,
+    )
+
+
+def views_of(config: DataConfig) -> Views:
+    """The crops that training may see of a picture."""
+    count = NUM_CROPS[config.crop] * (2 if config.flip else 1)
+    return Views(count, functools.partial(crops_of, config=config))
+
+
+def crops_of(
+    pixels: UInt8[np.ndarray, "_ _ 3"], config: DataConfig
+) -> UInt8[np.ndarray, "crops _ _ 3"]:
+    """All crops [crops, size, size, 3] that training may see of a picture.
+
+    Returns:
+        The centre crop, or the ten in the order of `transforms.ten_crop`; then, with
+        `config.flip`, all of them mirrored.
+    """
+    crops = CROPS[config.crop](pixels, config.image_size)
+    return np.concatenate([crops, *([crops[:, :, ::-1]] if config.flip else [])])
+
+
+def load_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer]:
+    """Read the tokenizer's architecture.
+
+    Raises:
+        ValueError: it cannot be read, is no tokenizer, does not take images of this size, or its
+            codes do not fit into 16 bits.
+    """
+    loaded = model_dir.load_config(directory, "dar_tokenizer")
+    config = build(TokenizerConfig, loaded["model"], directory)
+    if config.codebook_size > MAX_CODEBOOK_SIZE:
+        raise ValueError(
+            f"{directory} has {config.codebook_size} codes, at most {MAX_CODEBOOK_SIZE} can be "
+            "cached"
+        )
+    if config.image_size != image_size:
+        raise ValueError(
+            f"config.data.image_size={image_size}, but {directory} takes images of "
+            f"{config.image_size} pixels; use that"
+        )
+    # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
+    return FunctionalModel(Tokenizer, config, Compute())
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: FunctionalModel[Tokenizer], params: Params, pixels: Array) -> Int[Array, "B N"]:
+    return model.bind(params).encode(images.to_float(pixels)).indices

@@ -1,0 +1,193 @@
+"""What the demo generates: checked requests, each one batch of the same size.
+
+A batch is padded, guidance is never off and kept tokens come in a few numbers, so that everything
+is compiled at the start and nothing by a request.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dar_jax.common import image as images
+from dar_jax.common.checks import check_range
+from dar_jax.common.typing import Int, UInt8
+from dar_jax.data.decode import UnreadablePictureError, decode
+from dar_jax.data.transforms import center_crop
+from dar_jax.generation.batches import SampleConfig, drawing, pad, whole_batch
+from dar_jax.pipelines import DarPipeline, Pipeline
+from dar_jax.sampling.logits import MIN_LINEAR_START
+
+MAX_GUIDANCE = 20.0
+MAX_TEMPERATURE = 2.0
+MAX_SEED = 2**31 - 1
+MEGABYTE = 2**20
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Of uploaded pictures; some of the others that Pillow knows start programs."""
+MAX_PIXELS = 50_000_000
+"""Of an uploaded picture: a small file may hold a picture that fills the memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody asks for.
+
+    Attributes:
+        labels: a class for every image.
+        guidance_scale: at the first and at the last token; a single one if there are no tokens.
+        temperature: divides the logits; 0 is greedy.
+        seed: image i depends on it, on i and on its label.
+        layout: a picture whose first tokens are kept, or None.
+        num_kept: how many of them.
+    """
+
+    labels: tuple[int, ...]
+    guidance_scale: tuple[float, ...]
+    temperature: float
+    seed: int
+    layout: UInt8[np.ndarray, "H W 3"] | None = None
+    num_kept: int = 0
+
+
+class Preview(NamedTuple):
+    """The images of a request after some of the tokens.
+
+    Attributes:
+        step: denoising steps taken.
+        num_tokens: tokens known; 0 if the model has none.
+        seconds: since the work began.
+        pixels: of all images.
+    """
+
+    step: int
+    num_tokens: int
+    seconds: float
+    pixels: UInt8[np.ndarray, "B H W 3"]
+
+
+class BatchGenerator:
+    """Answers requests with a pipeline.
+
+    Attributes:
+        pipeline: the models.
+        batch_size: most images of a request.
+        options: how images are drawn where requests do not say it.
+        kept_choices: numbers of tokens of a layout that can be kept; none if the model has no
+            tokens.
+        num_tokens: of an image; 0 if the model has none.
+        num_scales: of the guidance of a request.
+        num_steps: after which an image is finished.
+        compile_seconds: that everything took to compile.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: SampleConfig, batch_size: int):
+        """Run everything that a request may need once."""
+        self.pipeline = pipeline
+        self.batch_size = whole_batch(pipeline, batch_size)
+        self.options = drawing(settings, pipeline)
+        self._seed = settings.seed
+        self.num_tokens, self.num_scales, self.kept_choices = 0, 1, ()
+        if isinstance(pipeline, DarPipeline):
+            self.num_tokens, self.num_scales = pipeline.prior.config.num_tokens, 2
+            self.kept_choices = tuple(n for n in settings.prefix_tokens if 0 < n < self.num_tokens)
+        started = time.monotonic()
+        self.num_steps = self._compile()
+        self.compile_seconds = time.monotonic() - started
+
+    def default_request(self, labels: tuple[int, ...]) -> Request:
+        """Return what the settings ask for."""
+        scales = np.ravel(self.options["guidance_scale"]).tolist()
+        # One scale for all passes: that of the last one, which makes the image.
+        scales = (scales[0], scales[-1])[-self.num_scales :]
+        return Request(labels, scales, self.options.get("temperature", 1.0), self._seed)
+
+    def _compile(self) -> int:
+        request = self.default_request((0,))
+        *_, last = self.stream(request)
+        size = self.pipeline.image_size
+        layout = np.zeros((size, size, 3), np.uint8)
+        for num_kept in self.kept_choices:
+            kept = dataclasses.replace(request, layout=layout, num_kept=num_kept)
+            for preview in self.stream(kept):
+                # From here on it is as without a layout.
+                if preview.num_tokens > num_kept:
+                    break
+        return last.step
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError unless the request can be answered."""
+        if not request.labels:
+            raise ValueError("choose at least one class")
+        if len(request.labels) > self.batch_size:
+            raise ValueError(
+                f"{len(request.labels)} images are asked for, at most {self.batch_size} are made "
+                "at a time: choose fewer classes or fewer images of each"
+            )
+        check_range("class", request.labels, self.pipeline.num_classes)
+        for name, values, least, most in (
+            ("guidance", request.guidance_scale, 1, MAX_GUIDANCE),
+            ("temperature", (request.temperature,), 0, MAX_TEMPERATURE),
+            ("seed", (request.seed,), 0, MAX_SEED),
+        ):
+            if not all(least <= value <= most for value in values):
+                shown = ", ".join(f"{value:g}" for value in values)
+                raise ValueError(f"{name} {shown} must be between {least} and {most:g}")
+        if request.layout is not None and request.num_kept not in self.kept_choices:
+            choices = ", ".join(map(str, self.kept_choices))
+            raise ValueError(f"{request.num_kept} tokens of the layout: choose one of {choices}")
+
+    def stream(self, request: Request) -> Generator[Preview, None, None]:
+        """Yield the previews of a request; the last one holds the images.
+
+        Raises:
+            ValueError: the request cannot be answered; with the first preview.
+        """
+        self.check(request)
+        started = time.monotonic()
+        labels = pad(np.int32(request.labels), self.batch_size)
+        rng = jax.random.key(request.seed)
+        for preview in self.pipeline.stream(labels, rng=rng, **self._options(request)):
+            # Further work on the device would queue behind the next step.
+            pixels = images.to_pixels(np.asarray(preview.images))[: len(request.labels)]
+            num_tokens = getattr(preview, "num_tokens", 0)
+            yield Preview(preview.step, num_tokens, time.monotonic() - started, pixels)
+
+    def _options(self, request: Request) -> dict[str, Any]:
+        # Without guidance it is another program; so little of it is not seen.
+        scales = tuple(max(scale, MIN_LINEAR_START) for scale in request.guidance_scale)
+        options = {**self.options, "guidance_scale": scales}
+        if "temperature" in options:
+            options["temperature"] = float(request.temperature)
+        if request.layout is not None:
+            options["prefix"] = self._prefix(request)
+        return options
+
+    def _prefix(self, request: Request) -> Int[np.ndarray, "B K"]:
+        batch = images.to_float(request.layout[None])
+        batch = pad(batch, whole_batch(self.pipeline, 1))
+        tokens = np.asarray(self.pipeline.tokenizer.encode(batch))[:1, : request.num_kept]
+        return np.repeat(tokens, self.batch_size, axis=0)
+
+
+def read_upload(path: str, size: int, max_bytes: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Read an uploaded picture and crop its middle to `size` pixels a side.
+
+    Raises:
+        ValueError: the file is too large, or is no picture that can be read.
+    """
+    file = pathlib.Path(path)
+    num_bytes = file.stat().st_size
+    if num_bytes > max_bytes:
+        raise ValueError(
+            f"{file.name} has {num_bytes / MEGABYTE:.1f} MB, "
+            f"at most {max_bytes / MEGABYTE:g} MB are taken"
+        )
+    try:
+        pixels = decode(file.read_bytes(), file.name, formats=FORMATS, max_pixels=MAX_PIXELS)
+    except UnreadablePictureError as error:
+        raise ValueError(f"{error} (expected {', '.join(FORMATS)})") from error
+    return center_crop(pixels, size)

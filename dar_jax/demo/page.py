@@ -1,0 +1,286 @@
+"""The page of the demo, in gradio: inputs, previews as they come, a layout, a gallery.
+
+Nothing is reported or fetched: no analytics, the system's own fonts.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from absl import logging
+
+from dar_jax.common.typing import UInt8
+from dar_jax.demo import html
+from dar_jax.demo.batch import (
+    MAX_GUIDANCE,
+    MAX_TEMPERATURE,
+    BatchGenerator,
+    Preview,
+    Request,
+    read_upload,
+)
+from dar_jax.demo.queue import RequestQueue, Ticket, Waiting
+from dar_jax.generation.batches import class_name
+
+DEFAULT_CLASSES = 4
+SMALL_IMAGE = 128
+"""Pixels a side below which an image is enlarged without smoothing."""
+GALLERY_SIZE = 48
+NEW_SEEDS = 10_000
+"""The button draws one of so many: short enough for captions."""
+HOUR = 3600
+SPARE_THREADS = 40
+"""Besides those that wait for previews."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+FONT, MONOSPACED = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+"""Events are the page's own."""
+
+History = list[tuple[UInt8[np.ndarray, "H W 3"], str]]
+
+
+class Page:
+    """The components and what they do; `blocks` is the whole.
+
+    A page that somebody has open is one owner in the request queue.
+    """
+
+    def __init__(self, generator: BatchGenerator, requests: RequestQueue, max_upload_bytes: int):
+        self._generator = generator
+        self._requests = requests
+        self._max_upload_bytes = max_upload_bytes
+        pipeline = generator.pipeline
+        self._size = pipeline.image_size
+        self._names = tuple(class_name(pipeline, n) for n in range(pipeline.num_classes))
+        self._style = ["pixelated"] if self._size < SMALL_IMAGE else []
+        unit = "token" if generator.num_tokens else "step"
+        title = f"Images that grow {unit} by {unit}"
+        self.blocks = gr.Blocks(
+            title=title, analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)
+        )
+        with self.blocks:
+            gr.Markdown(f"# {title}\n{self._description()}")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    self._add_inputs()
+                with gr.Column(scale=3, min_width=300):
+                    self._add_outputs()
+            self._connect()
+            if generator.kept_choices:
+                self._connect_layout()
+
+    def launch(self, host: str, port: int) -> None:
+        """Serve the page in threads of its own.
+
+        Raises:
+            ValueError: host or port cannot be bound.
+        """
+        try:
+            self.blocks.launch(
+                server_name=host,
+                server_port=port,
+                max_file_size=self._max_upload_bytes,
+                max_threads=self._requests.max_requests + SPARE_THREADS,
+                theme=gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONOSPACED),
+                css=html.CSS,
+                footer_links=[],
+                share=False,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+        except OSError as error:
+            raise ValueError(f"cannot serve on {host}:{port}: {error}") from error
+        logging.info("The demo is at %s (Ctrl-C ends it)", self.blocks.local_url)
+        if host not in LOOPBACK:
+            logging.warning("host=%s: everybody who can reach this computer can use the demo", host)
+
+    def _description(self) -> str:
+        sizes = f"{len(self._names)} classes, {self._size} x {self._size} pixels"
+        if not self._generator.num_tokens:
+            return f"{sizes}, {self._generator.num_steps} steps of diffusion."
+        return (
+            f"{sizes}, {self._generator.num_tokens} tokens. Every group of tokens conditions steps "
+            "of diffusion: a preview is there long before the last token."
+        )
+
+    def _add_inputs(self) -> None:
+        most = self._generator.batch_size
+        shown = min(DEFAULT_CLASSES, len(self._names), most)
+        defaults = self._generator.default_request(tuple(range(shown)))
+        self._classes = gr.Dropdown(
+            [(name, label) for label, name in enumerate(self._names)],
+            value=list(defaults.labels),
+            multiselect=True,
+            label="Classes",
+        )
+        self._per_class = gr.Slider(1, most, most // shown, step=1, label="Images of each class")
+        with gr.Row():
+            self._go = gr.Button("Generate", variant="primary", min_width=140)
+            self._stop = gr.Button("Cancel", variant="stop", min_width=100, interactive=False)
+        guidance = dict(minimum=1, maximum=MAX_GUIDANCE, step=0.1)
+        first, last = defaults.guidance_scale[0], defaults.guidance_scale[-1]
+        is_ramp = self._generator.num_scales > 1
+        label = "Guidance, first token" if is_ramp else "Guidance"
+        self._first = gr.Slider(value=first, label=label, **guidance)
+        self._last = gr.Slider(
+            value=last, label="Guidance, last token", visible=is_ramp, **guidance
+        )
+        self._temperature = gr.Slider(
+            0,
+            MAX_TEMPERATURE,
+            defaults.temperature,
+            step=0.05,
+            label="Temperature",
+            visible="temperature" in self._generator.options,
+        )
+        self._seed = gr.Number(defaults.seed, label="Seed", precision=0)
+        self._new_seed = gr.Button("New seed", size="sm")
+        self._add_layout_inputs()
+
+    def _add_layout_inputs(self) -> None:
+        choices = self._generator.kept_choices
+        self._layout = gr.State(None)
+        with gr.Accordion("Keep the layout of a picture", open=False, visible=bool(choices)):
+            self._file = gr.File(label="Picture", file_types=["image"], height=130)
+            gr.Markdown("Or click on a picture in the gallery.")
+            self._layout_view = gr.HTML(elem_classes=self._style, elem_id="layout")
+            self._num_kept = gr.Radio(
+                choices,
+                value=choices[len(choices) // 2] if choices else None,
+                label="First tokens that are kept",
+            )
+            self._no_layout = gr.Button("Forget the layout", size="sm")
+
+    def _add_outputs(self) -> None:
+        empty = html.tiles([""] * self._generator.batch_size)
+        self._status = gr.HTML(html.status(0.0, "Press Generate."), elem_id="status")
+        self._images = gr.HTML(empty, elem_classes=self._style, elem_id="images")
+        self._history = gr.State([])
+        self._gallery = gr.Gallery(
+            label="Gallery",
+            height="auto",
+            format="png",
+            allow_preview=False,
+            elem_classes=self._style,
+            elem_id="gallery",
+        )
+
+    def _connect(self) -> None:
+        self._go.click(
+            self._generate,
+            [
+                *(self._classes, self._per_class, self._first, self._last),
+                *(self._temperature, self._seed, self._layout, self._num_kept, self._history),
+            ],
+            [self._go, self._stop, self._status, self._images, self._history, self._gallery],
+            concurrency_limit=None,  # the request queue has its own
+            **PRIVATE,
+        )
+        self._stop.click(self._cancel, queue=False, **PRIVATE)
+        self.blocks.unload(self._cancel)
+        self._new_seed.click(_draw_seed, outputs=self._seed, queue=False, **PRIVATE)
+
+    def _connect_layout(self) -> None:
+        views = [self._layout, self._layout_view]
+        self._file.upload(self._take_upload, self._file, [*views, self._file], **PRIVATE)
+        self._no_layout.click(lambda: (None, ""), outputs=views, **PRIVATE)
+        self._gallery.select(self._take_from_gallery, self._history, views, **PRIVATE)
+
+    def _generate(
+        self,
+        classes: Sequence[int],
+        per_class: int,
+        first: float | int,
+        last: float | int,
+        temperature: float | int,
+        seed: int | None,
+        layout: UInt8[np.ndarray, "H W 3"] | None,
+        num_kept: int | None,
+        history: History,
+        http: gr.Request,
+    ) -> Iterator[dict]:
+        """Yield what changes on the page while a request waits and is served."""
+        labels = tuple(label for label in classes for _ in range(per_class))
+        try:
+            if seed is None:
+                raise ValueError("the seed must be a whole number")
+            scales = (float(first), float(last))[: self._generator.num_scales]
+            request = Request(labels, scales, float(temperature), seed, layout, num_kept or 0)
+            self._generator.check(request)
+            ticket = self._requests.submit(http.session_hash, request)
+        except ValueError as error:
+            yield {self._status: html.problem(str(error))}
+            return
+        names = [self._names[label] for label in labels]
+        yield {
+            self._go: gr.Button(interactive=False),
+            self._stop: gr.Button(interactive=True),
+            self._images: html.tiles(names),
+        }
+        yield from self._follow(ticket, names, history)
+        yield {self._go: gr.Button(interactive=True), self._stop: gr.Button(interactive=False)}
+
+    def _follow(self, ticket: Ticket, names: Sequence[str], history: History) -> Iterator[dict]:
+        last, facts, seconds = None, [], None
+        try:
+            for update in ticket.updates():
+                if isinstance(update, Waiting):
+                    yield {self._status: html.status(0.0, _describe(update))}
+                    continue
+                last, seconds = update, seconds or update.seconds
+                facts = self._facts(last, seconds)
+                yield {
+                    self._status: html.status(last.step / self._generator.num_steps, *facts),
+                    self._images: html.tiles(names, last.pixels),
+                }
+        except ValueError as error:
+            yield {self._status: html.problem(str(error))}
+            return
+        if ticket.cancelled:
+            yield {self._status: html.status(0.0, "Cancelled.", *facts)}
+            return
+        captions = [f"{name}, seed {ticket.request.seed}" for name in names]
+        history = [*zip(last.pixels, captions, strict=True), *history][:GALLERY_SIZE]
+        done = f"done in {last.seconds:.2f} s"
+        yield {
+            self._status: html.status(1.0, *facts, done),
+            self._history: history,
+            self._gallery: history,
+        }
+
+    def _facts(self, preview: Preview, first_seconds: float) -> list[str]:
+        num_tokens = self._generator.num_tokens
+        tokens = [f"{preview.num_tokens} of {num_tokens} tokens"] if num_tokens else []
+        return [
+            *tokens,
+            f"step {preview.step} of {self._generator.num_steps}",
+            f"first preview after {first_seconds:.2f} s",
+        ]
+
+    def _cancel(self, http: gr.Request) -> None:
+        self._requests.cancel(http.session_hash)
+
+    def _take_upload(self, path: str) -> tuple:
+        """Return the layout, its view, and no file: what is kept of it is seen."""
+        try:
+            pixels = read_upload(path, self._size, self._max_upload_bytes)
+        except ValueError as error:
+            return None, html.problem(str(error)), None
+        return pixels, html.layout(pixels), None
+
+    def _take_from_gallery(self, history: History, event: gr.SelectData) -> tuple:
+        pixels, _ = history[event.index]
+        return pixels, html.layout(pixels)
+
+
+def _draw_seed() -> int:
+    return random.randrange(NEW_SEEDS)
+
+
+def _describe(waiting: Waiting) -> str:
+    if not waiting.ahead:
+        return "Drawing the first preview ..."
+    return f"Waiting: {waiting.ahead} request{'s' * (waiting.ahead > 1)} before this one"

@@ -1,0 +1,69 @@
+"""Evaluation of a model that is being trained: `--mode=evaluate` every so many steps."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from dar_jax.common.model_dir import CONFIG_NAME
+from dar_jax.evaluation.evaluators import DIRECTORY_NAME, Evaluation
+from dar_jax.parallel import distributed
+from dar_jax.parallel.sharding import MeshConfig
+
+MODEL_NAME = "model"
+"""Subdirectory of `WORKDIR/evaluation`: a model whose evaluation is not finished."""
+
+
+class TrainEvaluation:
+    """Writes a model directory, evaluates it, and deletes it with all that was made of it.
+
+    Each process evaluates on its own devices, which hold whole copies of the model meanwhile. An
+    evaluation that a kill interrupts is finished by the run that resumes.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: str):
+        """See `evaluation.evaluators.Evaluation`."""
+        config = config.copy_and_resolve_references()
+        # The training mesh is of all processes' devices.
+        config.mesh = ml_collections.ConfigDict(vars(MeshConfig()))
+        self._evaluation = Evaluation(config, workdir)
+        self._path = pathlib.Path(workdir).absolute() / DIRECTORY_NAME / MODEL_NAME
+
+    def is_pending(self, step: int) -> bool:
+        """Tell whether the evaluation of this step was begun and not finished."""
+        path = self._path / CONFIG_NAME
+        return path.exists() and json.loads(path.read_text())["step"] == step
+
+    def __call__(self, write_model: Callable[[pathlib.Path], None]) -> dict[str, float]:
+        """Evaluate; return figures as they are logged, lists one by one.
+
+        Args:
+            write_model: writes the model directory, on process 0.
+
+        Raises:
+            ValueError: see `Evaluation`.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_model(self._path)
+        distributed.wait_for_all("the model to evaluate")
+        subject = self._evaluation.load(str(self._path))
+        figures = self._evaluation.of_model(subject)
+        distributed.wait_for_all("the end of an evaluation")
+        self._evaluation.forget(subject)
+        if jax.process_index() == 0:
+            (self._path / CONFIG_NAME).unlink()
+            shutil.rmtree(self._path)
+        return {f"eval/{name}": value for name, value in _one_by_one(figures)}
+
+
+def _one_by_one(figures: dict[str, float | list]) -> list[tuple[str, float]]:
+    numbers = []
+    for name, value in figures.items():
+        if not isinstance(value, list):
+            numbers.append((name, value))
+        elif not isinstance(value[0], tuple):
+            numbers += [(f"{name}_{i}", item) for i, item in enumerate(value, 1)]
+    return numbers

@@ -1,0 +1,153 @@
+"""Pictures of what can be kept of an image: its first tokens (the layout), or some of its pixels.
+
+The first tokens of an image fix its layout, whatever class the others are drawn for (D-AR, section
+4.3); several draws with one class are variations of it. In-painting keeps pixels instead.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+from absl import logging
+
+from dar_jax.common import image as images
+from dar_jax.common.typing import Bool, UInt8
+from dar_jax.data.base import SPLITS, DataConfig
+from dar_jax.data.decode import UnreadablePictureError, decode
+from dar_jax.data.sources import load_source
+from dar_jax.data.transforms import center_crop
+from dar_jax.generation.batches import (
+    SampleConfig,
+    class_name,
+    classes_of,
+    generate,
+    pad,
+    whole_batch,
+)
+from dar_jax.pipelines import DarPipeline
+
+SOURCE_PICTURE = re.compile(rf"({'|'.join(SPLITS)}):(\d+)")
+"""Names a picture of the data source: `test:3`."""
+WHITE = 128
+"""Least value of a white pixel in a mask."""
+GREY = 128
+"""What is drawn where a picture is redrawn."""
+
+
+def prefixes(
+    pipeline: DarPipeline, config: SampleConfig, data: DataConfig
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draw a row per number of kept tokens: the reference, then every label or the variations.
+
+    Images of one column draw the same noise, so that only the prefix tells them apart.
+
+    Raises:
+        ValueError: the picture cannot be read, or a label or number of tokens is out of range.
+    """
+    _check_prefix_tokens(config.prefix_tokens, pipeline.prior.config.num_tokens)
+    classes = classes_of(pipeline.num_classes, config)
+    if config.variations and len(classes) != 1:
+        raise ValueError(
+            f"variations={config.variations} are of one class, not {len(classes)}: "
+            "set config.sample.labels to it"
+        )
+    picture = read_picture("config.sample.prefix_image", config.prefix_image, data)
+    reference = center_crop(picture, pipeline.image_size)[None]
+    batch = pad(images.to_float(reference), whole_batch(pipeline, 1))
+    tokens = np.asarray(pipeline.tokenizer.encode(batch))[:1]
+    labels = np.repeat(np.int32(classes), config.variations or 1)
+    rows = []
+    for count in config.prefix_tokens:
+        logging.info("%d of %d tokens kept", count, tokens.shape[1])
+        prefix = np.repeat(tokens[:, :count], len(labels), axis=0)
+        drawn = [batch.previews[-1] for batch in generate(pipeline, labels, config, prefix=prefix)]
+        rows += [reference, *drawn]
+    return images.labelled_grid(
+        np.concatenate(rows),
+        [f"{count} token{'s' * (count != 1)}" for count in config.prefix_tokens],
+        columns=1 + len(labels),
+        header=["reference", *(class_name(pipeline, label) for label in labels.tolist())],
+    )
+
+
+def inpainting(
+    pipeline: DarPipeline, config: SampleConfig, data: DataConfig
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draw a row per label: the picture, what is kept of it, and images that keep it.
+
+    Raises:
+        ValueError: picture or mask cannot be read or differ in size, or a label is out of range.
+    """
+    size = pipeline.image_size
+    classes = classes_of(pipeline.num_classes, config)
+    picture = read_picture("config.sample.inpaint_image", config.inpaint_image, data)
+    redrawn = read_mask(config.inpaint_mask, picture, size, data)
+    original = center_crop(picture, size)[None]
+    kept = np.where(redrawn[..., None], np.uint8(GREY), original)
+    labels = np.repeat(np.int32(classes), config.images_per_class)
+    per_image = dict(
+        known=np.repeat(images.to_float(original), len(labels), axis=0),
+        mask=np.repeat(~redrawn[None], len(labels), axis=0),
+    )
+    drawn = [batch.previews[-1] for batch in generate(pipeline, labels, config, **per_image)]
+    by_class = np.concatenate(drawn).reshape(len(classes), -1, *original.shape[1:])
+    rows = [np.concatenate([original, kept, of_class]) for of_class in by_class]
+    return images.labelled_grid(
+        np.concatenate(rows),
+        [class_name(pipeline, label) for label in classes],
+        columns=2 + config.images_per_class,
+        header=["original", "kept"] + [""] * config.images_per_class,
+    )
+
+
+def read_picture(where: str, name: str, data: DataConfig) -> UInt8[np.ndarray, "H W 3"]:
+    """Read a picture file, or the picture of the data source that is called `SPLIT:INDEX`.
+
+    Args:
+        where: config key, for error messages.
+        name: path or name.
+        data: the data source.
+
+    Raises:
+        ValueError: it cannot be read, or the split has no such picture.
+    """
+    try:
+        if match := SOURCE_PICTURE.fullmatch(name):
+            source, index = load_source(data, match[1]), int(match[2])
+            if index >= len(source):
+                raise ValueError(f"{where}={name}: the split has pictures 0..{len(source) - 1}")
+            return source[index]["pixels"]
+        return decode(pathlib.Path(name).read_bytes(), name)
+    except OSError as error:
+        raise ValueError(f"{where}: cannot read {name}: {error.strerror}") from error
+    except UnreadablePictureError as error:
+        raise ValueError(f"{where}: cannot read {error}") from error
+
+
+def read_mask(
+    name: str, picture: UInt8[np.ndarray, "h w 3"], size: int, data: DataConfig
+) -> Bool[np.ndarray, "H W"]:
+    """Read the mask of a picture and crop it like the picture; True (white) is redrawn.
+
+    Raises:
+        ValueError: it cannot be read, is of another size, or has no white pixel.
+    """
+    where = "config.sample.inpaint_mask"
+    mask = read_picture(where, name, data)
+    if mask.shape != picture.shape:
+        (height, width), (rows, columns) = mask.shape[:2], picture.shape[:2]
+        raise ValueError(
+            f"{where}={name} is {width} x {height} pixels large, its picture {columns} x {rows}"
+        )
+    redrawn = center_crop(mask, size).mean(axis=-1) >= WHITE
+    if not redrawn.any():
+        raise ValueError(f"{where}={name} is white nowhere: there is nothing to redraw")
+    return redrawn
+
+
+def _check_prefix_tokens(counts: tuple[int, ...], num_tokens: int) -> None:
+    wrong = [count for count in counts if not 0 <= count < num_tokens]
+    if wrong or not counts:
+        raise ValueError(
+            f"config.sample.prefix_tokens={counts}: expected numbers in 0..{num_tokens - 1}"
+        )

@@ -1,0 +1,98 @@
+"""A large set of images on disk: it grows in pieces, survives a kill, and ends as one file.
+
+Image i of the set has label `labels[i % len(labels)]`, so that any number of images is balanced and
+a set can be made larger later. See `generation.resumable_arrays` for how pieces come to be:
+
+    manifest.json            what the images are made with
+    00000064-00000128.npz    `arr_0` uint8 [64, H, W, 3], `labels` [64], e.g. `indices` [64, N]
+    00000064.png             instead, one image a file
+
+`merge` writes the file that the ADM evaluation suite reads (Dhariwal & Nichol 2021,
+openai/guided-diffusion): `arr_0` uint8 [N, H, W, 3] and, as its sampling script does, the labels as
+`arr_1`.
+"""
+
+import dataclasses
+import pathlib
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dar_jax.common.files import replacing
+from dar_jax.common.typing import Int, Shaped, UInt8
+from dar_jax.generation.resumable_arrays import Pieces
+
+FORMATS = ("npz", "png")
+PIXELS = "arr_0"
+"""Name of the array of images, here and in the files of the ADM evaluation suite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet(Pieces):
+    """The first `count` images of the set in `directory`.
+
+    Attributes:
+        directory: where the pieces are.
+        count: how many images there shall be.
+        labels: classes, taken in turns.
+        format: of the pieces, see `FORMATS`.
+    """
+
+    labels: tuple[int, ...]
+    format: str = "npz"
+
+    piece_name = re.compile(r"(\d{8})(?:-(\d{8}))?\.(npz|png)")
+
+    def bind(self, settings: Mapping[str, Any]) -> None:
+        super().bind({**settings, "labels": self.labels, "format": self.format})
+
+    def labels_of(self, first: int, stop: int) -> Int[np.ndarray, " n"]:
+        """Labels of the images `first` .. `stop - 1`."""
+        return np.int32(self.labels)[np.arange(first, stop) % len(self.labels)]
+
+    def write(
+        self, first: int, pixels: UInt8[np.ndarray, "n H W 3"], kept: Mapping[str, np.ndarray]
+    ) -> None:
+        """Write the images from `first` on.
+
+        Args:
+            first: index of the first one.
+            pixels: the images.
+            kept: arrays [n, ...] to write beside them where the format has room.
+        """
+        stop = first + len(pixels)
+        if self.format == "png":
+            for index, image in zip(range(first, stop), pixels, strict=True):
+                with replacing(self.directory / f"{index:08d}.png") as temporary:
+                    Image.fromarray(image).save(temporary)
+            return
+        self.save(first, {PIXELS: pixels, "labels": self.labels_of(first, stop), **kept})
+
+    def merge(self, path: pathlib.Path) -> None:
+        """Write all images to one `.npz` without holding more than a piece of them.
+
+        Raises:
+            ValueError: see `rows`.
+        """
+        height, width, channels = next(self.rows(PIXELS)).shape[1:]
+        shape = (self.count, height, width, channels)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for pixels in self.rows(PIXELS):
+                    file.write(np.ascontiguousarray(pixels).data)
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, self.labels_of(0, self.count))
+
+    def _read(self, path: pathlib.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
+        if path.suffix != ".png":
+            return super()._read(path, name)
+        try:
+            return np.asarray(Image.open(path).convert("RGB"))[None]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error

@@ -1,0 +1,73 @@
+"""Sets of images that a model makes: generated ones, with their previews.
+
+Every process works on its own devices and shares nothing but the directory. A run that was killed
+goes on where it stopped; image i depends on the seed, i and its label only.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dar_jax.common import image as images
+from dar_jax.common.progress import Progress, wait_for
+from dar_jax.common.typing import Array
+from dar_jax.generation.batches import SampleConfig, options, pad, whole_batch
+from dar_jax.generation.image_set import PIXELS, ImageSet
+from dar_jax.pipelines import Pipeline
+
+PREVIEW = "after_{}"
+"""Name of the array of first, second, ... previews; the last ones, the images, are `PIXELS`."""
+
+
+def fill(
+    image_set: ImageSet, pipeline: Pipeline, config: SampleConfig, *, previews: bool = False
+) -> None:
+    """Generate the images that the set lacks, then wait until other processes have made theirs.
+
+    Args:
+        image_set: bound to what the images depend on.
+        pipeline: the model.
+        config: how they are drawn.
+        previews: keep the previews as well, see `PREVIEW`.
+    """
+
+    def generate(first: int, stop: int, size: int) -> dict[str, Array]:
+        labels = pad(image_set.labels_of(first, stop), size)
+        how = options(config, pipeline, first)
+        stream = pipeline.stream(labels, **how) if previews else [pipeline.generate(labels, **how)]
+        kept = {}
+        for number, last in enumerate(stream, 1):
+            kept[PREVIEW.format(number)] = images.to_pixels(last.images)
+        kept[PIXELS] = kept.pop(PREVIEW.format(number))
+        return {**kept, **{name: getattr(last, name) for name in pipeline.kept_fields}}
+
+    def write(first: int, arrays: dict[str, np.ndarray]) -> None:
+        image_set.write(first, arrays.pop(PIXELS), arrays)
+
+    size = whole_batch(pipeline, min(config.batch_size, image_set.count))
+    runs = list(image_set.runs(size, jax.process_index(), jax.process_count()))
+    progress = Progress(sum(stop - first for first, stop in runs))
+    finish = None
+    for first, stop in runs:
+        arrays = generate(first, stop, size)
+        # Write one batch while the devices are at the next.
+        if finish is not None:
+            finish()
+        finish = functools.partial(write_batch, write, progress, arrays, first, stop)
+    if finish is not None:
+        finish()
+    wait_for(lambda: not image_set.missing().any(), "the images of other processes")
+
+
+def write_batch(
+    write: Callable[[int, dict[str, np.ndarray]], None],
+    progress: Progress,
+    arrays: dict[str, Array],
+    first: int,
+    stop: int,
+) -> None:
+    """Fetch what the batch holds, without padding, and write it."""
+    write(first, {name: np.asarray(array)[: stop - first] for name, array in arrays.items()})
+    progress.add(stop - first)

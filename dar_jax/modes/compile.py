@@ -1,0 +1,280 @@
+"""Ahead-of-time compilation: does it fit, what does it send, how fast can it be? Without the chips.
+
+The real train step and the real programs of the sampler are compiled for a TPU topology by libtpu's
+compiler, which needs no TPU (`pip install -e '.[tpu]'`), or for the devices at hand. Of each:
+
+    memory        of one device: arguments, temporaries, all together against the chip's
+    work          model FLOPs of the whole batch, and those that the program really runs:
+                  recomputation and masked halves of attention included
+    collectives   by kind, with what a device receives, loops included
+    roofline      seconds for the FLOPs at peak, for the bytes of main memory and for those of the
+                  interconnect. A run takes the longest of them if all overlap, their sum if nothing
+                  does; real ones lie between or above, since nothing reaches its peak.
+
+No weights are read. A model whose tokenizer or autoencoder does not exist yet is compiled with the
+released one's architecture.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+from jax.experimental import topologies
+
+from dar_jax import tasks
+from dar_jax.common import config_build as config_lib
+from dar_jax.kinds.architectures import tokenizer_config, vae_config
+from dar_jax.parallel import sharding
+from dar_jax.parallel.chips import Chip, chip_of
+from dar_jax.parallel.workdir import open_workdir
+from dar_jax.performance.hlo import Collective, Program, traced_flops
+from dar_jax.performance.programs import Job, jobs_of
+from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.tasks.transdiff import TransDiffTask
+
+LOCAL = "local"
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
+REPORT_NAME = "compile.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """What is compiled for.
+
+    Attributes:
+        topology: a TPU slice such as "v5e:16x16", or "local": the devices at hand.
+        images_per_device: images that the sampler's programs work on, per device.
+    """
+
+    topology: str = LOCAL
+    images_per_device: int = 16
+
+    def __post_init__(self):
+        if self.images_per_device < 1:
+            raise ValueError(f"images_per_device {self.images_per_device} is not positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one run at the chip's limits, and the model FLOPs utilisation they allow.
+
+    Attributes:
+        compute: executed FLOPs at bfloat16 peak.
+        memory: bytes of main memory at its bandwidth.
+        interconnect: bytes of collectives over the links that they can use.
+        overlapped: the longest of the three.
+        serial: their sum.
+        mfu_overlapped: if all overlap.
+        mfu_serial: if nothing does.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+    overlapped: float
+    serial: float
+    mfu_overlapped: float
+    mfu_serial: float
+
+
+def compile_programs(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Compile, write `WORKDIR/compile.json` and log it as a table.
+
+    Raises:
+        ValueError: an unknown topology, no compiler for it, or a configuration that cannot be used.
+    """
+    block = config.to_dict().get("compile", {})
+    settings = config_lib.build(CompileConfig, block, "config.compile")
+    devices = find_devices(settings.topology)
+    mesh = sharding.make_mesh(config.parse(config).mesh, devices)
+    task = tasks.build(config, **_shapes(config))
+    jobs = list(jobs_of(config.parse(config), task, mesh, settings.images_per_device))
+    directory = open_workdir(workdir)
+    report = {
+        "topology": settings.topology,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "compute": config.compute.to_dict(),
+        "programs": {},
+    }
+    for number, job in enumerate(jobs, 1):
+        logging.info("Compiling %s, program %d of %d", job.name, number, len(jobs))
+        report["programs"][job.name] = analyse(job, devices)
+        _write(directory / REPORT_NAME, report)
+    logging.info("Wrote %s:\n%s", directory / REPORT_NAME, table(report))
+
+
+def find_devices(topology: str) -> Sequence[Any]:
+    """Return the devices of a topology, which need not exist, or those at hand.
+
+    Raises:
+        ValueError: there is no such topology, or no compiler for it.
+    """
+    if topology == LOCAL:
+        return jax.devices()
+    # Without a TPU, libtpu would ask the cloud's metadata server about one. No chip is touched, so
+    # other processes may have it loaded, which it would take for a conflict.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if "not installed" in str(error):
+            raise ValueError(
+                f"compile.topology={topology} needs TPU's compiler: pip install -e '.[tpu]'"
+            ) from error
+        raise ValueError(
+            f"no compile.topology {topology!r}: {error}; examples: {EXAMPLES}, {LOCAL}"
+        ) from error
+
+
+def analyse(job: Job, devices: Sequence[Any]) -> dict[str, Any]:
+    """Compile one program and return its report, as JSON types."""
+    traced = job.function.trace(*job.arguments, **job.options)
+    report = {
+        "images": job.images,
+        "model_flops": job.model_flops,
+        "executed_flops": traced_flops(traced.jaxpr),
+    }
+    start = time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {**report, "fits": False, "error": str(error).splitlines()[0]}
+    chip = chip_of(devices)
+    program = Program(compiled.as_text(), len(devices))
+    collectives = program.collectives()
+    report |= {
+        "compile_seconds": time.monotonic() - start,
+        "memory": memory_of(compiled),
+        "memory_traffic": program.memory_traffic(),
+        "collectives": [dataclasses.asdict(each) for each in collectives],
+        "loops_of_unknown_length": sorted(program.unknown_loops),
+    }
+    if chip is not None:
+        report["fits"] = report["memory"]["total"] <= chip.hbm_bytes
+        report["memory"]["of_chip"] = chip.hbm_bytes
+        report["roofline"] = dataclasses.asdict(roofline(report, collectives, chip, len(devices)))
+    return report
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes on one device; results that take the place of donated arguments count once."""
+    stats = compiled.memory_analysis()
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def roofline(
+    report: dict[str, Any], collectives: Sequence[Collective], chip: Chip, num_devices: int
+) -> Roofline:
+    """Return the limits of a program whose work is split evenly over the devices."""
+    compute = report["executed_flops"] / num_devices / chip.peak_flops
+    memory = report["memory_traffic"] / chip.hbm_bandwidth
+    times = (
+        each.bytes / (chip.ici_bandwidth * share_of_links(each, chip, num_devices))
+        for each in collectives
+    )
+    interconnect = sum(times, start=0.0)
+    overlapped, serial = max(compute, memory, interconnect), compute + memory + interconnect
+    ideal = report["model_flops"] / num_devices / chip.peak_flops
+    return Roofline(
+        compute, memory, interconnect, overlapped, serial, ideal / overlapped, ideal / serial
+    )
+
+
+def share_of_links(collective: Collective, chip: Chip, num_devices: int) -> float:
+    """Share of a chip's links that a collective can use.
+
+    A group is taken to fill as few axes of a cubic torus as it can. The last one it may fill in
+    part: as a line, at whose ends one of two links is idle. A permutation goes around one axis.
+    """
+    if chip.torus_axes == 1 or num_devices == 1:
+        return 1.0
+    if collective.kind == "collective-permute":
+        return 1 / chip.torus_axes
+    side = num_devices ** (1 / chip.torus_axes)
+    filled = math.log(max(collective.group_size, 2), side)
+    whole = min(math.floor(filled + 1e-9), chip.torus_axes)
+    part = 0.5 if filled > whole + 1e-9 and whole < chip.torus_axes else 0.0
+    return (whole + part) / chip.torus_axes
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the report as a Markdown table, a row per program."""
+    head = (
+        "program | images | GB per device: arguments + temporaries = total | fits | "
+        "TFLOP model / executed | received per device | compute, memory, interconnect ms | "
+        "run ms | MFU"
+    )
+    rows = [head, " | ".join("---" for _ in head.split(" | "))]
+    rows += [_row(name, each) for name, each in report["programs"].items()]
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+def _row(name: str, report: dict[str, Any]) -> str:
+    flops = f"{report['model_flops'] / 1e12:.4g} / {report['executed_flops'] / 1e12:.4g}"
+    if "memory" not in report:
+        return f"{name} | {report['images']} | {report['error']} | no | {flops} | | | | "
+    memory = {part: f"{size / 1e9:.2f}" for part, size in report["memory"].items()}
+    kinds = dict.fromkeys(each["kind"] for each in report["collectives"])
+    received = ", ".join(
+        f"{_total(report, kind, 'count'):g} {kind} {_total(report, kind, 'bytes') / 1e6:.4g} MB"
+        for kind in kinds
+    )
+    cells = [
+        name,
+        str(report["images"]),
+        f"{memory['arguments']} + {memory['temporaries']} = {memory['total']}",
+        {True: "yes", False: "no", None: ""}[report.get("fits")],
+        flops,
+        received or "nothing",
+    ]
+    if "roofline" not in report:
+        return " | ".join([*cells, "", "", ""])
+    limits = {part: value * 1e3 for part, value in report["roofline"].items()}
+    cells += [
+        f"{limits['compute']:.4g}, {limits['memory']:.4g}, {limits['interconnect']:.4g}",
+        f"{limits['overlapped']:.4g} .. {limits['serial']:.4g}",
+        f"{limits['mfu_overlapped'] / 10:.0f} .. {limits['mfu_serial'] / 10:.0f} %",
+    ]
+    return " | ".join(cells)
+
+
+def _total(report: dict[str, Any], kind: str, field: str) -> float:
+    values = (each[field] for each in report["collectives"] if each["kind"] == kind)
+    return sum(values, start=0.0)
+
+
+def _shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Architecture of the frozen model that a task reads, as an argument of `tasks.build`."""
+    match config.task:
+        case DarPriorTask.kind:
+            return {"shape_of_tokenizer": tokenizer_config(config.tokenizer)}
+        case TransDiffTask.kind:
+            return {"shape_of_vae": vae_config(config.vae)}
+        case _:
+            return {}
+
+
+def _write(path: pathlib.Path, report: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(temporary, path)

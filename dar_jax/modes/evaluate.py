@@ -1,0 +1,82 @@
+"""`--mode=evaluate`: a model directory, or images, to figures, by one exact protocol.
+
+    generation      images i = 0 .. n-1 with labels i mod classes and keys fold_in(seed, i), to 8
+                    bits as trunc(clip(127.5 x + 128, 0, 255)); against a reference file, or against
+                    ADM centre crops of the data set
+    reconstruction  the held-out split, as the same centre crops in 8 bits that enter the model,
+                    against its reconstructions, 8-bit like samples; with the model's own solver and
+                    steps, image i drawing its noise from fold_in(seed, i)
+
+See `evaluation.evaluators.EvaluateConfig` for what is measured, `evaluation.distances` for the
+distances, `evaluation.image_sources` for rounding, `evaluation.features` for the networks.
+Published figures (ImageNet 256 x 256) are of n = 50,000 images against the ADM suite's
+`VIRTUAL_imagenet256_labeled`:
+
+    --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz --config.evaluate.weights=DIR
+
+The reference implementation draws labels at random instead of in turns, and so does not have the
+same number of images of every class.
+"""
+
+import pathlib
+
+import jax
+import ml_collections
+from absl import logging
+
+from dar_jax.common.typing import Any
+from dar_jax.common.version import revision, version
+from dar_jax.evaluation import report
+from dar_jax.evaluation.evaluators import DIRECTORY_NAME, Evaluation
+from dar_jax.generation.batches import model_path
+from dar_jax.parallel import distributed
+from dar_jax.parallel.workdir import open_workdir
+
+RESULT_NAME = "evaluation.json"
+OF_PREVIEWS = "_of_previews"
+"""Ends the names of lists with a figure per preview, the last one the image."""
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Print the figures that the config asks for and write them to `WORKDIR/evaluation.json`.
+
+    Curves over previews or guidance are drawn to `WORKDIR/evaluation/{previews,guidance}.png`.
+
+    Raises:
+        ValueError: model, images, data, weights or reference cannot be had or do not fit.
+    """
+    evaluation = Evaluation(config, workdir)
+    images = evaluation.settings.images
+    subject = None if images else evaluation.load(model_path(evaluation.sampling, workdir))
+    directory = open_workdir(workdir)
+    if subject is None:
+        results = {**evaluation.of_images(), "images": images}
+    else:
+        results = {**evaluation.of_model(subject), **evaluation.made_with(subject)}
+    if jax.process_index() == 0:
+        results |= {"version": version(), "revision": revision()}
+        report.write_json(directory / RESULT_NAME, results)
+        logging.info("Wrote %s:\n%s", directory / RESULT_NAME, report.table(results))
+        draw(directory / DIRECTORY_NAME, results)
+    # A process that left a job long before the others would take them with it.
+    distributed.wait_for_all("the end of the evaluation")
+
+
+def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
+    """Draw what is varied."""
+    previews = {
+        name.removeprefix("generation/").removesuffix(OF_PREVIEWS): values
+        for name, values in results.items()
+        if name.endswith(OF_PREVIEWS)
+    }
+    guidance = {
+        name.removeprefix("guidance/"): values
+        for name, values in results.items()
+        if name.startswith("guidance/")
+    }
+    if previews:
+        ticks = [str(i + 1) for i in range(len(next(iter(previews.values()))))]
+        report.draw_curves(directory / "previews.png", ticks, "preview", previews)
+    if guidance:
+        ticks = [*map(report.format_value, guidance.pop("scales"))]
+        report.draw_curves(directory / "guidance.png", ticks, "guidance scale", guidance)

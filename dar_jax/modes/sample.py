@@ -1,0 +1,136 @@
+"""`--mode=sample`: pictures to look at, or a large set of images for evaluation."""
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from dar_jax.common import image as images
+from dar_jax.common import model_dir
+from dar_jax.common.config_build import build
+from dar_jax.common.files import replacing
+from dar_jax.common.progress import wait_for
+from dar_jax.common.typing import UInt8
+from dar_jax.data.sources import DataConfig
+from dar_jax.generation import editing
+from dar_jax.generation.batches import (
+    SampleConfig,
+    class_name,
+    classes_of,
+    generate,
+    identity,
+    load,
+    model_path,
+)
+from dar_jax.generation.image_set import ImageSet
+from dar_jax.generation.image_sets import fill
+from dar_jax.parallel.workdir import open_workdir
+from dar_jax.pipelines import Pipeline
+
+DIRECTORY_NAME = "samples"
+"""Subdirectory of the workdir that everything is written to."""
+SET_NAME = "set"
+"""Subdirectory of it that holds the pieces of a set of images."""
+STRIP_ROWS = 10
+
+
+def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Write to `WORKDIR/samples` what the config asks for.
+
+    - `num_images`: a resumable set, and `samples_NxHxWx3.npz` for the ADM evaluation suite;
+    - `prefix_image`: `layout.png`, or `variations.png`;
+    - `inpaint_image`: `inpainting.png`;
+    - none of them: `grid.png`, `previews.png` and `samples.npz`.
+
+    Raises:
+        ValueError: a model, picture or directory cannot be used, or a label is no class.
+    """
+    data = build(DataConfig, config.data.to_dict(), "config.data")
+    settings, pipeline = load(config, workdir)
+    if settings.num_images:
+        make_set(pipeline, settings, workdir)
+        return
+    pictures = {}
+    if settings.prefix_image:
+        name = "variations.png" if settings.variations else "layout.png"
+        pictures[name] = editing.prefixes(pipeline, settings, data)
+    if settings.inpaint_image:
+        pictures["inpainting.png"] = editing.inpainting(pipeline, settings, data)
+    arrays = None
+    if not pictures:
+        pictures, arrays = draw_grid(pipeline, settings)
+    write(workdir, pictures, arrays)
+
+
+def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
+    """Make the images that `samples/set` still lacks, then one file of them all.
+
+    Raises:
+        ValueError: a label is no class, or the directory holds images of other settings.
+    """
+    classes = classes_of(pipeline.num_classes, settings, most=None)
+    directory = open_workdir(workdir) / DIRECTORY_NAME
+    image_set = ImageSet(directory / SET_NAME, settings.num_images, classes, settings.format)
+    fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
+    image_set.bind(identity(settings, pipeline, fingerprint))
+    lacking = int(image_set.missing().sum())
+    made, total = settings.num_images - lacking, settings.num_images
+    logging.info("%s has %d of %d images", image_set.directory, made, total)
+    fill(image_set, pipeline, settings)
+    size = pipeline.image_size
+    path = directory / f"samples_{total}x{size}x{size}x3.npz"
+    if jax.process_index() == 0 and (lacking or not path.exists()):
+        image_set.merge(path)
+    # A process that left a job long before the others would take them with it.
+    wait_for(path.exists, "process 0 to write the merged file")
+    logging.info("All images are in %s", path)
+
+
+def draw_grid(
+    pipeline: Pipeline, settings: SampleConfig
+) -> tuple[dict[str, UInt8[np.ndarray, "_ _ 3"]], dict[str, np.ndarray]]:
+    """Return the grid and the strip of previews, and the arrays that they show."""
+    classes = classes_of(pipeline.num_classes, settings)
+    labels = np.repeat(np.int32(classes), settings.images_per_class)
+    batches = list(generate(pipeline, labels, settings))
+    previews = np.concatenate([batch.previews for batch in batches], axis=1)
+    kept = {
+        name: np.concatenate([batch.kept[name] for batch in batches])
+        for name in pipeline.kept_fields
+    }
+    pictures = grid_and_strip(previews, [class_name(pipeline, label) for label in classes])
+    return pictures, dict(labels=labels, **kept, images=previews[-1])
+
+
+def grid_and_strip(
+    previews: UInt8[np.ndarray, "groups B H W 3"], names: list[str]
+) -> dict[str, UInt8[np.ndarray, "_ _ 3"]]:
+    """Draw the grid (a row per class) and the strip (a row per class, previews side by side)."""
+    per_class = previews.shape[1] // len(names)
+    first_of_class = previews[:, ::per_class][:, :STRIP_ROWS]
+    rows = first_of_class.swapaxes(0, 1).reshape(-1, *previews.shape[2:])
+    return {
+        "grid.png": images.labelled_grid(previews[-1], names, columns=per_class),
+        "previews.png": images.labelled_grid(rows, names[:STRIP_ROWS], columns=len(previews)),
+    }
+
+
+def write(
+    workdir: str,
+    pictures: dict[str, UInt8[np.ndarray, "_ _ 3"]],
+    arrays: dict[str, np.ndarray] | None,
+) -> None:
+    """Write pictures, and arrays as `samples.npz`, to `WORKDIR/samples`; process 0 only."""
+    if jax.process_index() != 0:
+        return
+    directory = open_workdir(workdir) / DIRECTORY_NAME
+    directory.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        with replacing(directory / name) as temporary:
+            Image.fromarray(picture).save(temporary)
+        logging.info("Wrote %s", directory / name)
+    if arrays is not None:
+        with replacing(directory / "samples.npz") as temporary:
+            np.savez(temporary, **arrays)
+        logging.info("Wrote %s", directory / "samples.npz")

@@ -1,0 +1,325 @@
+"""The training loop: one for every task.
+
+    task, mesh, state (resumed or initialised) -> batch -> step -> metrics -> checkpoint -> export
+
+The metrics of a step are fetched after the next one was dispatched, so that the device never
+waits for the host. Everything that a configuration can get wrong fails before the first write.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from clu import metrics as clu_metrics
+from clu import parameter_overview
+
+from dar_jax import tasks
+from dar_jax.common import model_dir
+from dar_jax.common.progress import Progress
+from dar_jax.common.typing import Params
+from dar_jax.data import pipeline, sources
+from dar_jax.evaluation.during_training import TrainEvaluation
+from dar_jax.parallel import distributed, sharding
+from dar_jax.parallel.workdir import open_workdir
+from dar_jax.tasks.base import Task
+from dar_jax.training import checkpoint, metrics
+from dar_jax.training import state as state_lib
+from dar_jax.training import step as step_lib
+from dar_jax.training.checkpoint import CHECKPOINTS
+from dar_jax.training.config import Settings, bound_config, parse
+from dar_jax.training.optimizer import learning_rate_schedule
+from dar_jax.training.profile import ProfileWindow
+from dar_jax.training.state import TrainState
+
+NUM_PICTURES = 16
+"""Held-out pictures given to `task.pictures`."""
+SILENT_SECONDS = 30.0
+"""After which a step is reported, if its figures are not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same over one run."""
+
+    task: Task
+    settings: Settings
+    mesh: jax.sharding.Mesh
+    workdir: pathlib.Path
+    iterator: grain.DatasetIterator
+    checkpoints: checkpoint.Checkpoints
+    frozen: Params
+    evaluation: TrainEvaluation | None
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Build the task that the configuration names and train it.
+
+    Raises:
+        Preempted: SIGTERM came; all is saved.
+        ValueError: see `train`.
+    """
+    if not train(config, workdir, tasks.build(config)):
+        raise distributed.Preempted
+
+
+def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
+    """Train to `config.train.steps`, resuming from the latest checkpoint, and export the model.
+
+    Returns whether it got there: a preempted run saves and stops early.
+
+    Raises:
+        ValueError: the configuration or the workdir cannot be used, or the loss stopped being
+            finite.
+    """
+    settings = parse(config)
+    mesh = sharding.make_mesh(settings.mesh)
+    sharding.check_heads(task.model_config(), mesh)
+    step_lib.check_accumulation(settings.data.batch_size, settings.train.accumulation, mesh)
+    part = sharding.batch_part(mesh)
+    iterator = pipeline.train_iterator(settings.data, settings.seed, part)
+    sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
+    abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
+    initial = _initial_params(settings, task, abstract, workdir)
+    frozen = task.frozen()
+    evaluation = TrainEvaluation(config, workdir) if settings.train.evaluate_every else None
+    directory = open_workdir(workdir)
+    checkpoints = checkpoint.Checkpoints(
+        directory / CHECKPOINTS,
+        bound_config(config),
+        keep=settings.train.keep_checkpoints,
+        keep_every=settings.train.keep_every,
+    )
+    run = Run(task, settings, mesh, directory, iterator, checkpoints, frozen, evaluation)
+    try:
+        _describe(run, config, abstract)
+        state = _fit(run, *_restore_or_create(run, abstract, initial))
+        checkpoints.wait()
+    except OSError as error:
+        raise ValueError(f"{error}; {checkpoints.describe_latest()}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason, latest = str(error).splitlines()[0], checkpoints.describe_latest(wait=False)
+        distributed.leave(
+            f"the job broke off, most likely because another process is lost: {reason}; {latest}; "
+            "start all processes again"
+        )
+    finally:
+        checkpoints.close()
+        iterator.close()
+    done = int(state.step) >= settings.train.steps
+    if done:
+        _export(run, state, run.workdir / "model")
+        distributed.wait_for_all("export")
+    return done
+
+
+def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState) -> None:
+    overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
+    logging.info("Config:\n%s", config)
+    logging.info("Parameters:\n%s", overview)
+    logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
+    logging.info("Data: %s", sources.describe(run.iterator.source))
+    if jax.process_index() == 0:
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        (run.workdir / "config.json").write_text(text)
+
+
+def _initial_params(
+    settings: Settings, task: Task, abstract: TrainState, workdir: str
+) -> Params | None:
+    """Load the parameters that a new run starts from, if the configuration names them."""
+    if not settings.train.init_from or checkpoint.has_any(pathlib.Path(workdir) / CHECKPOINTS):
+        return None
+    directory = model_dir.locate(settings.train.init_from)
+    model_dir.load_config(directory, task.kind)
+    like = task.released(abstract.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return model_dir.load_params(directory, like, shardings, adapters=task.adapters())
+
+
+def _restore_or_create(
+    run: Run, abstract: TrainState, initial: Params | None
+) -> tuple[TrainState, list[Any]]:
+    """Return the state, and the metrics of a logging interval that is not over."""
+    if run.checkpoints.latest_step is not None:
+        return run.checkpoints.restore(abstract, run.iterator)
+    rng = jax.random.key(run.settings.seed)
+    state = state_lib.create_state(
+        run.task, run.settings.optimizer, rng, mesh=run.mesh, params=initial
+    )
+    return state, []
+
+
+def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
+    config = run.settings.train
+    first_step = int(state.step)
+    is_pending = run.evaluation is not None and run.evaluation.is_pending(first_step)
+    if first_step >= config.steps and not is_pending:
+        logging.info(
+            "%s is trained: step %d of %d; raise config.train.steps to go on",
+            run.workdir,
+            first_step,
+            config.steps,
+        )
+        return state
+    writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.settings.wandb)
+    report = _Report(run, writer, interval, config.steps - first_step)
+    try:
+        with distributed.PreemptionNotice() as notice:
+            if is_pending:
+                _evaluate(run, state, first_step, writer=writer)
+            return _loop(run, state, first_step, report=report, writer=writer, notice=notice)
+    finally:
+        writer.close()
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    first_step: int,
+    *,
+    report: "_Report",
+    writer: metrics.Writer,
+    notice: distributed.PreemptionNotice,
+) -> TrainState:
+    config = run.settings.train
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    train_step = step_lib.make_train_step(
+        run.task, run.settings.optimizer, shardings, **run.settings.step_options
+    )
+    frozen = sharding.put(run.frozen, run.mesh)
+    profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
+    for step in range(first_step + 1, config.steps + 1):
+        batch = sharding.put_batch(next(run.iterator), run.mesh)
+        profile.before(step)
+        with jax.transfer_guard("disallow"):
+            state, update = train_step(state, batch, frozen)
+        profile.after(step, update)
+        report.push(step, update)
+        run.checkpoints.check()
+        preempted = notice.reached(step)
+        if preempted or _is_due(step, config.checkpoint_every, config.steps):
+            report.flush()
+            run.checkpoints.save(state, step, run.iterator, report.interval())
+            report.restart_clock(step)
+        if preempted:
+            logging.info("Preempted after step %d; run the same command to go on", step)
+            break
+        if _is_due(step, config.image_every, config.steps):
+            report.flush()
+            _look(run, state, frozen, step, writer=writer)
+            report.restart_clock(step)
+        if _is_due(step, config.evaluate_every, config.steps):
+            report.flush()
+            _evaluate(run, state, step, writer=writer)
+            report.restart_clock(step)
+    profile.close()
+    return state
+
+
+def _is_due(step: int, every: int, last_step: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+def _look(
+    run: Run, state: TrainState, frozen: Params, step: int, *, writer: metrics.Writer
+) -> None:
+    """Write the task's pictures and figures of the first held-out images, drawn the same way.
+
+    Everything is replicated, so that the task can read its results on every process.
+    """
+    batch = next(pipeline.eval_batches(run.settings.data, "test", NUM_PICTURES))
+    params, batch, frozen = jax.device_put(
+        (state.eval_params, batch, frozen), sharding.replicated(run.mesh)
+    )
+    inputs = (params, batch, jax.random.key(run.settings.seed), frozen)
+    writer.pictures(step, run.task.pictures(*inputs))
+    figures = run.task.figures(*inputs)
+    if figures:
+        writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
+
+
+def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:
+    """Measure the averaged parameters as `--mode=evaluate` does."""
+    logging.info("Evaluating step %d", step)
+    writer.scalars(step, run.evaluation(lambda directory: _export(run, state, directory)))
+
+
+def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
+    """Write a model directory with the averaged parameters; process 0 only."""
+    params = sharding.fetch(run.task.released(state.eval_params), run.mesh)
+    if jax.process_index() != 0:
+        return
+    source = sources.load_source(run.settings.data, "test")
+    extra = {"class_names": source.class_names, "step": int(state.step)}
+    model_dir.save_model(
+        directory,
+        run.task.kind,
+        run.task.model_config(),
+        params,
+        extra,
+        companions=run.task.companions(),
+    )
+    logging.info("Wrote the model directory %s", directory)
+
+
+class _Report:
+    """Checks, averages and writes the metrics of each step, one step late."""
+
+    def __init__(self, run: Run, writer: metrics.Writer, interval: list[Any], num_steps: int):
+        """Begin with the metrics of an interval that is not over, as `interval` returned them."""
+        self._run = run
+        self._writer = writer
+        self._interval = metrics.Interval(
+            run.settings.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
+        )
+        self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
+        self._schedule = learning_rate_schedule(run.settings.optimizer)
+        self._interval.resume(interval)
+        self._pending = None
+
+    def interval(self) -> list[Any]:
+        """Return the metrics of the steps since the last line."""
+        return self._interval.save()
+
+    def push(self, step: int, update: clu_metrics.Collection) -> None:
+        """Take the metrics of the step just dispatched and handle those of the one before."""
+        self.flush()
+        self._pending = (step, update)
+
+    def flush(self) -> None:
+        """Wait for the pending step and handle its metrics."""
+        if self._pending is None:
+            return
+        step, update = self._pending
+        self._pending = None
+        update = jax.device_get(update)
+        self._check_finite(step, update)
+        self._interval.add(step, update)
+        config = self._run.settings.train
+        is_due = _is_due(step, config.log_every, config.steps)
+        self._progress.add(1, told=is_due)
+        if is_due:
+            rate = {"train/learning_rate": float(self._schedule(step - 1))}
+            wait = {"perf/data_wait": self._run.iterator.take_wait()}
+            self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})
+
+    def restart_clock(self, step: int) -> None:
+        self._interval.restart_clock(step)
+
+    def _check_finite(self, step: int, update: clu_metrics.Collection) -> None:
+        loss, norm = float(update.loss.compute()), float(update.grad_norm.compute())
+        if np.isfinite(loss) and np.isfinite(norm):
+            return
+        raise ValueError(
+            f"step {step}: loss {loss}, gradient norm {norm}; "
+            f"{self._run.checkpoints.describe_latest()}; "
+            "lower optimizer.learning_rate in a new workdir"
+        )

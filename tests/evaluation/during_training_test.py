@@ -1,0 +1,89 @@
+"""Evaluation while training: the figures of `--mode=evaluate`, at every interval, kill or not."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import mnist
+from dar_jax.evaluation.during_training import _one_by_one
+from dar_jax.modes import train
+
+ROOT = pathlib.Path(__file__).parents[2]
+EXACT = 1e-4  # the mesh differs
+KILLED = 9
+RUN = f"""
+import os, sys
+from dar_jax import evaluate, evaluators, train
+from tests.evaluation.during_training_test import make_config
+workdir, *modes = sys.argv[1:]
+fill, calls = evaluators.fill_reconstructions, []
+def die_the_second_time(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2:
+        os._exit({KILLED})
+    fill(*arguments)
+if modes == ["die"]:
+    evaluators.fill_reconstructions = die_the_second_time
+run = evaluate.evaluate if modes == ["evaluate"] else train.train_and_evaluate
+run(make_config(), workdir)
+"""
+
+
+def make_config():
+    config = mnist.get_config("tokenizer")
+    for part in (config.model.encoder, config.model.condition, config.model.decoder):
+        part.update(dim=32)
+    config.model.encoder.depth = config.model.decoder.depth = 1
+    config.data.update(source="synthetic", batch_size=8)
+    config.train.update(steps=4, log_every=4, checkpoint_every=4, image_every=0, evaluate_every=2)
+    config.evaluate.update(num_images=16, classifier=False)
+    return config
+
+
+def curve(workdir):
+    """Step -> PSNR as it was logged."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    name = "eval/reconstruction/psnr_db"
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def run(workdir, *modes):
+    """Train, or "evaluate", or train and "die" in the second evaluation; return the exit status.
+
+    In a process of its own, whose types are not checked: metrics are fetched as NumPy arrays.
+    """
+    command = [sys.executable, "-c", RUN, str(workdir), *modes]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+@pytest.mark.slow
+def test_evaluation_in_training_is_the_mode_and_survives_a_kill(tmp_path):
+    assert run(tmp_path / "whole") == 0
+    whole = curve(tmp_path / "whole")
+    assert list(whole) == [2, 4] and whole[2] != whole[4]
+    assert list((tmp_path / "whole/evaluation").iterdir()) == []
+    assert run(tmp_path / "whole", "evaluate") == 0
+    results = json.loads((tmp_path / "whole/evaluation.json").read_text())
+    assert results["reconstruction/psnr_db"] == pytest.approx(whole[4], rel=EXACT)
+
+    assert run(tmp_path / "killed", "die") == KILLED
+    assert list(curve(tmp_path / "killed")) == [2]
+    assert run(tmp_path / "killed") == 0
+    assert curve(tmp_path / "killed") == pytest.approx(whole, rel=EXACT)
+    assert (tmp_path / "killed/model").exists()
+
+
+def test_lists_are_logged_one_by_one():
+    figures = {"a/b": 1.5, "a/each": [2.0, 3.0], "guidance/scales": [(1.0,), (1.1, 3.0)]}
+    assert _one_by_one(figures) == [("a/b", 1.5), ("a/each_1", 2.0), ("a/each_2", 3.0)]
+
+
+def test_bad_evaluation_is_refused_before_training_starts(tmp_path):
+    config = make_config()
+    config.evaluate.features = "resnet"
+    with pytest.raises(ValueError, match="features='resnet' must be one of"):
+        train.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

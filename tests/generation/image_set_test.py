@@ -1,0 +1,174 @@
+"""Sets of images on disk: what is missing, who makes it, what is refused, and the one file."""
+
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dar_jax.generation.image_set import PIXELS, ImageSet
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME
+
+LABELS = (7, 2, 5)
+SIZE = 4
+SETTINGS = {"seed": 0, "guidance_scale": (1.1, 8.0)}
+
+
+def picture(index):
+    """A picture that says which one it is."""
+    return np.full((SIZE, SIZE, 3), index, np.uint8)
+
+
+def fill(image_set, batch_size, processes=1, stop_after=None):
+    """Write what is missing, as so many processes one after the other; return what was written."""
+    written = []
+    for process in range(processes):
+        for first, stop in image_set.runs(batch_size, process, processes):
+            if len(written) == stop_after:
+                return written
+            pixels = np.stack([picture(index) for index in range(first, stop)])
+            indices = np.zeros((stop - first, 2), np.int32)
+            image_set.write(first, pixels, {"indices": indices})
+            written.append((first, stop))
+    return written
+
+
+@pytest.fixture
+def image_set(tmp_path):
+    made = ImageSet(tmp_path / "set", 20, LABELS)
+    made.bind(SETTINGS)
+    return made
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_all_images(image_set, processes):
+    runs = fill(image_set, batch_size=3, processes=processes)
+    assert sorted(index for run in runs for index in range(*run)) == list(range(20))
+    assert not image_set.missing().any()
+    by_process = [list(image_set.runs(3, p, processes)) for p in range(processes)]
+    assert by_process == [[]] * processes
+
+
+@pytest.mark.parametrize("image_format", ["npz", "png"])
+def test_interrupted_set_goes_on_with_other_batches(tmp_path, image_format):
+    image_set = ImageSet(tmp_path, 20, LABELS, image_format)
+    first = fill(image_set, batch_size=3, processes=2, stop_after=5)
+    second = fill(image_set, batch_size=8)
+    assert sorted(index for run in first + second for index in range(*run)) == list(range(20))
+    np.testing.assert_array_equal(image_set.array(PIXELS), [picture(index) for index in range(20)])
+
+
+def test_set_grows_and_shrinks(image_set):
+    fill(image_set, batch_size=8)
+    smaller = ImageSet(image_set.directory, 10, LABELS)
+    assert not smaller.missing().any()
+    assert len(smaller.array(PIXELS)) == 10
+    assert fill(ImageSet(image_set.directory, 23, LABELS), batch_size=8) == [(20, 23)]
+
+
+def test_failed_write_leaves_nothing(image_set, monkeypatch):
+    def fail(file, **arrays):
+        file.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fill(image_set, batch_size=8)
+    assert image_set.missing().all()
+    assert [path.name for path in image_set.directory.iterdir()] == [MANIFEST_NAME]
+
+
+def test_half_written_file_of_a_killed_run_is_no_piece(image_set):
+    (image_set.directory / ".00000000-00000008-0123abcd.npz").write_bytes(b"half of it")
+    assert image_set.missing().all()
+    fill(image_set, batch_size=8)
+    assert len(image_set.array(PIXELS)) == 20
+
+
+def test_labels_take_turns(image_set):
+    fill(image_set, batch_size=8)
+    np.testing.assert_array_equal(image_set.labels_of(2, 7), [5, 7, 2, 5, 7])
+    with np.load(image_set.directory / "00000008-00000016.npz") as piece:
+        np.testing.assert_array_equal(piece["labels"], image_set.labels_of(8, 16))
+        assert piece["indices"].shape == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "message"),
+    [
+        (SETTINGS | {"seed": 1}, LABELS, "is made with seed=0, not 1;"),
+        (
+            SETTINGS | {"guidance_scale": (4.0,)},
+            LABELS,
+            r"guidance_scale=\[1.1, 8.0\], not \[4.0\]",
+        ),
+        (SETTINGS | {"top_k": 3}, LABELS, "top_k=None, not 3"),
+        (SETTINGS, (1,), r"labels=\[7, 2, 5\], not \[1\]"),
+    ],
+)
+def test_other_settings_are_refused(image_set, settings, labels, message):
+    image_set.bind(SETTINGS)
+    with pytest.raises(ValueError, match=message):
+        ImageSet(image_set.directory, 5, labels).bind(settings)
+
+
+def test_images_of_unknown_settings_are_refused(image_set):
+    fill(image_set, batch_size=8)
+    (image_set.directory / MANIFEST_NAME).unlink()
+    with pytest.raises(ValueError, match="pieces but no manifest.json"):
+        image_set.bind(SETTINGS)
+
+
+def test_merged_file_is_what_the_adm_evaluator_reads(image_set, tmp_path):
+    fill(image_set, batch_size=8)
+    path = tmp_path / "merged.npz"
+    image_set.merge(path)
+    # Its reader takes the header from the archive and streams the rest.
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran, dtype) == ((20, SIZE, SIZE, 3), False, np.uint8)
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], [picture(i) for i in range(20)])
+        np.testing.assert_array_equal(arrays["arr_1"], image_set.labels_of(0, 20))
+
+
+def test_merging_holds_few_pieces_at_a_time(tmp_path):
+    image_set = ImageSet(tmp_path, 64, LABELS)
+    piece = np.zeros((4, 128, 128, 3), np.uint8)
+    for first in range(0, 64, 4):
+        image_set.write(first, piece, {})
+    tracemalloc.start()
+    image_set.merge(tmp_path / "merged.npz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * piece.nbytes / 3
+
+
+def test_lost_and_broken_pieces_are_named(image_set, tmp_path):
+    fill(image_set, batch_size=8)
+    path = image_set.directory / "00000008-00000016.npz"
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"cannot read .*{path.name}"):
+        image_set.merge(tmp_path / "merged.npz")
+    path.unlink()
+    with pytest.raises(ValueError, match="lacks row 8 of 20"):
+        image_set.merge(tmp_path / "merged.npz")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_pictures_of_another_size_are_refused(tmp_path):
+    image_set = ImageSet(tmp_path, 2, LABELS, "png")
+    for index, size in enumerate((4, 5)):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{index:08d}.png")
+    with pytest.raises(ValueError, match=r"00000001.png holds arr_0 of \(5, 5, 3\)"):
+        image_set.array(PIXELS)
+
+
+def test_rows_are_read_across_pieces(image_set):
+    fill(image_set, batch_size=8)
+    for first, stop in ((0, 1), (5, 9), (7, 20), (16, 20)):
+        rows = np.concatenate(list(image_set.rows(PIXELS, first, stop)))
+        np.testing.assert_array_equal(rows, [picture(index) for index in range(first, stop)])
+    assert image_set.names() == (PIXELS, "labels", "indices")
