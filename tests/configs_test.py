@@ -21,7 +21,7 @@ from dar_jax.models.dar.llama import SIZES
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.modes.convert import ConvertConfig
 from dar_jax.modes.sample import SampleConfig
-from dar_jax.training import config
+from dar_jax.training import config as train_config
 from dar_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.data import tiny_sets
 
@@ -96,7 +96,7 @@ def task_of(config, directory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_block_builds(name, tmp_path):
     config = CONFIGS[name]()
-    settings = config.parse(config)
+    settings = train_config.parse(config)
     for cls, block in (
         (SampleConfig, "sample"),
         (EvaluateConfig, "evaluate"),
@@ -120,19 +120,19 @@ def test_released_tokenizer_is_the_default():
 
 def test_published_recipes():
     """Batch, length and rates; the optimizer tests cover the schedules themselves."""
-    tokenizer = config.parse(imagenet_tokenizer.get_config())
+    tokenizer = train_config.parse(imagenet_tokenizer.get_config())
     assert (tokenizer.data.batch_size, tokenizer.train.steps) == (1024, 210_000)
     assert (tokenizer.data.crop, tokenizer.data.flip) == ("random", True)
     assert tokenizer.optimizer.ema_decay == 0.999
     one_step, mrar, large = (
-        config.parse(imagenet_transdiff.get_config(name)) for name in ("l", "l,mrar", "l,512")
+        train_config.parse(imagenet_transdiff.get_config(name)) for name in ("l", "l,mrar", "l,512")
     )
     assert (one_step.data.batch_size, one_step.train.steps) == (2048, 800 * 625)
     assert (mrar.data.num_references, large.data.image_size) == (4, 512)
     rates = [run.optimizer.learning_rate for run in (one_step, mrar, large)]
     assert rates == pytest.approx([8e-4, 5e-5, 1e-4])
     assert [run.optimizer.trained for run in (one_step, mrar, large)] == ["", "", "decoder/"]
-    prior = config.parse(imagenet_dar.get_config("xl"))
+    prior = train_config.parse(imagenet_dar.get_config("xl"))
     assert (prior.data.batch_size, prior.train.steps) == (1024, 360_000)
     assert (prior.optimizer.weight_decay, prior.optimizer.ema_decay) == (0.05, 0.0)
     rate = learning_rate_schedule(prior.optimizer)

@@ -39,6 +39,7 @@ from dar_jax.performance.hlo import Collective, Program, traced_flops
 from dar_jax.performance.programs import Job, jobs_of
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.transdiff import TransDiffTask
+from dar_jax.training import config as train_config
 
 LOCAL = "local"
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
@@ -94,9 +95,9 @@ def compile_programs(config: ml_collections.ConfigDict, workdir: str) -> None:
     block = config.to_dict().get("compile", {})
     settings = config_lib.build(CompileConfig, block, "config.compile")
     devices = find_devices(settings.topology)
-    mesh = sharding.make_mesh(config.parse(config).mesh, devices)
+    mesh = sharding.make_mesh(train_config.parse(config).mesh, devices)
     task = tasks.build(config, **_shapes(config))
-    jobs = list(jobs_of(config.parse(config), task, mesh, settings.images_per_device))
+    jobs = list(jobs_of(train_config.parse(config), task, mesh, settings.images_per_device))
     directory = open_workdir(workdir)
     report = {
         "topology": settings.topology,

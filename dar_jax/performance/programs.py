@@ -26,7 +26,7 @@ from dar_jax.tasks.base import Task
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask
 from dar_jax.tasks.transdiff import TransDiffTask
-from dar_jax.training import config
+from dar_jax.training import config as train_config
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 
@@ -58,7 +58,7 @@ class Job:
 
 
 def jobs_of(
-    settings: config.Settings, task: Task, mesh: Mesh, images_per_device: int
+    settings: train_config.Settings, task: Task, mesh: Mesh, images_per_device: int
 ) -> Iterator[Job]:
     """The train step, then what the sampler runs over and over; nothing is computed."""
     images = images_per_device * mesh.size
@@ -72,7 +72,7 @@ def jobs_of(
         yield from _latent_jobs(task.model, mesh, images)
 
 
-def _train_job(settings: config.Settings, task: Task, mesh: Mesh) -> Job:
+def _train_job(settings: train_config.Settings, task: Task, mesh: Mesh) -> Job:
     size, accumulation = settings.data.batch_size, settings.train.accumulation
     step_lib.check_accumulation(size, accumulation, mesh)
     state = state_lib.abstract_state(task, settings.optimizer, mesh)
@@ -84,7 +84,7 @@ def _train_job(settings: config.Settings, task: Task, mesh: Mesh) -> Job:
     return Job("train step", step, (state, batch, frozen), {}, size, size * task.flops_per_image)
 
 
-def _batch(settings: config.Settings, task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(settings: train_config.Settings, task: Task) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of pixels, or of codes (one crop each) if the data are codes."""
     size, references = settings.data.batch_size, settings.data.num_references
     label = jax.ShapeDtypeStruct((size,), jnp.int32)

@@ -15,6 +15,7 @@ from dar_jax.parallel import sharding
 from dar_jax.parallel.chips import Chip
 from dar_jax.performance.hlo import Collective
 from dar_jax.performance.programs import jobs_of
+from dar_jax.training import config as train_config
 
 CHIP = Chip(100e12, 16e9, 1e12, 200e9, 2)
 
@@ -81,7 +82,7 @@ def test_latent_model_has_a_condition_and_a_step_of_every_image_on_its_device(tm
         tmp_path / "vae", "kl_vae", mnist.get_config("kl_vae").model.to_dict(), {}, {}
     )
     config.vae = str(tmp_path / "vae")
-    settings, shapes = config.parse(config), compile_mode._shapes(config)
+    settings, shapes = train_config.parse(config), compile_mode._shapes(config)
     mesh = sharding.make_mesh(settings.mesh)
     jobs = list(jobs_of(settings, tasks.build(config, **shapes), mesh, 2))
     assert [job.name for job in jobs] == ["train step", "condition", "flow step"]
