@@ -70,4 +70,5 @@ def get_config(name: str = "l") -> ml_collections.ConfigDict:
         ema_decay=0.0,
     )
     config.train.update(steps=360_000, image_every=5_000)
+    config.sample.guidance_scale = (4.0,)
     return config

@@ -34,24 +34,24 @@ config.wandb.project.
 """
 
 import logging as python_logging
+import pkgutil
 import sys
+import types
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax.modes import benchmark, cache, compile, convert, demo, evaluate, sample, train
-from dar_jax.parallel import distributed
-
 MODES = {
-    "train": train.train_and_evaluate,
-    "sample": sample.sample,
-    "evaluate": evaluate.evaluate,
-    "cache": cache.cache,
-    "convert": convert.convert,
-    "compile": compile.compile_programs,
-    "benchmark": benchmark.benchmark,
-    "demo": demo.demo,
+    "train": "train_and_evaluate",
+    "sample": "sample",
+    "evaluate": "evaluate",
+    "cache": "cache",
+    "convert": "convert",
+    "compile": "compile_programs",
+    "benchmark": "benchmark",
+    "demo": "demo",
 }
+"""Function of every mode, in the module of `dar_jax.modes` that has the mode's name."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run reads and writes.")
@@ -69,16 +69,22 @@ _PREEMPTED_STATUS = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     del argv
+    # What is imported here takes seconds, which `--help` and mistakes of typing do without.
+    from dar_jax import config as config_lib
+    from dar_jax.parallel import distributed
+
     try:
-        _join_job()
-        MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
+        _join_job(distributed)
+        config = config_lib.build(_CONFIG.value)
+        mode = pkgutil.resolve_name(f"dar_jax.modes.{_MODE.value}:{MODES[_MODE.value]}")
+        mode(config, _WORKDIR.value)
     except distributed.Preempted:
         sys.exit(_PREEMPTED_STATUS.value)
     except ValueError as error:
         _fail(error)
 
 
-def _join_job() -> None:
+def _join_job(distributed: types.ModuleType) -> None:
     """Meet the other processes, if there are any, and make sure that all do the same."""
     distributed.initialize(
         _COORDINATOR.value,
@@ -122,6 +128,11 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
     return record.levelno > python_logging.INFO or "dar_jax" in record.pathname
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the command line."""
     _set_up_logging()
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    run()

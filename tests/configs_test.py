@@ -12,16 +12,13 @@ from configs import (
     mnist,
     photographs,
 )
-from dar_jax import tasks
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
 from dar_jax.common.tree import num_parameters
-from dar_jax.evaluation.evaluators import EvaluateConfig
+from dar_jax.config import build as read_config
+from dar_jax.kinds.dar_tokenizer import DarTokenizer
+from dar_jax.kinds.loading import build_task
 from dar_jax.models.dar.llama import SIZES
 from dar_jax.models.dar.tokenizer import TokenizerConfig
-from dar_jax.modes.convert import ConvertConfig
-from dar_jax.modes.sample import SampleConfig
-from dar_jax.training import config as train_config
 from dar_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.data import tiny_sets
 
@@ -90,49 +87,42 @@ def task_of(config, directory):
         vae = mnist.get_config("kl_vae") if mnist_data else imagenet_kl_vae.get_config()
         config.vae = str(directory / "vae")
         model_dir.save_model(config.vae, vae.task, vae.model.to_dict(), {}, {})
-    return tasks.build(config)
+    return build_task(read_config(config))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_block_builds(name, tmp_path):
     config = CONFIGS[name]()
-    settings = train_config.parse(config)
-    for cls, block in (
-        (SampleConfig, "sample"),
-        (EvaluateConfig, "evaluate"),
-        (ConvertConfig, "convert"),
-    ):
-        build(cls, config[block].to_dict(), block)
+    settings = read_config(config)
     if config.data.source == "folder":
         config.data.update(**tiny_sets.make_folder(tmp_path / "set"), path=str(tmp_path / "set"))
     task = task_of(config, tmp_path)
     params = jax.eval_shape(task.init, jax.random.key(0))
-    assert task.kind == config.task
     assert jax.eval_shape(make_optimizer(settings.optimizer).init, params)
     if name in PARAMETERS:
         assert num_parameters(params) == PARAMETERS[name]
 
 
 def test_released_tokenizer_is_the_default():
-    model = build(TokenizerConfig, imagenet_tokenizer.get_config().model.to_dict(), "model")
-    assert model == TokenizerConfig(tokens_per_step=32)
+    model = read_config(imagenet_tokenizer.get_config()).model
+    assert model == TokenizerConfig(tokens_per_step=32) == DarTokenizer.released
 
 
 def test_published_recipes():
     """Batch, length and rates; the optimizer tests cover the schedules themselves."""
-    tokenizer = train_config.parse(imagenet_tokenizer.get_config())
+    tokenizer = read_config(imagenet_tokenizer.get_config())
     assert (tokenizer.data.batch_size, tokenizer.train.steps) == (1024, 210_000)
     assert (tokenizer.data.crop, tokenizer.data.flip) == ("random", True)
     assert tokenizer.optimizer.ema_decay == 0.999
     one_step, mrar, large = (
-        train_config.parse(imagenet_transdiff.get_config(name)) for name in ("l", "l,mrar", "l,512")
+        read_config(imagenet_transdiff.get_config(name)) for name in ("l", "l,mrar", "l,512")
     )
     assert (one_step.data.batch_size, one_step.train.steps) == (2048, 800 * 625)
     assert (mrar.data.num_references, large.data.image_size) == (4, 512)
     rates = [run.optimizer.learning_rate for run in (one_step, mrar, large)]
     assert rates == pytest.approx([8e-4, 5e-5, 1e-4])
     assert [run.optimizer.trained for run in (one_step, mrar, large)] == ["", "", "decoder/"]
-    prior = train_config.parse(imagenet_dar.get_config("xl"))
+    prior = read_config(imagenet_dar.get_config("xl"))
     assert (prior.data.batch_size, prior.train.steps) == (1024, 360_000)
     assert (prior.optimizer.weight_decay, prior.optimizer.ema_decay) == (0.05, 0.0)
     rate = learning_rate_schedule(prior.optimizer)

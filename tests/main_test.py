@@ -13,6 +13,7 @@ from PIL import Image
 
 from configs import mnist
 from dar_jax import main
+from dar_jax.config import build as read_config
 from dar_jax.modes import evaluate, sample, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -140,7 +141,7 @@ def test_mistake_in_the_config_is_one_line_and_writes_nothing(tmp_path, name):
     )
     workdir = tmp_path / "workdir"
     with pytest.raises(ValueError, match=re.escape(expected.format(w=tmp_path))) as caught:
-        mode(config, str(workdir))
+        mode(read_config(config), str(workdir))
     assert len(str(caught.value).splitlines()) == 1
     assert not workdir.exists()
 
@@ -148,7 +149,7 @@ def test_mistake_in_the_config_is_one_line_and_writes_nothing(tmp_path, name):
 def test_checkpoint_of_another_config_is_refused(trained):
     config = mnist.get_config("tokenizer")
     with pytest.raises(ValueError, match="config"):
-        train.train_and_evaluate(config, str(trained[0] / "tokenizer"))
+        train.train_and_evaluate(read_config(config), str(trained[0] / "tokenizer"))
 
 
 def test_help_names_modes_and_keys():

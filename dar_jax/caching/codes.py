@@ -9,19 +9,19 @@ import dataclasses
 import functools
 
 import jax
-import ml_collections
 import numpy as np
 
 from dar_jax.caching.encoded import Encoder, Views, write_encoded
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
 from dar_jax.common.typing import Array, Int, Params, UInt8
 from dar_jax.data.base import DataConfig
 from dar_jax.data.codes import FORM, MAX_CODEBOOK_SIZE
 from dar_jax.data.sources import SPLITS, load_source
 from dar_jax.data.transforms import center_crop, ten_crop
-from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.kinds.dar_tokenizer import DarTokenizer
+from dar_jax.kinds.loading import open_model
+from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel.workdir import open_workdir
@@ -32,14 +32,19 @@ NUM_CROPS = {"center": 1, "ten_crop": 10}
 CROPS = {"center": lambda pixels, size: center_crop(pixels, size)[None], "ten_crop": ten_crop}
 
 
-def write_codes(config: ml_collections.ConfigDict, workdir: str, pictures_per_shard: int) -> None:
+def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_shard: int) -> None:
     """Write the codes of every split to `workdir`; shards that are there already are kept.
+
+    Args:
+        data: the pictures.
+        tokenizer: model directory.
+        workdir: of the cache.
+        pictures_per_shard: records in one file.
 
     Raises:
         ValueError: the data or the tokenizer cannot be used, or the workdir holds another cache.
         OSError: the workdir cannot be written.
     """
-    data = build(DataConfig, config.data.to_dict(), "config.data")
     if data.crop not in CROPS:
         raise ValueError(
             f"config.data.crop={data.crop!r} never repeats a crop, so its codes cannot be cached; "
@@ -50,11 +55,11 @@ def write_codes(config: ml_collections.ConfigDict, workdir: str, pictures_per_sh
             f"config.data.padding={data.padding} moves a picture anew every time, so its codes "
             "cannot be cached; use 0"
         )
-    model = load_tokenizer(config.tokenizer, data.image_size)
-    encoder = Encoder(model, config.tokenizer, _encode, rows_per_device=CROPS_PER_DEVICE)
+    model = open_tokenizer(tokenizer, data.image_size)
+    encoder = Encoder(model, tokenizer, _encode, rows_per_device=CROPS_PER_DEVICE)
     sources = {split: load_source(data, split) for split in SPLITS}
     contents = {
-        FORM.model: model_dir.fingerprint(config.tokenizer),
+        FORM.model: model_dir.fingerprint(tokenizer),
         "num_tokens": model.config.num_tokens,
         "crop": data.crop,
         "flip": data.flip,
@@ -92,15 +97,14 @@ def crops_of(
     return np.concatenate([crops, *([crops[:, :, ::-1]] if config.flip else [])])
 
 
-def load_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer]:
+def open_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer]:
     """Read the tokenizer's architecture.
 
     Raises:
         ValueError: it cannot be read, is no tokenizer, does not take images of this size, or its
             codes do not fit into 16 bits.
     """
-    loaded = model_dir.load_config(directory, "dar_tokenizer")
-    config = build(TokenizerConfig, loaded["model"], directory)
+    config = open_model(directory, DarTokenizer.name).architecture
     if config.codebook_size > MAX_CODEBOOK_SIZE:
         raise ValueError(
             f"{directory} has {config.codebook_size} codes, at most {MAX_CODEBOOK_SIZE} can be "

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from dar_jax.common import model_dir
+from dar_jax.common.batches import pad
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Array, Params, UInt8
 from dar_jax.data import shards
 from dar_jax.data.base import DataConfig, Source
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
 from dar_jax.data.encoded import Form
-from dar_jax.generation.batches import pad
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel import sharding
 

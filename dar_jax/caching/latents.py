@@ -6,19 +6,19 @@ Of every picture the moments of its centre crop and of the mirrored crop are wri
 import functools
 
 import jax
-import ml_collections
 import numpy as np
 
 from dar_jax.caching.encoded import Encoder, Views, write_encoded
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
 from dar_jax.common.typing import Array, Float, Params, UInt8
 from dar_jax.data.base import DataConfig
 from dar_jax.data.latents import FORM
 from dar_jax.data.sources import SPLITS, load_source
 from dar_jax.data.transforms import center_crop, mirror
-from dar_jax.models.kl_vae import KlVae, KlVaeConfig
+from dar_jax.kinds.kl_vae import KlVaeKind
+from dar_jax.kinds.loading import open_model
+from dar_jax.models.kl_vae import KlVae
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel.workdir import open_workdir
@@ -27,26 +27,33 @@ PIXELS_PER_DEVICE = 16 * 256**2
 """Encoded at a time; the released encoder's largest activation then takes 0.5 GB."""
 
 
-def write_latents(config: ml_collections.ConfigDict, workdir: str, pictures_per_shard: int) -> None:
+def write_latents(data: DataConfig, vae: str, workdir: str, *, pictures_per_shard: int) -> None:
     """Write the latents of every split to `workdir`; shards that are there already are kept.
+
+    Args:
+        data: the pictures.
+        vae: model directory.
+        workdir: of the cache.
+        pictures_per_shard: records in one file.
 
     Raises:
         ValueError: the data or the VAE cannot be used, or the workdir holds another cache.
         OSError: the workdir cannot be written.
     """
-    data = build(DataConfig, config.data.to_dict(), "config.data")
-    directory = model_dir.locate(config.vae)
-    loaded = model_dir.load_config(directory, "kl_vae")
-    vae = build(KlVaeConfig, loaded["model"], str(directory))
-    grid = vae.latent_grid(data.image_size, data.image_size)
-    model = FunctionalModel(KlVae, vae, Compute())
+    opened = open_model(vae, KlVaeKind.name)
+    directory, config = opened.path, opened.architecture
+    grid = config.latent_grid(data.image_size, data.image_size)
+    model = FunctionalModel(KlVae, config, Compute())
     rows = max(1, PIXELS_PER_DEVICE // data.image_size**2)
     encoder = Encoder(model, directory, _encode, rows_per_device=rows)
     views = Views(2, functools.partial(both_ways, size=data.image_size))
     write_encoded(
         data,
         open_workdir(workdir),
-        {FORM.model: model_dir.fingerprint(directory), "shape": [*grid, 2 * vae.latent_channels]},
+        {
+            FORM.model: model_dir.fingerprint(directory),
+            "shape": [*grid, 2 * config.latent_channels],
+        },
         form=FORM,
         sources={split: load_source(data, split) for split in SPLITS},
         encoder=encoder,

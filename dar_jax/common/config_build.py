@@ -30,7 +30,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             nearest = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(names)}"
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-        arguments[key] = _value(types_by_name[key], values[key], f"{where}.{key}")
+        arguments[key] = read_value(types_by_name[key], values[key], f"{where}.{key}")
     required = {
         field.name
         for field in dataclasses.fields(cls)
@@ -45,11 +45,22 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _value(annotation: Any, value: Any, where: str) -> Any:
-    if isinstance(annotation, types.UnionType):
-        if value is None:
-            return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+def without_none(annotation: Any) -> Any:
+    """The first type of a union that is not None; other annotations as they are."""
+    if not isinstance(annotation, types.UnionType):
+        return annotation
+    return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+
+
+def read_value(annotation: Any, value: Any, where: str) -> Any:
+    """Check a value of a config or of JSON against an annotation; lists become tuples.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    if isinstance(annotation, types.UnionType) and value is None:
+        return None
+    annotation = without_none(annotation)
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a block of keys, got {value!r}")
@@ -58,7 +69,7 @@ def _value(annotation: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: expected a list, got {value!r}")
         element = typing.get_args(annotation)[0]
-        return tuple(_value(element, item, where) for item in value)
+        return tuple(read_value(element, item, where) for item in value)
     if annotation is float and type(value) is int:
         return float(value)
     if annotation in (bool, int, float, str) and type(value) is not annotation:

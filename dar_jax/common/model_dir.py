@@ -26,11 +26,6 @@ from dar_jax.common.typing import Params
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-TOKENIZER_NAME = "tokenizer"
-"""Subdirectory of a prior's model directory that holds its tokenizer's."""
-VAE_NAME = "vae"
-"""Subdirectory that holds the autoencoder of a model of latents."""
-COMPANION_NAMES = (TOKENIZER_NAME, VAE_NAME)
 WORKDIR_NAME = "model"
 """Subdirectory of a workdir that holds the model directory."""
 SHIPPED_SCHEME = "package://"
@@ -91,7 +86,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
         return _locate_shipped(str(path))
     if hub.is_address(path):
         names = [CONFIG_NAME, WEIGHTS_NAME]
-        names += [f"{inner}/{name}" for inner in COMPANION_NAMES for name in names]
+        names += [f"*/{name}" for name in names]  # companions
         return pathlib.Path(hub.download_directory(str(path), names))
     inner = pathlib.Path(path) / WORKDIR_NAME
     return inner if inner.is_dir() else pathlib.Path(path)
@@ -135,32 +130,18 @@ def load_config(directory: str | os.PathLike, kind: str | None = None) -> dict[s
     return config
 
 
-def tokenizer_of(directory: str | os.PathLike) -> pathlib.Path:
-    """Return the model directory of a prior's tokenizer.
+def companion(directory: str | os.PathLike, name: str) -> pathlib.Path:
+    """Return the model directory that a model directory holds as `name`.
 
     Raises:
-        ValueError: the prior was written without one, or it is something else.
+        ValueError: it was written without one.
     """
-    return _companion(directory, "prior", TOKENIZER_NAME, "dar_tokenizer")
-
-
-def vae_of(directory: str | os.PathLike) -> pathlib.Path:
-    """Return the model directory of the autoencoder of a model of latents.
-
-    Raises:
-        ValueError: the model was written without one, or it is something else.
-    """
-    return _companion(directory, "model of latents", VAE_NAME, "kl_vae")
-
-
-def _companion(directory: str | os.PathLike, what: str, name: str, kind: str) -> pathlib.Path:
     nested = pathlib.Path(directory) / name
     if not nested.is_dir():
         raise ValueError(
-            f"{directory} holds a {what} without its {name}: put the {name}'s model "
-            f"directory at {nested}, or convert again with --config.{name}=DIR"
+            f"{directory} holds a model without its {name}: put the {name}'s model directory at "
+            f"{nested}, or convert again with --config.{name}=DIR"
         )
-    load_config(nested, kind)
     return nested
 
 
@@ -171,8 +152,8 @@ def fingerprint(directory: str | os.PathLike) -> str:
         ValueError: the directory is unreadable.
     """
     digest = hashlib.sha256()
-    nested = (pathlib.Path(directory) / name for name in COMPANION_NAMES)
-    for folder in (pathlib.Path(directory), *(path for path in nested if path.is_dir())):
+    nested = sorted(path.parent for path in pathlib.Path(directory).glob(f"*/{CONFIG_NAME}"))
+    for folder in (pathlib.Path(directory), *nested):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             try:
                 with (folder / name).open("rb") as file:

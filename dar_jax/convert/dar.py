@@ -29,7 +29,7 @@ from dar_jax.models.dar.llama import Llama, LlamaConfig, ffn_hidden_dim
 from dar_jax.models.dar.tokenizer import ConditionConfig, Tokenizer, TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import PriorPipeline, TokenizerPipeline
+from dar_jax.pipelines.dar import PriorPipeline, TokenizerPipeline
 
 TABLE_ROWS = 1024
 """The reference's query and position tables have this many rows whatever their use."""

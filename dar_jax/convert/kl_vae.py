@@ -11,7 +11,7 @@ from dar_jax.convert import rules
 from dar_jax.models.kl_vae import GROUP_NORM_EPSILON, LATENT_SCALE, KlVae, KlVaeConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import KlVaePipeline
+from dar_jax.pipelines.kl_vae import KlVaePipeline
 
 NOMINAL_SIZE = 256
 """Image size at which the reference decides which levels have attention."""

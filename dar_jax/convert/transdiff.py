@@ -22,7 +22,7 @@ from dar_jax.convert.rules import (
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import LatentPipeline
+from dar_jax.pipelines.transdiff import LatentPipeline
 
 CONDITION_TOKENS = 256
 LATENT_STRIDE = 16

@@ -14,18 +14,20 @@ import jax
 import numpy as np
 
 from dar_jax.common import image as images
+from dar_jax.common.batches import pad
 from dar_jax.common.checks import check_range
 from dar_jax.common.typing import Int, UInt8
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.transforms import center_crop
-from dar_jax.generation.batches import SampleConfig, drawing, pad, whole_batch
-from dar_jax.pipelines import DarPipeline, Pipeline
+from dar_jax.demo.config import MEGABYTE
+from dar_jax.generation.batches import whole_batch
+from dar_jax.generation.config import SampleConfig
+from dar_jax.pipelines.base import Pipeline
 from dar_jax.sampling.logits import MIN_LINEAR_START
 
 MAX_GUIDANCE = 20.0
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**31 - 1
-MEGABYTE = 2**20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Of uploaded pictures; some of the others that Pillow knows start programs."""
 MAX_PIXELS = 50_000_000
@@ -75,7 +77,7 @@ class BatchGenerator:
     Attributes:
         pipeline: the models.
         batch_size: most images of a request.
-        options: how images are drawn where requests do not say it.
+        sampling: how images are drawn where requests do not say it.
         kept_choices: numbers of tokens of a layout that can be kept; none if the model has no
             tokens.
         num_tokens: of an image; 0 if the model has none.
@@ -88,22 +90,22 @@ class BatchGenerator:
         """Run everything that a request may need once."""
         self.pipeline = pipeline
         self.batch_size = whole_batch(pipeline, batch_size)
-        self.options = drawing(settings, pipeline)
+        self.sampling = settings.sampling(pipeline.sampling_class)
         self._seed = settings.seed
-        self.num_tokens, self.num_scales, self.kept_choices = 0, 1, ()
-        if isinstance(pipeline, DarPipeline):
-            self.num_tokens, self.num_scales = pipeline.prior.config.num_tokens, 2
-            self.kept_choices = tuple(n for n in settings.prefix_tokens if 0 < n < self.num_tokens)
+        self.num_tokens = pipeline.num_tokens
+        self.num_scales = 2 if self.num_tokens else 1
+        self.kept_choices = tuple(n for n in settings.prefix_tokens if 0 < n < self.num_tokens)
         started = time.monotonic()
         self.num_steps = self._compile()
         self.compile_seconds = time.monotonic() - started
 
     def default_request(self, labels: tuple[int, ...]) -> Request:
         """Return what the settings ask for."""
-        scales = np.ravel(self.options["guidance_scale"]).tolist()
+        scales = self.sampling.guidance_scale
         # One scale for all passes: that of the last one, which makes the image.
         scales = (scales[0], scales[-1])[-self.num_scales :]
-        return Request(labels, scales, self.options.get("temperature", 1.0), self._seed)
+        temperature = getattr(self.sampling, "temperature", 1.0)
+        return Request(labels, tuple(scales), temperature, self._seed)
 
     def _compile(self) -> int:
         request = self.default_request((0,))
@@ -159,9 +161,10 @@ class BatchGenerator:
     def _options(self, request: Request) -> dict[str, Any]:
         # Without guidance it is another program; so little of it is not seen.
         scales = tuple(max(scale, MIN_LINEAR_START) for scale in request.guidance_scale)
-        options = {**self.options, "guidance_scale": scales}
-        if "temperature" in options:
-            options["temperature"] = float(request.temperature)
+        changes: dict[str, Any] = {"guidance_scale": scales}
+        if hasattr(self.sampling, "temperature"):
+            changes["temperature"] = float(request.temperature)
+        options = {"sampling": dataclasses.replace(self.sampling, **changes)}
         if request.layout is not None:
             options["prefix"] = self._prefix(request)
         return options

@@ -1,4 +1,4 @@
-"""Figures of images against a reference of real ones, in the space of a network's features.
+"""Metrics of images against a reference of real ones, in the space of a network's features.
 
     fid                 Frechet distance of the pool features, `evaluation.frechet`
     sfid                of the spatial features
@@ -74,7 +74,7 @@ class Comparison:
         if self._known.features is None and has_images(path):
             self._images = NpzImages(path)
 
-    def figures(self, images: Images) -> dict[str, float | int]:
+    def metrics(self, images: Images) -> dict[str, float | int]:
         """Compute all that the reference permits; names as in the module.
 
         Raises:
@@ -83,17 +83,17 @@ class Comparison:
         if self._images is not None:
             check_size(images, self._images)
         features = self._store.features(images)
-        figures = self._distances(images, features)
+        metrics = self._distances(images, features)
         if "logits" in features:
-            figures["inception_score"] = inception_score(features["logits"])[0]
+            metrics["inception_score"] = inception_score(features["logits"])[0]
         pool, real = features["pool"], self._reference.features
         if real is not None:
             size = min(SUBSET_SIZE, len(pool), len(real))
             rng = np.random.default_rng(KID_SEED)
             values = {"kid": kid(pool, real, rng, subset_size=size)[0]}
             values["precision"], values["recall"] = precision_recall(real, pool)
-            figures |= {self._name(name): value for name, value in values.items()}
-        return figures
+            metrics |= {self._name(name): value for name, value in values.items()}
+        return metrics
 
     def _distances(self, images: Images, features: dict[str, np.ndarray]) -> dict[str, float | int]:
         pool, known = features["pool"], self._reference
@@ -108,10 +108,10 @@ class Comparison:
             }
         if len(pool) < self._extractor.dims["pool"]:
             warn_of_few(self._extractor, len(pool), self._describe_floor(images.size, len(pool)))
-        figures = {"fid": distance(pool, known.pool)}
+        metrics = {"fid": distance(pool, known.pool)}
         if known.spatial is not None:
-            figures["sfid"] = distance(features["spatial"], known.spatial)
-        return figures
+            metrics["sfid"] = distance(features["spatial"], known.spatial)
+        return metrics
 
     @functools.cached_property
     def _reference(self) -> ReferenceStatistics:
@@ -126,9 +126,9 @@ class Comparison:
             "sfid": "spatial" in self._extractor.dims and known.spatial is None,
             "kid, precision and recall": known.features is None,
         }
-        for figures, is_lacking in lacking.items():
+        for metrics, is_lacking in lacking.items():
             if is_lacking:
-                logging.warning("The reference file lacks what %s need: left out", figures)
+                logging.warning("The reference file lacks what %s need: left out", metrics)
         return known
 
     @functools.cache  # noqa: B019 - there are one or two of this class

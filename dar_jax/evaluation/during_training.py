@@ -1,15 +1,17 @@
 """Evaluation of a model that is being trained: `--mode=evaluate` every so many steps."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 from collections.abc import Callable
 
 import jax
-import ml_collections
 
 from dar_jax.common.model_dir import CONFIG_NAME
-from dar_jax.evaluation.evaluators import DIRECTORY_NAME, Evaluation
+from dar_jax.common.typing import Any
+from dar_jax.evaluation.evaluators import evaluate_model
+from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation
 from dar_jax.parallel import distributed
 from dar_jax.parallel.sharding import MeshConfig
 
@@ -24,12 +26,18 @@ class TrainEvaluation:
     evaluation that a kill interrupts is finished by the run that resumes.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: str):
-        """See `evaluation.evaluators.Evaluation`."""
-        config = config.copy_and_resolve_references()
+    def __init__(self, config: Any, workdir: str):
+        """Load what models are judged by.
+
+        Args:
+            config: a dataclass of `evaluators.base.EvaluationBlocks`.
+            workdir: of the run.
+
+        Raises:
+            ValueError: see `evaluators.base.Evaluation`.
+        """
         # The training mesh is of all processes' devices.
-        config.mesh = ml_collections.ConfigDict(vars(MeshConfig()))
-        self._evaluation = Evaluation(config, workdir)
+        self._evaluation = Evaluation(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         self._path = pathlib.Path(workdir).absolute() / DIRECTORY_NAME / MODEL_NAME
 
     def is_pending(self, step: int) -> bool:
@@ -38,7 +46,7 @@ class TrainEvaluation:
         return path.exists() and json.loads(path.read_text())["step"] == step
 
     def __call__(self, write_model: Callable[[pathlib.Path], None]) -> dict[str, float]:
-        """Evaluate; return figures as they are logged, lists one by one.
+        """Evaluate; return metrics as they are logged, lists one by one.
 
         Args:
             write_model: writes the model directory, on process 0.
@@ -50,18 +58,18 @@ class TrainEvaluation:
         write_model(self._path)
         distributed.wait_for_all("the model to evaluate")
         subject = self._evaluation.load(str(self._path))
-        figures = self._evaluation.of_model(subject)
+        metrics = evaluate_model(self._evaluation, subject)
         distributed.wait_for_all("the end of an evaluation")
         self._evaluation.forget(subject)
         if jax.process_index() == 0:
             (self._path / CONFIG_NAME).unlink()
             shutil.rmtree(self._path)
-        return {f"eval/{name}": value for name, value in _one_by_one(figures)}
+        return {f"eval/{name}": value for name, value in _one_by_one(metrics)}
 
 
-def _one_by_one(figures: dict[str, float | list]) -> list[tuple[str, float]]:
+def _one_by_one(metrics: dict[str, float | list]) -> list[tuple[str, float]]:
     numbers = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if not isinstance(value, list):
             numbers.append((name, value))
         elif not isinstance(value[0], tuple):

@@ -1,4 +1,4 @@
-"""Figures of reconstructions beside their originals: distortion, similarity, use of codes."""
+"""Metrics of reconstructions beside their originals: distortion, similarity, use of codes."""
 
 import pathlib
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ Metric = Callable[[UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "N H W 3"]], 
 """Mean over pairs of an original and another image."""
 
 
-def pair_figures(
+def pair_metrics(
     originals: Images, others: Images, metrics: Mapping[str, Metric], directory: pathlib.Path
 ) -> dict[str, float]:
     """Compute means over all pairs; a killed run goes on, and processes share the work.
@@ -48,11 +48,11 @@ def pair_figures(
         means = {name: metric(same, pixels) for name, metric in metrics.items()}
         # The mean of the piece in each of its rows: the mean of all rows is that of all pairs.
         pieces.save(first, {name: np.full(len(pixels), mean) for name, mean in means.items()})
-    wait_for(lambda: not pieces.missing().any(), "the figures of other processes")
+    wait_for(lambda: not pieces.missing().any(), "the metrics of other processes")
     return {name: float(np.mean(pieces.array(name))) for name in metrics}
 
 
-def codebook_figures(indices: Int[np.ndarray, "B N"], codebook_size: int) -> dict[str, float]:
+def codebook_metrics(indices: Int[np.ndarray, "B N"], codebook_size: int) -> dict[str, float]:
     """Share of the codes that occur, and the exponential of the entropy of their frequencies."""
     counts = np.bincount(indices.reshape(-1), minlength=codebook_size)
     return {
@@ -61,7 +61,7 @@ def codebook_figures(indices: Int[np.ndarray, "B N"], codebook_size: int) -> dic
     }
 
 
-def distance_figures(
+def distance_metrics(
     store: FeatureStore, originals: Images, others: Images, data: DataConfig
 ) -> dict[str, float]:
     """Frechet distance between reconstructions and their originals: rFID.
@@ -74,11 +74,11 @@ def distance_figures(
     """
     real, made = (store.features(images)["pool"] for images in (originals, others))
     name = metric_name("fid", store.extractor.name)
-    figures = {name: distance(made, Moments.of(real).gaussian())}
+    metrics = {name: distance(made, Moments.of(real).gaussian())}
     if name == "fid":
         warn_of_few(store.extractor, len(real), "0 for the originals themselves")
-        return figures
+        return metrics
     trained_on = store.features(SplitImages(data, "train", len(real)))["pool"]
     floor = distance(real, Moments.of(trained_on).gaussian())
     warn_of_few(store.extractor, len(real), f"{floor:.4g}")
-    return {**figures, f"{name}_floor": floor}
+    return {**metrics, f"{name}_floor": floor}

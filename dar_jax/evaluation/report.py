@@ -59,7 +59,7 @@ def draw_curves(
     path: pathlib.Path,
     ticks: Sequence[str],
     xlabel: str,
-    figures: Mapping[str, Sequence[float]],
+    metrics: Mapping[str, Sequence[float]],
 ) -> None:
     """Draw a panel each for a distance, with its floor, and for a quality.
 
@@ -67,18 +67,18 @@ def draw_curves(
         path: of the picture.
         ticks: names of the places on the horizontal axis.
         xlabel: what is varied.
-        figures: a number for every tick, by metric; others than those of `LABELS` are not drawn.
+        metrics: a number for every tick, by metric; others than those of `LABELS` are not drawn.
 
     Raises:
         ValueError: Matplotlib is not installed.
     """
-    groups = [[name for name in names if name in figures] for names in (DISTANCES, QUALITIES)]
+    groups = [[name for name in names if name in metrics] for names in (DISTANCES, QUALITIES)]
     shown = [names[0] for names in groups if names]
     figure = _figure((PANEL_INCHES[0] * len(shown), PANEL_INCHES[1]))
     for axes, name in zip(np.ravel(figure.subplots(1, len(shown))), shown, strict=True):
-        axes.plot(range(len(ticks)), figures[name], marker="o")
-        if f"{name}_floor" in figures:
-            floor = np.mean(figures[f"{name}_floor"])
+        axes.plot(range(len(ticks)), metrics[name], marker="o")
+        if f"{name}_floor" in metrics:
+            floor = np.mean(metrics[f"{name}_floor"])
             axes.axhline(floor, color="grey", linestyle="--", label="floor: as many real images")
             axes.legend(frameon=False)
         axes.set(xlabel=xlabel, ylabel=LABELS[name])

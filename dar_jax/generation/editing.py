@@ -11,20 +11,15 @@ import numpy as np
 from absl import logging
 
 from dar_jax.common import image as images
+from dar_jax.common.batches import pad
 from dar_jax.common.typing import Bool, UInt8
 from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop
-from dar_jax.generation.batches import (
-    SampleConfig,
-    class_name,
-    classes_of,
-    generate,
-    pad,
-    whole_batch,
-)
-from dar_jax.pipelines import DarPipeline
+from dar_jax.generation.batches import class_name, classes_of, generate, whole_batch
+from dar_jax.generation.config import SampleConfig
+from dar_jax.pipelines.dar import DarPipeline
 
 SOURCE_PICTURE = re.compile(rf"({'|'.join(SPLITS)}):(\d+)")
 """Names a picture of the data source: `test:3`."""

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 from dar_jax.common import image as images
+from dar_jax.common.batches import pad
 from dar_jax.common.progress import Progress, wait_for
 from dar_jax.common.typing import Array
-from dar_jax.generation.batches import SampleConfig, options, pad, whole_batch
+from dar_jax.generation.batches import options, whole_batch
+from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
-from dar_jax.pipelines import Pipeline
+from dar_jax.pipelines.base import Pipeline
 
 PREVIEW = "after_{}"
 """Name of the array of first, second, ... previews; the last ones, the images, are `PIXELS`."""

@@ -15,37 +15,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 from absl import logging
 
 from dar_jax.common import files
-from dar_jax.common.checks import check_microbatch
-from dar_jax.common.config_build import build
-from dar_jax.common.typing import Params
-from dar_jax.generation.batches import SampleConfig, check, drawing
-from dar_jax.kinds.architectures import tokenizer_config, vae_config
-from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.models.dar.sampler import check_pair
-from dar_jax.models.dar.tokenizer import Tokenizer
-from dar_jax.models.kl_vae import KlVae
-from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
-from dar_jax.models.transdiff.sampler import check_vae
-from dar_jax.nn.compute import Compute
-from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.config import Config
+from dar_jax.generation.batches import check
+from dar_jax.kinds import KINDS, find_kind
+from dar_jax.kinds.loading import from_pretrained, random_pipeline
 from dar_jax.performance import device_speed
 from dar_jax.performance.bounds import Bounds
+from dar_jax.performance.config import BenchmarkConfig
 from dar_jax.performance.device_speed import DeviceSpeed
 from dar_jax.performance.rows import Row, table
-from dar_jax.performance.runs import RUNS, SEED
-from dar_jax.pipelines import (
-    DarPipeline,
-    KlVaePipeline,
-    LatentPipeline,
-    PriorPipeline,
-    TokenizerPipeline,
-    TransDiffPipeline,
-    from_pretrained,
-)
+from dar_jax.performance.runs import SEED, Runs
+from dar_jax.pipelines.base import Pipeline
 
 GIGA = 1e9
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -56,56 +39,19 @@ SIZES = (
 """What tells an architecture, and a way of sampling, from others of its family."""
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkConfig:
-    """What is timed.
-
-    Attributes:
-        model: model directory of a model that draws images; empty takes random weights of the size
-            of `config.model`, which are as fast.
-        batch_sizes: images at a time; those that do not fit into memory are skipped.
-        guidance_scales: 1 is no guidance and half the work. All else that there is to choose in
-            drawing is as in `config.sample`.
-        microbatch: images that the flow decoder (D-AR) or the autoencoder (TransDiff) sees at a
-            time in larger batches; 0 is all.
-        repeats: timed runs of everything.
-    """
-
-    model: str = ""
-    batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
-    guidance_scales: tuple[float, ...] = (4.0, 1.0)
-    microbatch: int = 0
-    repeats: int = 3
-
-    def __post_init__(self):
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes={self.batch_sizes} must be one or more sizes from 1 on")
-        if not self.guidance_scales or min(self.guidance_scales) < 1:
-            raise ValueError(
-                f"guidance_scales={self.guidance_scales} must be one or more scales of at least 1"
-            )
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} must be at least 1")
-        for batch_size in self.batch_sizes:
-            check_microbatch(self.microbatch or None, batch_size)
-
-
-def benchmark(config: ml_collections.ConfigDict, workdir: str) -> None:
+def benchmark(config: Config, workdir: str) -> None:
     """Print a table and write `WORKDIR/benchmark.jsonl`, a line per measurement.
 
     Raises:
         ValueError: the model cannot be read or draws no images, or a block of the config is wrong.
     """
-    settings = build(BenchmarkConfig, config.benchmark.to_dict(), "config.benchmark")
-    sampling = build(SampleConfig, config.sample.to_dict(), "config.sample")
-    compute = build(Compute, config.compute.to_dict(), "config.compute")
-    if settings.model:
-        check(sampling, settings.model)
-    pipeline, weights = load(settings, config, compute)
-    options = drawing(sampling, pipeline)
-    del options["guidance_scale"]  # those of the benchmark
+    settings, compute = config.benchmark, config.compute
+    pipeline, weights = load(config)
+    sampling = config.sample.sampling(pipeline.sampling_class)
     for scale in settings.guidance_scales:
-        pipeline.check_options(pipeline.prior.config, **options, guidance_scale=scale)
+        dataclasses.replace(sampling, guidance_scale=scale).check(pipeline.prior.config)
+    options = dataclasses.asdict(sampling)
+    del options["guidance_scale"]  # those of the benchmark
     path = pathlib.Path(workdir) / "benchmark.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -127,7 +73,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str) -> None:
         "matmul_flops": speed.flops,
     }
     rows = []
-    for row in measure(pipeline, settings, options, speed):
+    for row in measure(pipeline, settings, sampling, speed):
         rows.append(row)
         with files.replacing(path) as temporary:
             lines = (json.dumps({**row.as_json(), **context}) for row in rows)
@@ -137,46 +83,25 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str) -> None:
     logging.info("Wrote %s\n%s\n%s", path, describe(context), table(rows))
 
 
-def load(
-    settings: BenchmarkConfig, config: ml_collections.ConfigDict, compute: Compute
-) -> tuple[DarPipeline | TransDiffPipeline, str]:
+def load(config: Config) -> tuple[Pipeline, str]:
     """Load or draw the models; return them and what their weights are."""
+    settings = config.benchmark
     if settings.model:
-        return from_pretrained(settings.model, compute=compute), settings.model
+        check(config.sample, settings.model)
+        return from_pretrained(settings.model, compute=config.compute), settings.model
+    if not find_kind(config.task, "config.task").draws_images:
+        raise ValueError(
+            f"config.task={config.task!r} draws no images; use a config of a model that does, such "
+            "as configs/imagenet_dar.py:l"
+        )
     logging.info("Drawing random weights")
-    match config.task:
-        case "dar_prior":
-            model = build(LlamaConfig, config.model.to_dict(), "config.model")
-            tokenizer = tokenizer_config(config.tokenizer)
-            check_pair(model, tokenizer, config.tokenizer)
-            return DarPipeline(
-                PriorPipeline(*_draw(Llama, model, compute)),
-                TokenizerPipeline(*_draw(Tokenizer, tokenizer, compute)),
-            ), "random"
-        case "transdiff":
-            model = build(TransDiffConfig, config.model.to_dict(), "config.model")
-            vae = vae_config(config.vae)
-            check_vae(model, vae, config.vae)
-            return TransDiffPipeline(
-                LatentPipeline(*_draw(TransDiff, model, compute)),
-                KlVaePipeline(*_draw(KlVae, vae, compute)),
-            ), "random"
-        case _:
-            raise ValueError(
-                f"config.task={config.task!r} draws no images; use a config of a dar_prior or "
-                "transdiff, such as configs/imagenet_dar.py:l"
-            )
-
-
-def _draw(cls: type, config: Any, compute: Compute) -> tuple[FunctionalModel, Params]:
-    model = FunctionalModel(cls, config, compute)
-    return model, jax.jit(model.init)(jax.random.key(SEED))
+    return random_pipeline(config, seed=SEED), "random"
 
 
 def measure(
-    pipeline: DarPipeline | TransDiffPipeline,
+    pipeline: Pipeline,
     settings: BenchmarkConfig,
-    options: dict[str, Any],
+    sampling: Any,
     speed: DeviceSpeed,
 ) -> Iterator[Row]:
     """Yield the measurements of every batch size that fits, and say how long the rest takes.
@@ -184,11 +109,11 @@ def measure(
     Args:
         pipeline: the models.
         settings: what is timed.
-        options: of drawing, all but the guidance scale.
+        sampling: how images are drawn, but for the guidance scale.
         speed: of the device.
     """
-    family = RUNS[type(pipeline)]
-    bounds = family.bounds_of(pipeline, options, speed)
+    runs_class = runs_of(pipeline)
+    bounds = runs_class.bounds_of(pipeline, sampling, speed)
     scales = settings.guidance_scales
     left = {
         size: sum(sum(bounds.phases(size, scale).values()) for scale in (*scales, None))
@@ -197,7 +122,7 @@ def measure(
     start, done = time.monotonic(), 0.0
     for batch_size in settings.batch_sizes:
         microbatch = settings.microbatch or None
-        runs = family(pipeline, bounds, options, batch_size, microbatch, settings.repeats)
+        runs = runs_class(pipeline, bounds, sampling, batch_size, microbatch, settings.repeats)
         try:
             check_memory(bounds, batch_size, guided=max(scales) > 1)
             for row in runs.rows(scales):
@@ -212,6 +137,11 @@ def measure(
             reason = str(error).splitlines()[0]
             logging.info("Batch size %d skipped, it does not fit: %s", batch_size, reason)
             left[batch_size] = 0.0
+
+
+def runs_of(pipeline: Pipeline) -> type[Runs]:
+    """What is timed of a pipeline."""
+    return next(kind.runs for kind in KINDS.values() if kind.pipeline is type(pipeline))
 
 
 def check_memory(bounds: Bounds, batch_size: int, *, guided: bool) -> None:

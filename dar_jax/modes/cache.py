@@ -8,91 +8,65 @@ kind=references
               `data.references`; train with `data.references`
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
-import ml_collections
 from absl import logging
 
 from dar_jax.caching import codes, latents
-from dar_jax.common.config_build import build
 from dar_jax.common.files import replacing
+from dar_jax.config import Config
 from dar_jax.data import records, references
-from dar_jax.data.sources import SPLITS, DataConfig, load_source
+from dar_jax.data.sources import SPLITS, load_source
+from dar_jax.kinds.dar_prior import TOKENIZER
+from dar_jax.kinds.transdiff import VAE
 from dar_jax.parallel.workdir import open_workdir
 
 INDEX_NAME = "references.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheConfig:
-    """What is cached.
-
-    Attributes:
-        kind: see the module's docstring.
-        image_size: of images: cropped at the centre to this size; 0 keeps the files as they are.
-        pictures_per_shard: records in one file.
-    """
-
-    kind: str = "images"
-    image_size: int = 0
-    pictures_per_shard: int = 8192
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind {self.kind!r}; available: {', '.join(KINDS)}")
-        if self.image_size < 0:
-            raise ValueError(f"image_size {self.image_size} is negative; 0 keeps the files")
-        if self.pictures_per_shard < 1:
-            raise ValueError(f"pictures_per_shard {self.pictures_per_shard} is not positive")
-
-
-def cache(config: ml_collections.ConfigDict, workdir: str) -> None:
+def cache(config: Config, workdir: str) -> None:
     """Write the cache to `workdir`; the same command finishes one that was cut short.
 
     Raises:
         ValueError: the data or the workdir cannot be used.
     """
-    settings = build(CacheConfig, config.cache.to_dict(), "config.cache")
     try:
-        KINDS[settings.kind](config, settings, workdir)
+        WRITERS[config.cache.kind](config, workdir)
     except OSError as error:
         raise ValueError(f"cannot write the cache to {workdir}: {error}") from error
 
 
-def _cache_images(config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str) -> None:
-    data = build(DataConfig, config.data.to_dict(), "config.data")
+def _cache_images(config: Config, workdir: str) -> None:
+    data = config.data
     sources = {split: load_source(data, split) for split in SPLITS}
     records.write_images(
         data,
         open_workdir(workdir),
         sources=sources,
-        image_size=settings.image_size,
-        pictures_per_shard=settings.pictures_per_shard,
+        image_size=config.cache.image_size,
+        pictures_per_shard=config.cache.pictures_per_shard,
     )
 
 
-def _cache_codes(config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str) -> None:
-    if "tokenizer" not in config:
+def _cache_codes(config: Config, workdir: str) -> None:
+    if TOKENIZER not in config.companions:
         raise ValueError("kind='codes' needs a prior's config, which names config.tokenizer")
-    codes.write_codes(config, workdir, settings.pictures_per_shard)
+    path, per_shard = config.companions[TOKENIZER], config.cache.pictures_per_shard
+    codes.write_codes(config.data, path, workdir, pictures_per_shard=per_shard)
 
 
-def _cache_latents(config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str) -> None:
-    if "vae" not in config:
+def _cache_latents(config: Config, workdir: str) -> None:
+    if VAE not in config.companions:
         raise ValueError("kind='latents' needs a config of TransDiff, which names config.vae")
-    latents.write_latents(config, workdir, settings.pictures_per_shard)
+    path, per_shard = config.companions[VAE], config.cache.pictures_per_shard
+    latents.write_latents(config.data, path, workdir, pictures_per_shard=per_shard)
 
 
-def _cache_references(
-    config: ml_collections.ConfigDict, settings: CacheConfig, workdir: str
-) -> None:
-    del settings
-    data = build(DataConfig, config.data.to_dict(), "config.data")
-    source = load_source(data, "train")
+def _cache_references(config: Config, workdir: str) -> None:
+    source = load_source(config.data, "train")
     labels = references.labels_of(source)
-    size = max(data.num_references, references.GROUP_SIZE)
+    size = max(config.data.num_references, references.GROUP_SIZE)
     groups = references.make_groups(labels, source.class_names, size, seed=config.seed)
     path = open_workdir(workdir) / INDEX_NAME
     if jax.process_index() == 0:
@@ -101,7 +75,7 @@ def _cache_references(
         logging.info("Wrote %s: %d groups of %d pictures", path, len(groups), len(labels))
 
 
-KINDS: dict[str, Callable[[ml_collections.ConfigDict, CacheConfig, str], None]] = {
+WRITERS: dict[str, Callable[[Config, str], None]] = {
     "images": _cache_images,
     "codes": _cache_codes,
     "latents": _cache_latents,

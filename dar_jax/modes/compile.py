@@ -21,46 +21,26 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from absl import logging
 from jax.experimental import topologies
 
-from dar_jax import tasks
-from dar_jax.common import config_build as config_lib
-from dar_jax.kinds.architectures import tokenizer_config, vae_config
+from dar_jax.config import Config
+from dar_jax.kinds import find_kind
+from dar_jax.kinds.loading import build_task
 from dar_jax.parallel import sharding
 from dar_jax.parallel.chips import Chip, chip_of
 from dar_jax.parallel.workdir import open_workdir
-from dar_jax.performance.hlo import Collective, Program, traced_flops
-from dar_jax.performance.programs import Job, jobs_of
-from dar_jax.tasks.dar_prior import DarPriorTask
-from dar_jax.tasks.transdiff import TransDiffTask
-from dar_jax.training import config as train_config
+from dar_jax.performance.config import LOCAL
+from dar_jax.performance.hlo import Collective, HloProgram, traced_flops
+from dar_jax.performance.programs import Program, train_program
+from dar_jax.training.step import gather_dtype
 
-LOCAL = "local"
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
 REPORT_NAME = "compile.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileConfig:
-    """What is compiled for.
-
-    Attributes:
-        topology: a TPU slice such as "v5e:16x16", or "local": the devices at hand.
-        images_per_device: images that the sampler's programs work on, per device.
-    """
-
-    topology: str = LOCAL
-    images_per_device: int = 16
-
-    def __post_init__(self):
-        if self.images_per_device < 1:
-            raise ValueError(f"images_per_device {self.images_per_device} is not positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,32 +66,45 @@ class Roofline:
     mfu_serial: float
 
 
-def compile_programs(config: ml_collections.ConfigDict, workdir: str) -> None:
+def compile_programs(config: Config, workdir: str) -> None:
     """Compile, write `WORKDIR/compile.json` and log it as a table.
 
     Raises:
         ValueError: an unknown topology, no compiler for it, or a configuration that cannot be used.
     """
-    block = config.to_dict().get("compile", {})
-    settings = config_lib.build(CompileConfig, block, "config.compile")
+    settings = config.compile
     devices = find_devices(settings.topology)
-    mesh = sharding.make_mesh(train_config.parse(config).mesh, devices)
-    task = tasks.build(config, **_shapes(config))
-    jobs = list(jobs_of(train_config.parse(config), task, mesh, settings.images_per_device))
+    mesh = sharding.make_mesh(config.mesh, devices)
+    programs = list(programs_of(config, mesh))
     directory = open_workdir(workdir)
     report = {
         "topology": settings.topology,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "compute": config.compute.to_dict(),
+        "compute": dataclasses.asdict(config.compute),
         "programs": {},
     }
-    for number, job in enumerate(jobs, 1):
-        logging.info("Compiling %s, program %d of %d", job.name, number, len(jobs))
-        report["programs"][job.name] = analyse(job, devices)
+    for number, program in enumerate(programs, 1):
+        logging.info("Compiling %s, program %d of %d", program.name, number, len(programs))
+        report["programs"][program.name] = analyse(program, devices)
         _write(directory / REPORT_NAME, report)
     logging.info("Wrote %s:\n%s", directory / REPORT_NAME, table(report))
+
+
+def programs_of(config: Config, mesh: sharding.Mesh) -> Iterator[Program]:
+    """Yield the train step, then what sampling runs over and over; nothing is computed."""
+    task = build_task(config, with_weights=False)
+    yield train_program(
+        task,
+        config.optimizer,
+        mesh,
+        batch_size=config.data.batch_size,
+        accumulation=config.train.accumulation,
+        gather_dtype=gather_dtype(config.mesh, config.compute),
+    )
+    images = config.compile.images_per_device * mesh.size
+    yield from find_kind(config.task, "config.task").programs(task, mesh, images)
 
 
 def find_devices(topology: str) -> Sequence[Any]:
@@ -139,13 +132,14 @@ def find_devices(topology: str) -> Sequence[Any]:
         ) from error
 
 
-def analyse(job: Job, devices: Sequence[Any]) -> dict[str, Any]:
+def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
     """Compile one program and return its report, as JSON types."""
-    traced = job.function.trace(*job.arguments, **job.options)
+    traced = program.function.trace(*program.arguments, **program.options)
+    executed = traced_flops(traced.jaxpr)
     report = {
-        "images": job.images,
-        "model_flops": job.model_flops,
-        "executed_flops": traced_flops(traced.jaxpr),
+        "images": program.images,
+        "model_flops": program.model_flops or executed,
+        "executed_flops": executed,
     }
     start = time.monotonic()
     try:
@@ -155,14 +149,14 @@ def analyse(job: Job, devices: Sequence[Any]) -> dict[str, Any]:
             raise
         return {**report, "fits": False, "error": str(error).splitlines()[0]}
     chip = chip_of(devices)
-    program = Program(compiled.as_text(), len(devices))
-    collectives = program.collectives()
+    text = HloProgram(compiled.as_text(), len(devices))
+    collectives = text.collectives()
     report |= {
         "compile_seconds": time.monotonic() - start,
         "memory": memory_of(compiled),
-        "memory_traffic": program.memory_traffic(),
+        "memory_traffic": text.memory_traffic(),
         "collectives": [dataclasses.asdict(each) for each in collectives],
-        "loops_of_unknown_length": sorted(program.unknown_loops),
+        "loops_of_unknown_length": sorted(text.unknown_loops),
     }
     if chip is not None:
         report["fits"] = report["memory"]["total"] <= chip.hbm_bytes
@@ -262,17 +256,6 @@ def _row(name: str, report: dict[str, Any]) -> str:
 def _total(report: dict[str, Any], kind: str, field: str) -> float:
     values = (each[field] for each in report["collectives"] if each["kind"] == kind)
     return sum(values, start=0.0)
-
-
-def _shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Architecture of the frozen model that a task reads, as an argument of `tasks.build`."""
-    match config.task:
-        case DarPriorTask.kind:
-            return {"shape_of_tokenizer": tokenizer_config(config.tokenizer)}
-        case TransDiffTask.kind:
-            return {"shape_of_vae": vae_config(config.vae)}
-        case _:
-            return {}
 
 
 def _write(path: pathlib.Path, report: dict[str, Any]) -> None:

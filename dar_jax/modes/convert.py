@@ -2,74 +2,36 @@
 
 import dataclasses
 import fnmatch
-import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ml_collections
 import safetensors
 from absl import logging
 
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
 from dar_jax.common.files import write_safetensors
 from dar_jax.common.tree import num_parameters
-from dar_jax.common.typing import Params
-from dar_jax.convert import dar, frozen, kl_vae, transdiff
+from dar_jax.config import Config
+from dar_jax.convert import frozen
 from dar_jax.convert.checkpoints import Checkpoint, read_checkpoint
-from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.models.dar.sampler import check_pair
-from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
-from dar_jax.models.kl_vae import KlVae, KlVaeConfig
-from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
-from dar_jax.models.transdiff.sampler import check_vae
+from dar_jax.kinds import find_kind
+from dar_jax.kinds.base import Kind
+from dar_jax.kinds.loading import open_model
 from dar_jax.nn.functional_model import FunctionalModel
 
-DIRECTIONS = ("jax", "torch")
 MAX_LISTED = 5
-MODELS = {
-    "dar_tokenizer": (Tokenizer, TokenizerConfig, dar.tokenizer_state_dict),
-    "dar_prior": (Llama, LlamaConfig, dar.prior_state_dict),
-    "kl_vae": (KlVae, KlVaeConfig, kl_vae.state_dict),
-    "transdiff": (TransDiff, TransDiffConfig, transdiff.transdiff_state_dict),
-}
-"""Module, its config, and what turns parameters into the reference's state dict, by kind."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertConfig:
-    """What is converted.
-
-    Attributes:
-        source: an official checkpoint, `.pt`, `.pth`, `.ckpt` or `.safetensors`, as a path or
-            `hf://owner/name/file`; towards torch a model directory, where empty is WORKDIR/model.
-        to: "jax" writes the model directory WORKDIR/model, "torch" writes WORKDIR/KIND.safetensors
-            under the reference's names.
-        net: towards jax, a frozen network of losses or evaluation instead of config.task: one of
-            `frozen.NETS`, which says what `source` is then.
-    """
-
-    source: str = ""
-    to: str = "jax"
-    net: str = ""
-
-    def __post_init__(self):
-        if self.net not in ("", *frozen.NETS):
-            raise ValueError(f"net={self.net!r} must be one of {', '.join(frozen.NETS)}")
-        if self.to not in DIRECTIONS:
-            raise ValueError(f"to={self.to!r} must be one of {', '.join(DIRECTIONS)}")
-
-
-def convert(config: ml_collections.ConfigDict, workdir: str) -> None:
+def convert(config: Config, workdir: str) -> None:
     """Convert `config.convert.source`; nothing is written unless all of it fits.
 
     Raises:
         ValueError: the source cannot be read or does not fit the model, or the workdir cannot be
             written.
     """
-    settings = build(ConvertConfig, config.convert.to_dict(), "config.convert")
+    settings = config.convert
     if settings.net:
         frozen_to_jax(settings.net, settings.source, pathlib.Path(workdir))
     elif settings.to == "torch":
@@ -78,40 +40,17 @@ def convert(config: ml_collections.ConfigDict, workdir: str) -> None:
         to_jax(settings.source, config, pathlib.Path(workdir))
 
 
-def to_jax(source: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def to_jax(source: str, config: Config, workdir: pathlib.Path) -> None:
     """Write the model directory of an official checkpoint."""
     if not source:
         raise ValueError("config.convert.source is empty: name a path or hf://owner/name/file")
-    checkpoint = read_checkpoint(source)
+    checkpoint, kind = read_checkpoint(source), find_kind(config.task, "config.task")
+    with _errors_name(source):
+        model, params, unused = kind.from_reference(checkpoint, config.model)
+    _report(checkpoint, unused)
     companions = {}
-    match config.task:
-        case "dar_tokenizer":
-            with _errors_name(source):
-                model, params = _tokenizer(checkpoint, config)
-            _report(checkpoint, dar.UNUSED_TOKENIZER_KEYS)
-        case "dar_prior":
-            model = build(LlamaConfig, config.model.to_dict(), "config.model")
-            with _errors_name(source):
-                params = dar.prior_params(checkpoint.state_dict, model)
-            _report(checkpoint, dar.UNUSED_PRIOR_KEYS)
-            fits = functools.partial(check_pair, model)
-            companions = _companion(
-                config.tokenizer, model_dir.TOKENIZER_NAME, "dar_tokenizer", fits
-            )
-        case "kl_vae":
-            model = build(KlVaeConfig, config.model.to_dict(), "config.model")
-            with _errors_name(source):
-                params = kl_vae.params(checkpoint.state_dict, model)
-            _report(checkpoint, kl_vae.unused_keys(checkpoint.state_dict))
-        case "transdiff":
-            model = build(TransDiffConfig, config.model.to_dict(), "config.model")
-            with _errors_name(source):
-                params = transdiff.transdiff_params(checkpoint.state_dict, model)
-            _report(checkpoint, ())
-            fits = functools.partial(check_vae, model)
-            companions = _companion(config.vae, model_dir.VAE_NAME, "kl_vae", fits)
-        case _:
-            raise ValueError(f"config.task={config.task!r} has no official checkpoints")
+    for name in kind.companions:
+        companions |= _companion(kind, model, name, config.companions[name])
     directory = workdir / model_dir.WORKDIR_NAME
     with _writing(directory):
         model_dir.save_model(
@@ -137,45 +76,25 @@ def frozen_to_jax(net: str, source: str, workdir: pathlib.Path) -> None:
 
 def to_torch(source: str, workdir: pathlib.Path) -> None:
     """Write a model directory as a state dict under the reference's names."""
-    directory = model_dir.locate(source)
-    loaded = model_dir.load_config(directory)
-    if loaded["kind"] not in MODELS:
-        raise ValueError(f"{directory}: {loaded['kind']!r} has no counterpart in the reference")
-    cls, config_class, to_state_dict = MODELS[loaded["kind"]]
-    model = build(config_class, loaded["model"], str(directory))
-    like = FunctionalModel(cls, model).abstract_params()
-    state_dict = to_state_dict(model_dir.load_params(directory, like), model)
-    path = workdir / f"{loaded['kind']}.safetensors"
+    directory, kind, model, _ = open_model(source)
+    like = FunctionalModel(kind.module, model).abstract_params()
+    state_dict = kind.to_reference(model_dir.load_params(directory, like), model)
+    path = workdir / f"{kind.name}.safetensors"
     with _writing(path):
         write_safetensors(path, state_dict, {"format": "pt"})
     logging.info("Wrote %s with %d tensors", path, len(state_dict))
 
 
-def _tokenizer(
-    checkpoint: Checkpoint, config: ml_collections.ConfigDict
-) -> tuple[TokenizerConfig, Params]:
-    """The config that the file carries counts, not the one that is given."""
-    if checkpoint.config is None:
-        model = build(TokenizerConfig, config.model.to_dict(), "config.model")
-    else:
-        model = dar.tokenizer_config(checkpoint.config)
-        logging.info("Taking the model's config from the checkpoint")
-    return model, dar.tokenizer_params(checkpoint.state_dict, model)
-
-
-def _companion(
-    path: str, name: str, kind: str, check: Callable[[Any, str], None]
-) -> dict[str, pathlib.Path]:
+def _companion(kind: Kind, model: Any, name: str, path: str) -> dict[str, pathlib.Path]:
     """The model directory that the written one will hold as `name`, if there is one yet.
 
     Args:
+        kind: of the model that is converted.
+        model: its architecture.
+        name: of the companion.
         path: value of `config.NAME`.
-        name: see `model_dir.COMPANION_NAMES`.
-        kind: of model.
-        check: raises ValueError unless the config of the model at a path fits.
     """
-    directory = model_dir.locate(path)
-    if not directory.is_dir():
+    if not model_dir.locate(path).is_dir():
         logging.warning(
             "There is no %s in %s: before sampling, convert again with "
             "--config.%s=DIR, or put its model directory at WORKDIR/model/%s",
@@ -185,9 +104,9 @@ def _companion(
             name,
         )
         return {}
-    loaded = model_dir.load_config(directory, kind)
-    check(build(MODELS[kind][1], loaded["model"], str(directory)), str(directory))
-    return {name: directory}
+    opened = open_model(path, kind.companions[name])
+    kind.check_companion(model, name, opened.architecture, str(opened.path))
+    return {name: opened.path}
 
 
 def _report(checkpoint: Checkpoint, unused: Sequence[str]) -> None:

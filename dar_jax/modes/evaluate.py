@@ -1,4 +1,4 @@
-"""`--mode=evaluate`: a model directory, or images, to figures, by one exact protocol.
+"""`--mode=evaluate`: a model directory, or images, to metrics, by one exact protocol.
 
     generation      images i = 0 .. n-1 with labels i mod classes and keys fold_in(seed, i), to 8
                     bits as trunc(clip(127.5 x + 128, 0, 255)); against a reference file, or against
@@ -7,7 +7,7 @@
                     against its reconstructions, 8-bit like samples; with the model's own solver and
                     steps, image i drawing its noise from fold_in(seed, i)
 
-See `evaluation.evaluators.EvaluateConfig` for what is measured, `evaluation.distances` for the
+See `evaluation.config.EvaluateConfig` for what is measured, `evaluation.distances` for the
 distances, `evaluation.image_sources` for rounding, `evaluation.features` for the networks.
 Published figures (ImageNet 256 x 256) are of n = 50,000 images against the ADM suite's
 `VIRTUAL_imagenet256_labeled`:
@@ -21,24 +21,24 @@ same number of images of every class.
 import pathlib
 
 import jax
-import ml_collections
 from absl import logging
 
 from dar_jax.common.typing import Any
 from dar_jax.common.version import revision, version
+from dar_jax.config import Config
 from dar_jax.evaluation import report
-from dar_jax.evaluation.evaluators import DIRECTORY_NAME, Evaluation
+from dar_jax.evaluation.evaluators import evaluate_model
+from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation
+from dar_jax.evaluation.evaluators.previews import LIST_SUFFIX
 from dar_jax.generation.batches import model_path
 from dar_jax.parallel import distributed
 from dar_jax.parallel.workdir import open_workdir
 
 RESULT_NAME = "evaluation.json"
-OF_PREVIEWS = "_of_previews"
-"""Ends the names of lists with a figure per preview, the last one the image."""
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Print the figures that the config asks for and write them to `WORKDIR/evaluation.json`.
+def evaluate(config: Config, workdir: str) -> None:
+    """Print the metrics that the config asks for and write them to `WORKDIR/evaluation.json`.
 
     Curves over previews or guidance are drawn to `WORKDIR/evaluation/{previews,guidance}.png`.
 
@@ -52,7 +52,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     if subject is None:
         results = {**evaluation.of_images(), "images": images}
     else:
-        results = {**evaluation.of_model(subject), **evaluation.made_with(subject)}
+        results = {**evaluate_model(evaluation, subject), **evaluation.made_with(subject)}
     if jax.process_index() == 0:
         results |= {"version": version(), "revision": revision()}
         report.write_json(directory / RESULT_NAME, results)
@@ -65,9 +65,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
     """Draw what is varied."""
     previews = {
-        name.removeprefix("generation/").removesuffix(OF_PREVIEWS): values
+        name.removeprefix("generation/").removesuffix(LIST_SUFFIX): values
         for name, values in results.items()
-        if name.endswith(OF_PREVIEWS)
+        if name.endswith(LIST_SUFFIX)
     }
     guidance = {
         name.removeprefix("guidance/"): values

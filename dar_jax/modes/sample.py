@@ -1,21 +1,18 @@
 """`--mode=sample`: pictures to look at, or a large set of images for evaluation."""
 
 import jax
-import ml_collections
 import numpy as np
 from absl import logging
 from PIL import Image
 
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
 from dar_jax.common.files import replacing
 from dar_jax.common.progress import wait_for
 from dar_jax.common.typing import UInt8
-from dar_jax.data.sources import DataConfig
+from dar_jax.config import Config
 from dar_jax.generation import editing
 from dar_jax.generation.batches import (
-    SampleConfig,
     class_name,
     classes_of,
     generate,
@@ -23,10 +20,11 @@ from dar_jax.generation.batches import (
     load,
     model_path,
 )
+from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
 from dar_jax.parallel.workdir import open_workdir
-from dar_jax.pipelines import Pipeline
+from dar_jax.pipelines.base import Pipeline
 
 DIRECTORY_NAME = "samples"
 """Subdirectory of the workdir that everything is written to."""
@@ -35,7 +33,7 @@ SET_NAME = "set"
 STRIP_ROWS = 10
 
 
-def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
+def sample(config: Config, workdir: str) -> None:
     """Write to `WORKDIR/samples` what the config asks for.
 
     - `num_images`: a resumable set, and `samples_NxHxWx3.npz` for the ADM evaluation suite;
@@ -46,8 +44,8 @@ def sample(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
         ValueError: a model, picture or directory cannot be used, or a label is no class.
     """
-    data = build(DataConfig, config.data.to_dict(), "config.data")
-    settings, pipeline = load(config, workdir)
+    settings, data = config.sample, config.data
+    pipeline = load(settings, workdir, compute=config.compute, mesh=config.mesh)
     if settings.num_images:
         make_set(pipeline, settings, workdir)
         return

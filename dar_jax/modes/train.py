@@ -13,18 +13,18 @@ from typing import Any
 
 import grain
 import jax
-import ml_collections
 import numpy as np
 from absl import logging
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from dar_jax import tasks
 from dar_jax.common import model_dir
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Params
+from dar_jax.config import Config
 from dar_jax.data import pipeline, sources
 from dar_jax.evaluation.during_training import TrainEvaluation
+from dar_jax.kinds.loading import build_task
 from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import open_workdir
 from dar_jax.tasks.base import Task
@@ -32,7 +32,6 @@ from dar_jax.training import checkpoint, metrics
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
-from dar_jax.training.config import Settings, bound_config, parse
 from dar_jax.training.optimizer import learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
@@ -48,7 +47,7 @@ class Run:
     """What stays the same over one run."""
 
     task: Task
-    settings: Settings
+    config: Config
     mesh: jax.sharding.Mesh
     workdir: pathlib.Path
     iterator: grain.DatasetIterator
@@ -57,18 +56,18 @@ class Run:
     evaluation: TrainEvaluation | None
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train_and_evaluate(config: Config, workdir: str) -> None:
     """Build the task that the configuration names and train it.
 
     Raises:
         Preempted: SIGTERM came; all is saved.
         ValueError: see `train`.
     """
-    if not train(config, workdir, tasks.build(config)):
+    if not train(config, workdir, build_task(config)):
         raise distributed.Preempted
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
+def train(config: Config, workdir: str, task: Task) -> bool:
     """Train to `config.train.steps`, resuming from the latest checkpoint, and export the model.
 
     Returns whether it got there: a preempted run saves and stops early.
@@ -77,27 +76,26 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
         ValueError: the configuration or the workdir cannot be used, or the loss stopped being
             finite.
     """
-    settings = parse(config)
-    mesh = sharding.make_mesh(settings.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     sharding.check_heads(task.model_config(), mesh)
-    step_lib.check_accumulation(settings.data.batch_size, settings.train.accumulation, mesh)
+    step_lib.check_accumulation(config.data.batch_size, config.train.accumulation, mesh)
     part = sharding.batch_part(mesh)
-    iterator = pipeline.train_iterator(settings.data, settings.seed, part)
+    iterator = pipeline.train_iterator(config.data, config.seed, part)
     sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
-    abstract = state_lib.abstract_state(task, settings.optimizer, mesh)
-    initial = _initial_params(settings, task, abstract, workdir)
+    abstract = state_lib.abstract_state(task, config.optimizer, mesh)
+    initial = _initial_params(config, task, abstract, workdir)
     frozen = task.frozen()
-    evaluation = TrainEvaluation(config, workdir) if settings.train.evaluate_every else None
+    evaluation = TrainEvaluation(config, workdir) if config.train.evaluate_every else None
     directory = open_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(
         directory / CHECKPOINTS,
-        bound_config(config),
-        keep=settings.train.keep_checkpoints,
-        keep_every=settings.train.keep_every,
+        config.bound(),
+        keep=config.train.keep_checkpoints,
+        keep_every=config.train.keep_every,
     )
-    run = Run(task, settings, mesh, directory, iterator, checkpoints, frozen, evaluation)
+    run = Run(task, config, mesh, directory, iterator, checkpoints, frozen, evaluation)
     try:
-        _describe(run, config, abstract)
+        _describe(run, abstract)
         state = _fit(run, *_restore_or_create(run, abstract, initial))
         checkpoints.wait()
     except OSError as error:
@@ -113,32 +111,32 @@ def train(config: ml_collections.ConfigDict, workdir: str, task: Task) -> bool:
     finally:
         checkpoints.close()
         iterator.close()
-    done = int(state.step) >= settings.train.steps
+    done = int(state.step) >= config.train.steps
     if done:
         _export(run, state, run.workdir / "model")
         distributed.wait_for_all("export")
     return done
 
 
-def _describe(run: Run, config: ml_collections.ConfigDict, abstract: TrainState) -> None:
+def _describe(run: Run, abstract: TrainState) -> None:
     overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
-    logging.info("Config:\n%s", config)
+    text = json.dumps(run.config.to_dict(), indent=2) + "\n"
+    logging.info("Config:\n%s", text)
     logging.info("Parameters:\n%s", overview)
     logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
     logging.info("Data: %s", sources.describe(run.iterator.source))
     if jax.process_index() == 0:
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
         (run.workdir / "config.json").write_text(text)
 
 
 def _initial_params(
-    settings: Settings, task: Task, abstract: TrainState, workdir: str
+    config: Config, task: Task, abstract: TrainState, workdir: str
 ) -> Params | None:
     """Load the parameters that a new run starts from, if the configuration names them."""
-    if not settings.train.init_from or checkpoint.has_any(pathlib.Path(workdir) / CHECKPOINTS):
+    if not config.train.init_from or checkpoint.has_any(pathlib.Path(workdir) / CHECKPOINTS):
         return None
-    directory = model_dir.locate(settings.train.init_from)
-    model_dir.load_config(directory, task.kind)
+    directory = model_dir.locate(config.train.init_from)
+    model_dir.load_config(directory, config.task)
     like = task.released(abstract.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     return model_dir.load_params(directory, like, shardings, adapters=task.adapters())
@@ -150,15 +148,15 @@ def _restore_or_create(
     """Return the state, and the metrics of a logging interval that is not over."""
     if run.checkpoints.latest_step is not None:
         return run.checkpoints.restore(abstract, run.iterator)
-    rng = jax.random.key(run.settings.seed)
+    rng = jax.random.key(run.config.seed)
     state = state_lib.create_state(
-        run.task, run.settings.optimizer, rng, mesh=run.mesh, params=initial
+        run.task, run.config.optimizer, rng, mesh=run.mesh, params=initial
     )
     return state, []
 
 
 def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
-    config = run.settings.train
+    config = run.config.train
     first_step = int(state.step)
     is_pending = run.evaluation is not None and run.evaluation.is_pending(first_step)
     if first_step >= config.steps and not is_pending:
@@ -169,7 +167,7 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
             config.steps,
         )
         return state
-    writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.settings.wandb)
+    writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.config.wandb)
     report = _Report(run, writer, interval, config.steps - first_step)
     try:
         with distributed.PreemptionNotice() as notice:
@@ -189,10 +187,14 @@ def _loop(
     writer: metrics.Writer,
     notice: distributed.PreemptionNotice,
 ) -> TrainState:
-    config = run.settings.train
+    config = run.config.train
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = step_lib.make_train_step(
-        run.task, run.settings.optimizer, shardings, **run.settings.step_options
+        run.task,
+        run.config.optimizer,
+        shardings,
+        accumulation=config.accumulation,
+        gather_dtype=step_lib.gather_dtype(run.config.mesh, run.config.compute),
     )
     frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
@@ -235,11 +237,11 @@ def _look(
 
     Everything is replicated, so that the task can read its results on every process.
     """
-    batch = next(pipeline.eval_batches(run.settings.data, "test", NUM_PICTURES))
+    batch = next(pipeline.eval_batches(run.config.data, "test", NUM_PICTURES))
     params, batch, frozen = jax.device_put(
         (state.eval_params, batch, frozen), sharding.replicated(run.mesh)
     )
-    inputs = (params, batch, jax.random.key(run.settings.seed), frozen)
+    inputs = (params, batch, jax.random.key(run.config.seed), frozen)
     writer.pictures(step, run.task.pictures(*inputs))
     figures = run.task.figures(*inputs)
     if figures:
@@ -257,15 +259,16 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     params = sharding.fetch(run.task.released(state.eval_params), run.mesh)
     if jax.process_index() != 0:
         return
-    source = sources.load_source(run.settings.data, "test")
+    source = sources.load_source(run.config.data, "test")
+    companions = {name: model_dir.locate(path) for name, path in run.config.companions.items()}
     extra = {"class_names": source.class_names, "step": int(state.step)}
     model_dir.save_model(
         directory,
-        run.task.kind,
+        run.config.task,
         run.task.model_config(),
         params,
         extra,
-        companions=run.task.companions(),
+        companions=companions,
     )
     logging.info("Wrote the model directory %s", directory)
 
@@ -278,10 +281,10 @@ class _Report:
         self._run = run
         self._writer = writer
         self._interval = metrics.Interval(
-            run.settings.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
+            run.config.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
         )
         self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
-        self._schedule = learning_rate_schedule(run.settings.optimizer)
+        self._schedule = learning_rate_schedule(run.config.optimizer)
         self._interval.resume(interval)
         self._pending = None
 
@@ -303,7 +306,7 @@ class _Report:
         update = jax.device_get(update)
         self._check_finite(step, update)
         self._interval.add(step, update)
-        config = self._run.settings.train
+        config = self._run.config.train
         is_due = _is_due(step, config.log_every, config.steps)
         self._progress.add(1, told=is_due)
         if is_due:

@@ -77,7 +77,7 @@ class Collective:
     bytes: float
 
 
-class Program:
+class HloProgram:
     """A compiled program, read from its HLO text."""
 
     def __init__(self, text: str, num_devices: int):

@@ -17,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.transdiff import sampler
+from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.performance.bounds import Bounds, DarBounds, TransDiffBounds
 from dar_jax.performance.device_speed import DeviceSpeed, timed
 from dar_jax.performance.rows import Row
-from dar_jax.pipelines import DarPipeline, Pipeline, TransDiffPipeline, image_keys
-from dar_jax.pipelines.transdiff import solver_config
+from dar_jax.pipelines.base import Pipeline, image_keys
+from dar_jax.pipelines.dar import DarPipeline
+from dar_jax.pipelines.transdiff import TransDiffPipeline
 
 SEED = 0
 
@@ -48,7 +51,7 @@ class Runs(abc.ABC):
     Attributes:
         pipeline: the models.
         bounds: of the models.
-        options: of drawing, all but the guidance scale.
+        sampling: how images are drawn, but for the guidance scale.
         batch_size: images at a time.
         microbatch: images that the second model sees at a time; None is all.
         repeats: timed runs of everything.
@@ -56,14 +59,14 @@ class Runs(abc.ABC):
 
     pipeline: Pipeline
     bounds: Bounds
-    options: dict[str, Any]
+    sampling: Any
     batch_size: int
     microbatch: int | None
     repeats: int
 
     @staticmethod
     @abc.abstractmethod
-    def bounds_of(pipeline: Pipeline, options: dict[str, Any], speed: DeviceSpeed) -> Bounds:
+    def bounds_of(pipeline: Pipeline, sampling: Any, speed: DeviceSpeed) -> Bounds:
         """Return the bounds of the models on a device."""
 
     @abc.abstractmethod
@@ -87,8 +90,9 @@ class Runs(abc.ABC):
 
     def images(self, scale: float, bounds: dict[str, float]) -> Iterator[Row]:
         """Labels to images: with the last one alone, and with all previews fetched."""
-        options = dict(self.options, guidance_scale=scale, microbatch=self.microbatch)
-        options["rng"] = jax.random.key(SEED)
+        options = dict(
+            sampling=self.guided(scale), microbatch=self.microbatch, rng=jax.random.key(SEED)
+        )
 
         def stream() -> tuple[float, float]:
             """Seconds to the first preview and to the last."""
@@ -109,6 +113,10 @@ class Runs(abc.ABC):
         yield row("first preview", first, ms=1e3 * first)
         yield row("streaming", last, without_previews=seconds, overhead=last / seconds - 1)
 
+    def guided(self, scale: float) -> Any:
+        """How images are drawn, with a guidance scale."""
+        return dataclasses.replace(self.sampling, guidance_scale=(scale,))
+
     def _median(self, run: Callable[[], Any]) -> float:
         """Compile, then take the median of the repeats."""
         timed(run)
@@ -119,7 +127,7 @@ class DarRuns(Runs):
     """Of D-AR."""
 
     @staticmethod
-    def bounds_of(pipeline: DarPipeline, options: dict[str, Any], speed: DeviceSpeed) -> DarBounds:
+    def bounds_of(pipeline: DarPipeline, sampling: DarSampling, speed: DeviceSpeed) -> DarBounds:
         itemsize = pipeline.compute.jnp_dtype.itemsize
         return DarBounds(pipeline.prior.config, pipeline.tokenizer.config, itemsize, speed)
 
@@ -129,13 +137,11 @@ class DarRuns(Runs):
     def tokens(self, scale: float) -> Part:
         """Labels to tokens."""
         num_tokens = self.pipeline.prior.config.num_tokens
-        options = {name: value for name, value in self.options.items() if name != "solver"}
         run = functools.partial(
             self.pipeline.prior.generate_indices,
             self.labels,
             rng=jax.random.key(SEED),
-            guidance_scale=scale,
-            **options,
+            sampling=self.guided(scale),
         )
         return Part(
             "tokens",
@@ -151,12 +157,16 @@ class DarRuns(Runs):
         tokenizer, rng = self.pipeline.tokenizer, jax.random.key(SEED)
         shape = (self.batch_size, tokenizer.config.num_tokens)
         indices = jax.random.randint(rng, shape, 0, tokenizer.config.codebook_size)
-        options = dict(rng=rng, solver=self.options["solver"], microbatch=self.microbatch)
-        return Part(
-            "flow",
-            functools.partial(tokenizer.decode, indices, **options),
-            lambda seconds: {"seconds_per_step": seconds / tokenizer.config.num_steps},
+        num_steps = self.sampling.steps(tokenizer.config)
+        run = functools.partial(
+            tokenizer.decode,
+            indices,
+            rng=rng,
+            solver=self.sampling.solver,
+            num_steps=num_steps,
+            microbatch=self.microbatch,
         )
+        return Part("flow", run, lambda seconds: {"seconds_per_step": seconds / num_steps})
 
 
 class TransDiffRuns(Runs):
@@ -164,11 +174,11 @@ class TransDiffRuns(Runs):
 
     @staticmethod
     def bounds_of(
-        pipeline: TransDiffPipeline, options: dict[str, Any], speed: DeviceSpeed
+        pipeline: TransDiffPipeline, sampling: TransDiffSampling, speed: DeviceSpeed
     ) -> TransDiffBounds:
         model, vae = pipeline.prior.config, pipeline.vae.config
         itemsize = pipeline.compute.jnp_dtype.itemsize
-        return TransDiffBounds(model, vae, options["num_steps"], itemsize, speed)
+        return TransDiffBounds(model, vae, sampling.num_steps, itemsize, speed)
 
     def parts(self, scale: float | None) -> Iterator[Part]:
         config = self.pipeline.prior.config
@@ -177,7 +187,7 @@ class TransDiffRuns(Runs):
         if scale is None:
             yield self.decode(noise)
             return
-        passes, solver = config.num_references, solver_config(guidance_scale=scale, **self.options)
+        passes, solver = config.num_references, self.guided(scale)
         encode = functools.partial(self._conditions, noise, scale)
         yield Part("encoder", encode, lambda seconds: {"ms_per_pass": 1e3 * seconds / passes})
 
@@ -214,7 +224,7 @@ class TransDiffRuns(Runs):
         caches: list[sampler.KVCache],
         noise: jax.Array,
         rngs: jax.Array,
-        solver: sampler.SolverConfig,
+        solver: TransDiffSampling,
     ) -> list[sampler.Progress]:
         """All steps of all passes."""
         prior = self.pipeline.prior
@@ -226,7 +236,3 @@ class TransDiffRuns(Runs):
                 model, params, cache, noise, rngs, solver, step_pass=step_pass
             )
         ]
-
-
-RUNS = {DarPipeline: DarRuns, TransDiffPipeline: TransDiffRuns}
-"""By kind of pipeline."""

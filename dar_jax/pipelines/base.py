@@ -3,7 +3,7 @@
 import abc
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,41 @@ class ModelPipeline(Generic[M]):
         return put_batch(batch, self.mesh)
 
 
+class Reconstruction(NamedTuple):
+    """`images` float32 [B, H, W, 3], not clipped; `indices` int32 [B, N] of a codebook, or None."""
+
+    images: Array
+    indices: Array | None
+
+
+class Autoencoder(ModelPipeline[M], abc.ABC):
+    """Images to codes or latents and back; it draws none by itself.
+
+    Attributes:
+        sampling_class: dataclass of how images are drawn; None if nothing is.
+        codebook_size: number of codes; None where latents are continuous.
+    """
+
+    sampling_class: type | None = None
+    codebook_size: int | None = None
+
+    @abc.abstractmethod
+    def reconstruct(
+        self, images: Array | np.ndarray, *, rng: PRNGKeyArray, first_index: int = 0, sampling: Any
+    ) -> Reconstruction:
+        """Encode and decode images [B, H, W, 3] in [-1, 1].
+
+        Args:
+            images: the originals.
+            rng: key of what is drawn; image i depends on `fold_in(rng, first_index + i)` only.
+            first_index: of the first image.
+            sampling: options of its kind.
+        """
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raise ValueError unless square images of this size can be reconstructed."""
+
+
 @runtime_checkable
 class Preview(Protocol):
     """An image that is not finished: `step` steps are taken; `images` [B, H, W, 3] in [-1, 1]."""
@@ -57,15 +92,23 @@ class Preview(Protocol):
 class Pipeline(abc.ABC):
     """Class labels to images, whatever the model.
 
+    How images are drawn is said by `sampling`, the options of the kind as one dataclass, or by its
+    fields as keyword arguments, which count before it.
+
     Attributes:
-        drawing_options: names of what `stream` takes from `config.sample`.
+        sampling_class: that dataclass.
         kept_fields: fields of the last preview that are kept beside the images.
+        keeps_tokens: whether `stream` takes `prefix`, `known` and `mask`: layout control and
+            in-painting.
+        num_tokens: of an image; 0 if the model has none.
         prior: the model that draws tokens or latents.
         class_names: of the classes that have a name.
     """
 
-    drawing_options: tuple[str, ...]
+    sampling_class: type
     kept_fields: tuple[str, ...]
+    keeps_tokens: bool = False
+    num_tokens: int = 0
 
     def __init__(self, prior: ModelPipeline, class_names: Sequence[str]):
         self.prior = prior
@@ -88,18 +131,13 @@ class Pipeline(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def autoencoder(self) -> Autoencoder:
+        """The tokenizer or autoencoder that makes images of what the prior draws."""
+
+    @property
+    @abc.abstractmethod
     def image_size(self) -> int:
         """Side of the images in pixels."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def check_options(config: Any, **options: Any) -> None:
-        """Raise ValueError if `stream` would refuse these drawing options.
-
-        Args:
-            config: architecture of the prior.
-            **options: by their names in `drawing_options`.
-        """
 
     @abc.abstractmethod
     def generate(

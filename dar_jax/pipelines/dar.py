@@ -1,5 +1,6 @@
 """D-AR: images to tokens and back, labels to tokens, labels to images."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,14 +9,21 @@ import jax
 import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
-from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeyArray
-from dar_jax.flow import solvers
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.options import DarSampling, FlowSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
-from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
+from dar_jax.pipelines.base import (
+    Autoencoder,
+    ModelPipeline,
+    Pipeline,
+    Reconstruction,
+    image_keys,
+    require_rng,
+)
 from dar_jax.pipelines.dar_inputs import (
     check_indices,
     check_known,
@@ -23,13 +31,6 @@ from dar_jax.pipelines.dar_inputs import (
     check_prefix,
     check_steps,
 )
-from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-
-Guidance = float | int | Sequence[float | int]
-"""One scale for all tokens, or the first and last of a ramp; 1 is no guidance."""
-Interval = int | Sequence[int] | None
-"""First and last token that is guided, see `sampling.logits.guidance_schedule`; None (or an empty
-sequence) is all."""
 
 
 class Generated(NamedTuple):
@@ -39,10 +40,37 @@ class Generated(NamedTuple):
     indices: Array
 
 
-class TokenizerPipeline(ModelPipeline[Tokenizer]):
+class TokenizerPipeline(Autoencoder[Tokenizer]):
     """Images to indices and back."""
 
     config: TokenizerConfig
+    sampling_class = FlowSampling
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def check_image_size(self, image_size: int) -> None:
+        if image_size != self.config.image_size:
+            raise ValueError(
+                f"config.data.image_size={image_size} must be that of the model, "
+                f"{self.config.image_size}"
+            )
+
+    def reconstruct(
+        self,
+        images: Float[Array | np.ndarray, "B H W 3"],
+        *,
+        rng: PRNGKeyArray,
+        first_index: int = 0,
+        sampling: FlowSampling = FlowSampling(),
+    ) -> Reconstruction:
+        indices = self.encode(images)
+        rngs = image_keys(rng, len(images), first_index)
+        noise = sampler.initial_noise(rngs, images.shape[1:3])
+        num_steps = sampling.steps(self.config)
+        decoded = self.decode(indices, noise=noise, solver=sampling.solver, num_steps=num_steps)
+        return Reconstruction(decoded, indices)
 
     def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B N"]:
         """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
@@ -147,21 +175,19 @@ class PriorPipeline(ModelPipeline[Llama]):
         labels: Array | np.ndarray | Sequence[int],
         *,
         rng: PRNGKeyArray | None = None,
-        guidance_scale: Guidance = 1.0,
-        guidance_schedule: str = "linear",
-        guidance_interval: Interval = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        sampling: DarSampling = DarSampling(),
         prefix: Int[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
+        **options: Any,
     ) -> Int[Array, "B N"]:
         """Generate all tokens of one image per label; the arguments are those of `stream`.
 
         No key is needed at temperature 0. `labels` may be captions [B, T, F].
         """
+        sampling = dataclasses.replace(sampling, **options)
         # Greedy decoding draws nothing.
-        rng = jax.random.key(0) if temperature == 0 and rng is None else require_rng(rng)
+        greedy = sampling.temperature == 0 and rng is None
+        rng = jax.random.key(0) if greedy else require_rng(rng)
         config = self.config
         labels = check_labels(labels, config)
         put = self.put
@@ -170,8 +196,7 @@ class PriorPipeline(ModelPipeline[Llama]):
             self.sampling_params,
             put(labels),
             put(image_keys(rng, len(labels))),
-            _scales(config, guidance_scale, guidance_schedule, guidance_interval),
-            sampling=SamplingConfig(temperature, top_k, top_p),
+            sampling,
             prefix=put(check_prefix(prefix, len(labels), config)),
             key_mask=put(caption_mask),
         )
@@ -181,11 +206,9 @@ class PriorPipeline(ModelPipeline[Llama]):
 class DarPipeline(Pipeline):
     """A prior and its tokenizer: class labels to images."""
 
-    drawing_options = (
-        *("guidance_scale", "guidance_schedule", "guidance_interval"),
-        *("temperature", "top_k", "top_p", "solver"),
-    )
+    sampling_class = DarSampling
     kept_fields = ("indices",)
+    keeps_tokens = True
 
     def __init__(
         self,
@@ -198,24 +221,16 @@ class DarPipeline(Pipeline):
         self.tokenizer = tokenizer
 
     @property
+    def autoencoder(self) -> TokenizerPipeline:
+        return self.tokenizer
+
+    @property
     def image_size(self) -> int:
         return self.tokenizer.config.image_size
 
-    @staticmethod
-    def check_options(
-        config: LlamaConfig,
-        *,
-        guidance_scale: Guidance,
-        guidance_schedule: str,
-        guidance_interval: Interval,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        solver: str,
-    ) -> None:
-        SamplingConfig(temperature, top_k, top_p)
-        solvers.coefficients(solver, num_steps=1)
-        _scales(config, guidance_scale, guidance_schedule, guidance_interval)
+    @property
+    def num_tokens(self) -> int:
+        return self.tokenizer.config.num_tokens
 
     def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
         """Generate one image per label; the options are those of `stream`."""
@@ -228,19 +243,14 @@ class DarPipeline(Pipeline):
         labels: Array | np.ndarray | Sequence[int],
         *,
         rng: PRNGKeyArray,
-        guidance_scale: Guidance = 1.0,
-        guidance_schedule: str = "linear",
-        guidance_interval: Interval = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        sampling: DarSampling = DarSampling(),
         prefix: Int[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
-        solver: str = "adams_bashforth2",
         known: Float[Array | np.ndarray, "B H W 3"] | None = None,
         mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
         first_index: int = 0,
+        **options: Any,
     ) -> Iterator[sampler.Preview]:
         """Return the previews after every group of tokens; the last one is the image.
 
@@ -254,25 +264,22 @@ class DarPipeline(Pipeline):
         Args:
             labels: class labels [B], or captions [B, T, F].
             rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
-            guidance_scale: see `Guidance`.
-            guidance_schedule: "linear" or "cosine" between the two scales of a ramp.
-            guidance_interval: see `Interval`.
-            temperature: 0 is greedy.
-            top_k: 0 is off.
-            top_p: 1 is off.
+            sampling: how they are drawn.
             prefix: first tokens [B, K], kept as they are: they fix the layout.
             caption_mask: False for padded caption tokens [B, T].
-            solver: of the flow decoder.
             known: images whose pixels are kept where `mask` is 1: in-painting.
             mask: [B, H, W] or [H, W], 1 or True where `known` is kept, 0 where it is redrawn.
             microbatch: images that the flow decoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
+            **options: fields of `DarSampling`, e.g. guidance_scale=(1.1, 8.0), temperature=0.
 
         Raises:
             ValueError: a label, prefix, mask or sampling parameter out of range, or a batch that
                 does not divide over the mesh; at the call, not at the first preview.
         """
         config, size = self.prior.config, self.image_size
+        sampling = dataclasses.replace(sampling, **options)
+        sampling.check(config)
         labels = check_labels(labels, config)
         put = self.prior.put
         return sampler.stream(
@@ -282,21 +289,12 @@ class DarPipeline(Pipeline):
             self.tokenizer.sampling_params,
             put(labels),
             put(image_keys(require_rng(rng), len(labels), first_index)),
-            _scales(config, guidance_scale, guidance_schedule, guidance_interval),
-            sampling=SamplingConfig(temperature, top_k, top_p),
-            solver=solver,
+            sampling,
             prefix=put(check_prefix(prefix, len(labels), config)),
             key_mask=put(caption_mask),
             known=put(check_known(known, mask, (len(labels), size, size))),
             microbatch=check_microbatch(microbatch, len(labels)),
         )
-
-
-def _scales(
-    config: LlamaConfig, scale: Guidance, schedule: str, interval: Interval
-) -> Float[np.ndarray, " N"]:
-    interval = None if np.size(interval or ()) == 0 else interval
-    return guidance_schedule(scale, config.num_tokens, schedule=schedule, interval=interval)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_shape
-from dar_jax.common.typing import Array, Float, Params
-from dar_jax.models.kl_vae import KlVae, KlVaeConfig
+from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines.base import ModelPipeline
+from dar_jax.pipelines.base import Autoencoder, Reconstruction
 
 
-class KlVaePipeline(ModelPipeline[KlVae]):
+class KlVaePipeline(Autoencoder[KlVae]):
     """Images to moments, latents to images."""
 
     config: KlVaeConfig
@@ -42,6 +42,18 @@ class KlVaePipeline(ModelPipeline[KlVae]):
         check_shape("latents", latents, ("B", "h", "w", self.config.latent_channels))
         microbatch = check_microbatch(microbatch, len(latents))
         return _decode(self.model, self.params, self.put(latents), microbatch=microbatch)
+
+    def reconstruct(
+        self,
+        images: Float[Array | np.ndarray, "B H W 3"],
+        *,
+        rng: PRNGKeyArray,
+        first_index: int = 0,
+        sampling: Any = None,
+    ) -> Reconstruction:
+        """Decode the posteriors' means: nothing is drawn."""
+        del rng, first_index, sampling
+        return Reconstruction(self.decode(posterior(self.encode(images)).mean), None)
 
 
 @functools.partial(jax.jit, static_argnames="model")

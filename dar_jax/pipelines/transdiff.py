@@ -1,5 +1,6 @@
 """TransDiff: class labels to latents, and through the VAE to images."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,16 +10,11 @@ import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
-from dar_jax.flow.guidance import ALWAYS
-from dar_jax.flow.solvers import EULER_MARUYAMA
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
-from dar_jax.models.transdiff.sampler import SolverConfig
+from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
 from dar_jax.pipelines.kl_vae import KlVaePipeline
-
-Guidance = float | int | Sequence[float | int]
-"""One scale for all passes, or one for each; 1 is no guidance."""
 
 
 class LatentPipeline(ModelPipeline[TransDiff]):
@@ -33,10 +29,8 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         rng: PRNGKeyArray | None = None,
         noise: Float[Array | np.ndarray, "B h w C"] | None = None,
         step_noise: Float[Array | np.ndarray, "*passes steps B h w C"] | None = None,
-        num_steps: int = 100,
-        guidance_scale: Guidance = 1.0,
-        drift_scale: float = 1.0,
-        noise_scale: float = 1.0,
+        sampling: TransDiffSampling = TransDiffSampling(),
+        **options: Any,
     ) -> Float[Array, "B h w C"]:
         """Draw one latent per label with the stochastic solver, scaled as the model is trained.
 
@@ -46,15 +40,14 @@ class LatentPipeline(ModelPipeline[TransDiff]):
             noise: initial noise instead of `rng`.
             step_noise: noise of the num_steps - 1 stochastic steps instead of `rng`; an MRAR model
                 takes it for each of its passes.
-            num_steps: of every pass.
-            guidance_scale: see `Guidance`.
-            drift_scale: of the stochastic steps, but not of the last one.
-            noise_scale: of the stochastic steps.
+            sampling: how they are drawn.
+            **options: fields of `TransDiffSampling`, e.g. num_steps=50, guidance_scale=1.3.
 
         Raises:
             ValueError: an argument out of range, noise of another shape, or neither it nor `rng`.
         """
-        config, size = self.config, len(labels)
+        sampling = dataclasses.replace(sampling, **options)
+        config, size, num_steps = self.config, len(labels), sampling.num_steps
         latent = (size, config.latent_size, config.latent_size, config.channels)
         if noise is None or step_noise is None:
             rngs = self.put(image_keys(require_rng(rng), size))
@@ -65,10 +58,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
             step_noise = jnp.asarray(step_noise)
             step_noise = step_noise[None] if step_noise.ndim == 5 else step_noise
             check_shape("step_noise", step_noise, (config.num_references, num_steps - 1, *latent))
-        solver = solver_config(
-            num_steps, guidance_scale, drift_scale=drift_scale, noise_scale=noise_scale
-        )
-        for progress in self.run(labels, self.put(noise), step_noise, solver):
+        for progress in self.run(labels, self.put(noise), step_noise, sampling):
             latents = progress.latents
         return latents
 
@@ -77,7 +67,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         labels: Array | np.ndarray | Sequence[int],
         noise: Array,
         step_noise: Array,
-        solver: SolverConfig,
+        sampling: TransDiffSampling,
         *,
         stops: Sequence[int] = (),
     ) -> Iterator[sampler.Progress]:
@@ -89,10 +79,10 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         labels = np.asarray(labels)
         check_shape("labels", labels, ("B",))
         check_range("labels", labels, self.config.num_classes + 1)
-        sampler.check_scales(solver, self.config)
+        sampling.check(self.config)
         labels = self.put(labels.astype(np.int32))
         return sampler.run(
-            self.model, self.sampling_params, labels, noise, step_noise, solver, stops=stops
+            self.model, self.sampling_params, labels, noise, step_noise, sampling, stops=stops
         )
 
 
@@ -120,10 +110,7 @@ class GeneratedLatents(NamedTuple):
 class TransDiffPipeline(Pipeline):
     """A model of latents and its autoencoder."""
 
-    drawing_options = (
-        *("num_steps", "guidance_scale", "guidance_times"),
-        *("solver", "drift_scale", "noise_scale"),
-    )
+    sampling_class = TransDiffSampling
     kept_fields = ("latents",)
 
     def __init__(
@@ -133,12 +120,12 @@ class TransDiffPipeline(Pipeline):
         self.vae = vae
 
     @property
+    def autoencoder(self) -> KlVaePipeline:
+        return self.vae
+
+    @property
     def image_size(self) -> int:
         return self.prior.config.latent_size * self.vae.config.stride
-
-    @staticmethod
-    def check_options(config: TransDiffConfig, **options: Any) -> None:
-        sampler.check_scales(solver_config(**options), config)
 
     def generate(
         self, labels: Array | np.ndarray | Sequence[int], **options: Any
@@ -153,16 +140,12 @@ class TransDiffPipeline(Pipeline):
         labels: Array | np.ndarray | Sequence[int],
         *,
         rng: PRNGKeyArray,
-        num_steps: int = 100,
-        guidance_scale: Guidance = 1.0,
-        guidance_times: Sequence[float] = ALWAYS,
-        solver: str = EULER_MARUYAMA,
-        drift_scale: float = 1.0,
-        noise_scale: float = 1.0,
+        sampling: TransDiffSampling = TransDiffSampling(),
         preview_every: int | None = None,
         previews: bool = True,
         microbatch: int | None = None,
         first_index: int = 0,
+        **options: Any,
     ) -> Iterator[TransDiffPreview]:
         """Return images on their way; the last one is the image.
 
@@ -172,31 +155,21 @@ class TransDiffPipeline(Pipeline):
         Args:
             labels: classes [B].
             rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
-            num_steps: of every pass.
-            guidance_scale: see `Guidance`.
-            guidance_times: first and last time that is guided, 0 at the noise; empty is always.
-            solver: "euler_maruyama", "euler" or "adams_bashforth2".
-            drift_scale: of the stochastic steps, but not of the last one.
-            noise_scale: of the stochastic steps.
+            sampling: how they are drawn.
             preview_every: steps between two previews; None is a quarter of a one-step model's, and
                 the passes of an MRAR model.
             previews: False leaves all but the image out.
             microbatch: images that the autoencoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
+            **options: fields of `TransDiffSampling`, e.g. num_steps=50, guidance_scale=1.3.
 
         Raises:
             ValueError: a label or option out of range, or a batch that does not divide over the
                 mesh; at the call, not at the first preview.
         """
         config = self.prior.config
-        options = solver_config(
-            num_steps,
-            guidance_scale,
-            guidance_times=guidance_times,
-            solver=solver,
-            drift_scale=drift_scale,
-            noise_scale=noise_scale,
-        )
+        sampling = dataclasses.replace(sampling, **options)
+        num_steps = sampling.num_steps
         if preview_every is None:
             preview_every = sampler.steps_per_preview(config, num_steps)
         if preview_every < 1:
@@ -205,7 +178,7 @@ class TransDiffPipeline(Pipeline):
         rngs = self.prior.put(image_keys(require_rng(rng), len(labels), first_index))
         stops = range(preview_every, num_steps, preview_every) if previews else ()
         noise = sampler.initial_noise(rngs, config)
-        run = self.prior.run(labels, noise, rngs, options, stops=stops)
+        run = self.prior.run(labels, noise, rngs, sampling, stops=stops)
         return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
 
     def _decode(
@@ -224,23 +197,3 @@ class TransDiffPipeline(Pipeline):
                     self.vae.model, self.vae.params, progress.latents, microbatch=microbatch
                 )
                 yield TransDiffPreview(step, images, progress.latents)
-
-
-def solver_config(
-    num_steps: int,
-    guidance_scale: Guidance,
-    *,
-    guidance_times: Sequence[float] = ALWAYS,
-    **options: Any,
-) -> SolverConfig:
-    """Turn drawing options into the solver's config.
-
-    Raises:
-        ValueError: an option out of range.
-    """
-    return SolverConfig(
-        num_steps=num_steps,
-        guidance_scale=tuple(np.ravel(guidance_scale).tolist()),
-        guidance_times=tuple(guidance_times) or ALWAYS,
-        **options,
-    )

@@ -5,35 +5,46 @@ Tasks draw all randomness and pass it in to the models.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
+from dar_jax.common.image import RGB
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
-from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 
 DISCRIMINATOR = "discriminator"
 """Subtree of the trained parameters that has an optimizer of its own: the judge of an adversarial
 loss, which `released` leaves out."""
 
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 Adapter = Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]
 """Makes a parameter of another shape fit, as far as it can; None leaves it to `init`."""
+
+
+class FrozenModel(NamedTuple):
+    """A model that a task uses and does not train.
+
+    Attributes:
+        model: the model.
+        params: its parameters, or their shapes where nothing is computed.
+    """
+
+    model: FunctionalModel
+    params: Params
 
 
 @runtime_checkable
 class Task(Protocol):
     """What a batch, a loss and a picture are; pure functions of the parameters.
 
-    A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}`, or has "codes" (see
-    `data.codes`) instead of pixels; `loss` also gets "step", the number of completed updates.
+    A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}`; with groups of references the
+    pixels are [B, K, H, W, 3]. A cache has "codes" (see `data.codes`) or "moments" (see
+    `data.latents`) instead of pixels. `loss` also gets "step", the number of completed updates.
     """
-
-    kind: str
-    """Name in the model directory's `config.json`."""
 
     @property
     def flops_per_image(self) -> float:
@@ -57,6 +68,9 @@ class Task(Protocol):
     ) -> tuple[Array, dict[str, Array]]:
         """Return the scalar loss (mean over the batch) and what the metrics are made from."""
 
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        """Shapes and dtypes of a batch; see `Task`."""
+
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         """Metric classes by name, fed with the outputs of `loss`."""
 
@@ -75,9 +89,6 @@ class Task(Protocol):
 
     def model_config(self) -> dict[str, Any]:
         """The architecture as JSON types, for the model directory."""
-
-    def companions(self) -> dict[str, str]:
-        """Model directories that the exported one must hold, by subdirectory name."""
 
     def adapters(self) -> dict[str, Adapter]:
         """How parameters of another architecture of this kind are made to fit, by name.
@@ -105,34 +116,17 @@ class ModelTask:
     def model_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model.config)
 
-    def companions(self) -> dict[str, str]:
-        return {}
-
     def adapters(self) -> dict[str, Adapter]:
         return {}
 
 
-def load_frozen(
-    cls: type, config_class: type, kind: str, directory: str, *, compute: Compute, shape: Any = None
-) -> tuple[FunctionalModel, Params]:
-    """Load a model that is used and not trained.
+def picture_batch(batch_size: int, image_size: int, num_references: int = 1) -> AbstractBatch:
+    """Shapes of a batch of square pictures, or of groups of them, with their labels."""
+    group = () if num_references == 1 else (num_references,)
+    shape = (batch_size, *group, image_size, image_size, RGB)
+    return {"pixels": jax.ShapeDtypeStruct(shape, jnp.uint8), "label": label_shape(batch_size)}
 
-    Args:
-        cls: of the module.
-        config_class: of its architecture.
-        kind: of the model directory.
-        directory: as `model_dir.locate` takes it.
-        compute: execution choices.
-        shape: for compiling without weights: the architecture; nothing is read, and the parameters
-            are shapes.
 
-    Raises:
-        ValueError: there is no such model.
-    """
-    if shape is not None:
-        model = FunctionalModel(cls, shape, compute)
-        return model, model.abstract_params()
-    located = model_dir.locate(directory)
-    model_dir.load_config(located, kind)
-    loaded, params = model_dir.load_model(located)
-    return FunctionalModel(cls, build(config_class, loaded["model"], directory), compute), params
+def label_shape(batch_size: int) -> jax.ShapeDtypeStruct:
+    """Shape of the labels of a batch."""
+    return jax.ShapeDtypeStruct((batch_size,), jnp.int32)

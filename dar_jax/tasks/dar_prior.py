@@ -6,7 +6,6 @@ label -> null label with probability label_dropout   for classifier-free guidanc
 loss = mean cross-entropy of logits(label, indices[:-1]) against indices
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -15,17 +14,21 @@ import numpy as np
 from clu import metrics
 
 from dar_jax.common import image as images
-from dar_jax.common import model_dir
 from dar_jax.common.typing import Array, Int, Params, PRNGKeyArray
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.models.dar import sampler, work
 from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
-from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-from dar_jax.tasks.base import ModelTask, load_frozen
+from dar_jax.tasks.base import (
+    AbstractBatch,
+    FrozenModel,
+    ModelTask,
+    label_shape,
+    picture_batch,
+)
 
 NUM_PICTURES = 10
 PICTURE_GUIDANCE = 2.0
@@ -34,42 +37,24 @@ PICTURE_GUIDANCE = 2.0
 class DarPriorTask(ModelTask):
     """See the module's docstring."""
 
-    kind = "dar_prior"
-
     def __init__(
         self,
         config: LlamaConfig,
-        tokenizer: str,
+        tokenizer: FrozenModel,
         compute: Compute,
         *,
-        shape_of_tokenizer: TokenizerConfig | None = None,
         from_codes: bool = False,
     ):
-        """Load the tokenizer from its model directory.
+        """Build the task.
 
         Args:
             config: the prior's architecture.
-            tokenizer: model directory of the tokenizer.
-            compute: execution choices.
-            shape_of_tokenizer: for compiling without weights: `tokenizer` is not read, and `frozen`
-                gives the shapes of such a tokenizer's parameters.
+            tokenizer: the frozen tokenizer.
+            compute: execution choices of the prior.
             from_codes: batches hold cached codes: the tokenizer only makes pictures.
-
-        Raises:
-            ValueError: it cannot be read, is no tokenizer, or does not fit the prior.
         """
         self.model = FunctionalModel(Llama, config, compute)
-        self.tokenizer, self._tokenizer_params = load_frozen(
-            Tokenizer,
-            TokenizerConfig,
-            "dar_tokenizer",
-            tokenizer,
-            # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
-            compute=dataclasses.replace(compute, dtype="float32"),
-            shape=shape_of_tokenizer,
-        )
-        sampler.check_pair(config, self.tokenizer.config, tokenizer)
-        self._tokenizer_path = tokenizer
+        self.tokenizer, self._tokenizer_params = tokenizer
         self._from_codes = from_codes
 
     @property
@@ -83,6 +68,13 @@ class DarPriorTask(ModelTask):
 
     def abstract_frozen(self) -> Params:
         return {"tokenizer": self.tokenizer.abstract_params()}
+
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        if not self._from_codes:
+            return picture_batch(batch_size, self.tokenizer.config.image_size)
+        shape = (batch_size, 1, self.model.config.num_tokens)
+        codes = jax.ShapeDtypeStruct(shape, jnp.uint16)
+        return {"codes": codes, "label": label_shape(batch_size)}
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
@@ -129,11 +121,7 @@ class DarPriorTask(ModelTask):
             frozen["tokenizer"],
             labels,
             jax.random.split(rng, len(labels)),
-            guidance_schedule(PICTURE_GUIDANCE, config.num_tokens),
-            sampling=SamplingConfig(),
+            DarSampling(guidance_scale=(PICTURE_GUIDANCE,)),
         )
         columns = [images.to_pixels(preview.images) for preview in stream]
         return {"samples": images.side_by_side(np.stack(columns))}
-
-    def companions(self) -> dict[str, str]:
-        return {model_dir.TOKENIZER_NAME: str(model_dir.locate(self._tokenizer_path))}

@@ -38,7 +38,7 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import DISCRIMINATOR, ModelTask
+from dar_jax.tasks.base import DISCRIMINATOR, AbstractBatch, ModelTask, picture_batch
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
@@ -117,8 +117,6 @@ def training_forward(
 class DarTokenizerTask(ModelTask):
     """See the module's docstring."""
 
-    kind = "dar_tokenizer"
-
     def __init__(self, config: TokenizerConfig, loss_config: TokenizerLossConfig, compute: Compute):
         self.model = FunctionalModel(Tokenizer, config, compute)
         self.loss_config = loss_config
@@ -144,6 +142,9 @@ class DarTokenizerTask(ModelTask):
 
     def abstract_frozen(self) -> Params:
         return self.nets.abstract_frozen()
+
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        return picture_batch(batch_size, self.model.config.image_size)
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

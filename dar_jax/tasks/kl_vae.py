@@ -30,7 +30,7 @@ from dar_jax.models import kl_vae_work as work
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import ModelTask
+from dar_jax.tasks.base import AbstractBatch, ModelTask, picture_batch
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
 
 NUM_PICTURES = 16
@@ -59,8 +59,6 @@ class KlVaeLossConfig:
 
 class KlVaeTask(ModelTask):
     """See the module's docstring."""
-
-    kind = "kl_vae"
 
     def __init__(
         self,
@@ -98,6 +96,9 @@ class KlVaeTask(ModelTask):
 
     def abstract_frozen(self) -> Params:
         return self.nets.abstract_frozen()
+
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        return picture_batch(batch_size, self._image_size)
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

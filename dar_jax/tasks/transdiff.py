@@ -33,18 +33,25 @@ import numpy as np
 from clu import metrics
 
 from dar_jax.common import image as images
-from dar_jax.common import model_dir
 from dar_jax.common.image import bicubic_matrix
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.flow.path import interpolate, velocity
 from dar_jax.flow.times import logit_normal_times
 from dar_jax.models import kl_vae_work
-from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
+from dar_jax.models.kl_vae import posterior
 from dar_jax.models.transdiff import sampler, work
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import Adapter, ModelTask, load_frozen
+from dar_jax.tasks.base import (
+    AbstractBatch,
+    Adapter,
+    FrozenModel,
+    ModelTask,
+    label_shape,
+    picture_batch,
+)
 from dar_jax.tasks.time_groups import group_average, group_sums
 
 NUM_LEVELS = 1000
@@ -121,42 +128,33 @@ def diversity(condition: Float[Array, "B M D"]) -> Float[Array, ""]:
 class TransDiffTask(ModelTask):
     """See the module's docstring."""
 
-    kind = "transdiff"
-
     def __init__(
         self,
         config: TransDiffConfig,
         loss_config: TransDiffLossConfig,
-        vae: str,
+        vae: FrozenModel,
         compute: Compute,
         *,
         image_size: int,
-        shape_of_vae: KlVaeConfig | None = None,
         from_moments: bool = False,
     ):
-        """Load the autoencoder from its model directory.
+        """Build the task.
 
         Args:
             config: the architecture.
             loss_config: of the loss.
-            vae: model directory of the autoencoder.
-            compute: execution choices; the autoencoder is float32 in any case.
+            vae: the frozen autoencoder.
+            compute: execution choices of the model that is trained.
             image_size: side of the images.
-            shape_of_vae: for compiling without weights: `vae` is not read, and `frozen` gives the
-                shapes of such an autoencoder's parameters.
             from_moments: batches hold cached moments: the autoencoder only makes pictures.
 
         Raises:
-            ValueError: it cannot be read, is none, or its latents do not fit the model.
+            ValueError: latents of such images are of another size than the model's.
         """
         self.model = FunctionalModel(TransDiff, config, compute)
         self.loss_config = loss_config
-        self.vae, self._vae_params = load_frozen(
-            KlVae, KlVaeConfig, "kl_vae", vae, compute=Compute(), shape=shape_of_vae
-        )
-        sampler.check_vae(config, self.vae.config, vae)
+        self.vae, self._vae_params = vae
         sampler.check_image_size(config, self.vae.config, image_size)
-        self._vae_path = vae
         self._image_size = image_size
         self._from_moments = from_moments
 
@@ -176,6 +174,15 @@ class TransDiffTask(ModelTask):
 
     def abstract_frozen(self) -> Params:
         return {"vae": self.vae.abstract_params()}
+
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        config = self.model.config
+        if not self._from_moments:
+            return picture_batch(batch_size, self._image_size, config.num_references)
+        group = () if config.num_references == 1 else (config.num_references,)
+        shape = (batch_size, *group, *(config.latent_size,) * 2, 2 * config.channels)
+        moments = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return {"moments": moments, "label": label_shape(batch_size)}
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
@@ -250,15 +257,12 @@ class TransDiffTask(ModelTask):
         config = self.model.config
         labels = jnp.arange(NUM_PICTURES) % config.num_classes
         rngs = jax.random.split(rng, len(labels))
-        solver = sampler.SolverConfig(num_steps=PICTURE_STEPS, guidance_scale=(PICTURE_GUIDANCE,))
+        solver = TransDiffSampling(num_steps=PICTURE_STEPS, guidance_scale=(PICTURE_GUIDANCE,))
         noise = sampler.initial_noise(rngs, config)
         passes = sampler.run(self.model, params, labels, noise, rngs, solver)
         decoded = (sampler.decode(self.vae, frozen["vae"], each.latents) for each in passes)
         columns = [images.to_pixels(image) for image in decoded]
         return {"samples": images.side_by_side(np.stack(columns))}
-
-    def companions(self) -> dict[str, str]:
-        return {model_dir.VAE_NAME: str(model_dir.locate(self._vae_path))}
 
     def adapters(self) -> dict[str, Adapter]:
         return {

@@ -1,5 +1,10 @@
-"""The train step: the only place where parameters change."""
+"""The train step: the only place where parameters change.
 
+Reading it for the first time, skip `sharding.gather`, which only says when weights that are spread
+over devices are brought together; without a mesh it does nothing.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +16,19 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
+from dar_jax.nn.compute import Compute
 from dar_jax.nn.layout import batch_split
 from dar_jax.parallel import sharding
+from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.tasks.base import Task
 from dar_jax.training import metrics
 from dar_jax.training.optimizer import OptimizerConfig, make_optimizer, trained_gradients
 from dar_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, dict[str, Array], Params], tuple[TrainState, Any]]
+Batch = dict[str, Array]
+Gradient = tuple[Params, dict[str, Any]]
+"""Float32 gradients, and the outputs of the loss."""
+TrainStep = Callable[[TrainState, Batch, Params], tuple[TrainState, Any]]
 
 
 def make_train_step(
@@ -42,79 +52,135 @@ def make_train_step(
 
     The state is donated: its buffers are reused and must not be read afterwards.
     """
-    optimizer = make_optimizer(config)
-    collection = metrics.collection(task)
-    mesh = shardings.step.mesh
+    grad_fn = functools.partial(gradient, task, shardings.params, gather_dtype=gather_dtype)
+    step = functools.partial(train_step, task, config, grad_fn, accumulation=accumulation)
+    out_shardings = (shardings, sharding.replicated(shardings.step.mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
-    def train_step(
-        state: TrainState, batch: dict[str, Array], frozen: Params
-    ) -> tuple[TrainState, clu_metrics.Collection]:
-        def gradient(batch: dict[str, Array], rng: PRNGKeyArray) -> tuple[Params, dict[str, Any]]:
-            def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-                whole = sharding.gather(params, mesh, stacked_dtype=gather_dtype)
-                return task.loss(whole, batch, rng, sharding.gather(frozen, mesh))
 
-            batch = {**batch, "step": state.step}
-            with batch_split(sharding.batch_sharding(mesh)):
-                (loss, outputs), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-            # Scatters each gradient as it is made; whole, they would fill the memory.
-            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-            return grads, {**outputs, "loss": loss}
+def train_step(
+    task: Task,
+    config: OptimizerConfig,
+    grad_fn: Callable[..., Gradient],
+    state: TrainState,
+    batch: Batch,
+    frozen: Params,
+    *,
+    accumulation: int,
+) -> tuple[TrainState, clu_metrics.Collection]:
+    """Take one step; see `make_train_step`.
 
-        rng = jax.random.fold_in(state.rng, state.step)
-        if accumulation == 1:
-            grads, outputs = gradient(batch, rng)
-            outputs = jax.tree.map(lambda leaf: leaf[None], outputs)
-        else:
-            grads, outputs = accumulate(gradient, batch, rng, accumulation)
-        grads = trained_gradients(config, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if config.ema_decay:
-            ema_params = optax.incremental_update(params, ema_params, 1 - config.ema_decay)
-        state = state.replace(
-            step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
-        )
-        norm = optax.tree.norm(grads)
+    Args:
+        task: what the loss is.
+        config: the optimizer.
+        grad_fn: maps parameters, microbatch, key and frozen parameters to a gradient.
+        state: after `state.step` updates.
+        batch: of all microbatches.
+        frozen: parameters that are used but not trained.
+        accumulation: number of microbatches.
+    """
+    rng = jax.random.fold_in(state.rng, state.step)
+    gradient_of = functools.partial(grad_fn, state.params, state.step, frozen)
+    grads, outputs = accumulate(gradient_of, batch, rng, accumulation)
+    grads = trained_gradients(config, grads)
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if config.ema_decay:
+        ema_params = optax.incremental_update(params, ema_params, 1 - config.ema_decay)
+    state = state.replace(
+        step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    )
+    return state, measure(task, outputs, optax.tree.norm(grads))
 
-        def measure(outputs: dict[str, Any]) -> clu_metrics.Collection:
-            return collection.single_from_model_output(**outputs, grad_norm=norm)
 
-        return state, jax.vmap(measure)(outputs).reduce()
+def gradient(
+    task: Task,
+    shardings: Params,
+    params: Params,
+    step: Array,
+    frozen: Params,
+    batch: Batch,
+    rng: PRNGKeyArray,
+    *,
+    gather_dtype: Any,
+) -> Gradient:
+    """Differentiate the loss of a microbatch.
 
-    out_shardings = (shardings, sharding.replicated(mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    Args:
+        task: what the loss is.
+        shardings: of the parameters.
+        params: the parameters.
+        step: number of completed updates.
+        frozen: parameters that are used but not trained.
+        batch: the microbatch.
+        rng: of what the loss draws.
+        gather_dtype: see `make_train_step`.
+    """
+    mesh = step_mesh(shardings)
+
+    def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+        whole = sharding.gather(params, mesh, stacked_dtype=gather_dtype)
+        return task.loss(whole, {**batch, "step": step}, rng, sharding.gather(frozen, mesh))
+
+    with batch_split(sharding.batch_sharding(mesh)):
+        (loss, outputs), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    # Scatters each gradient as it is made; whole, they would fill the memory.
+    grads = jax.lax.with_sharding_constraint(grads, shardings)
+    return grads, {**outputs, "loss": loss}
 
 
 def accumulate(
-    gradient: Callable[[dict[str, Array], PRNGKeyArray], tuple[Params, dict[str, Any]]],
-    batch: dict[str, Array],
+    gradient_of: Callable[[Batch, PRNGKeyArray], Gradient],
+    batch: Batch,
     rng: PRNGKeyArray,
     count: int,
-) -> tuple[Params, dict[str, Any]]:
+) -> Gradient:
     """Return the mean gradient of `count` microbatches, and their outputs stacked.
 
     Microbatch i takes every `count`-th image from the i-th on: a part of every device's share of
     the batch, so that no image changes its device.
 
     Args:
-        gradient: maps a microbatch and a key to float32 gradients and outputs.
+        gradient_of: maps a microbatch and a key to a gradient.
         batch: arrays whose leading axis `count` divides.
-        rng: split into a key per microbatch.
+        rng: split into a key per microbatch; a single one takes it as it is.
         count: number of microbatches.
     """
+    if count == 1:
+        grads, outputs = gradient_of(batch, rng)
+        return grads, jax.tree.map(lambda leaf: leaf[None], outputs)
     pieces = jax.tree.map(lambda x: einops.rearrange(x, "(b n) ... -> n b ...", n=count), batch)
     rngs = jax.random.split(rng, count)
-    shapes, _ = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], (pieces, rngs)))
+    shapes, _ = jax.eval_shape(gradient_of, *jax.tree.map(lambda x: x[0], (pieces, rngs)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def body(total: Params, piece: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[Params, Any]:
-        grads, outputs = gradient(*piece)
+    def body(total: Params, piece: tuple[Batch, PRNGKeyArray]) -> tuple[Params, Any]:
+        grads, outputs = gradient_of(*piece)
         return jax.tree.map(jnp.add, total, grads), outputs
 
     total, outputs = jax.lax.scan(body, zeros, (pieces, rngs))
     return jax.tree.map(lambda leaf: leaf / count, total), outputs
+
+
+def measure(task: Task, outputs: dict[str, Any], grad_norm: Array) -> clu_metrics.Collection:
+    """Collect the metrics of a step from the stacked outputs of its microbatches."""
+    collection = metrics.collection(task)
+
+    def of_microbatch(outputs: dict[str, Any]) -> clu_metrics.Collection:
+        return collection.single_from_model_output(**outputs, grad_norm=grad_norm)
+
+    return jax.vmap(of_microbatch)(outputs).reduce()
+
+
+def step_mesh(shardings: Params) -> Mesh:
+    """The mesh of a tree of shardings."""
+    return jax.tree.leaves(shardings)[0].mesh
+
+
+def gather_dtype(mesh: MeshConfig, compute: Compute) -> Any:
+    """The argument of `make_train_step` of this name, from the configuration."""
+    return compute.jnp_dtype if mesh.gather == "step" else None
 
 
 def check_accumulation(batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 
 from configs import mnist
-from dar_jax import tasks
 from dar_jax.caching import codes as code_cache
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.config_build import build
+from dar_jax.config import build as read_config
 from dar_jax.data import codes, encoded, pipeline, shards
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop, ten_crop
+from dar_jax.kinds.loading import build_task
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.modes import cache
 from dar_jax.nn.functional_model import FunctionalModel
@@ -81,7 +82,7 @@ def make_config(folder, tokenizer, **data):
 def whole(folder, tokenizer, tmp_path_factory):
     """A complete cache of ten crops; not to be changed."""
     path = tmp_path_factory.mktemp("codes")
-    cache.cache(make_config(folder, tokenizer, crop="ten_crop"), str(path))
+    cache.cache(read_config(make_config(folder, tokenizer, crop="ten_crop")), str(path))
     return path
 
 
@@ -122,11 +123,11 @@ def test_codes_are_those_of_all_crops_in_their_order(folder, tokenizer, whole):
 
 def test_loss_from_codes_equals_the_loss_of_encoding_on_the_fly(folder, tokenizer, tmp_path):
     config = make_config(folder, tokenizer, crop="center")
-    cache.cache(config, str(tmp_path))
+    cache.cache(read_config(config), str(tmp_path))
     cached = from_codes(config, tmp_path)
     batches = [next(iter(pipeline.train_iterator(data_of(c), seed=3))) for c in (config, cached)]
     assert batches[1]["codes"].shape == (8, 1, NUM_TOKENS)
-    live, stored = tasks.build(config), tasks.build(cached)
+    live, stored = build_task(read_config(config)), build_task(read_config(cached))
     params = jax.device_put(random_params(jax.eval_shape(live.init, jax.random.key(0))))
     frozen = jax.device_put(live.frozen())
     losses = [
@@ -138,7 +139,7 @@ def test_loss_from_codes_equals_the_loss_of_encoding_on_the_fly(folder, tokenize
 
 
 def test_task_draws_one_crop_of_every_picture(folder, tokenizer, whole):
-    task = tasks.build(from_codes(make_config(folder, tokenizer), whole))
+    task = build_task(read_config(from_codes(make_config(folder, tokenizer), whole)))
     stack = jnp.arange(3 * 10)[:, None] * jnp.ones((1, 16), jnp.int32)
     batch = {"codes": stack.reshape(3, 10, 16).astype(jnp.uint16)}
     draws = np.stack([task._indices(batch, jax.random.key(i), {})[:, 0] for i in range(40)])
@@ -170,12 +171,12 @@ def test_interrupted_cache_is_refused_and_finished_by_the_same_command(
     write_shard = shards.write_shard
     monkeypatch.setattr(shards, "write_shard", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
-        cache.cache(config, str(tmp_path))
+        cache.cache(read_config(config), str(tmp_path))
     with pytest.raises(ValueError, match="was cut short"):
-        tasks.build(from_codes(config, tmp_path))
+        build_task(read_config(from_codes(config, tmp_path)))
     monkeypatch.setattr(shards, "write_shard", write_shard)
     before = {path: os.stat(path).st_mtime_ns for path in written}
-    cache.cache(config, str(tmp_path))
+    cache.cache(read_config(config), str(tmp_path))
     assert {path: os.stat(path).st_mtime_ns for path in written} == before
     assert files(tmp_path) == files(whole) and len(files(tmp_path)) == 4
 
@@ -184,10 +185,10 @@ def test_codes_of_another_tokenizer_are_refused(folder, tokenizer, whole, tmp_pa
     save_tokenizer(tmp_path / "other", seed=1)
     config = make_config(folder, tmp_path / "other", crop="ten_crop")
     with pytest.raises(ValueError, match="codes of another tokenizer") as caught:
-        tasks.build(from_codes(config, whole))
+        build_task(read_config(from_codes(config, whole)))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="a cache with other tokenizer"):
-        cache.cache(config, str(whole))
+        cache.cache(read_config(config), str(whole))
 
 
 def test_truncated_shard_is_refused(folder, tokenizer, whole, tmp_path):
@@ -214,7 +215,7 @@ def test_mistakes_are_one_line_and_write_nothing(folder, tokenizer, tmp_path, ch
     config = make_config(folder, tokenizer)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message) as caught:
-        cache.cache(config, str(tmp_path / "new"))
+        cache.cache(read_config(config), str(tmp_path / "new"))
     assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
 
 

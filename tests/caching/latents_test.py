@@ -13,6 +13,7 @@ from configs import mnist
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.config_build import build
+from dar_jax.config import build as read_config
 from dar_jax.data import latents, pipeline, references, shards
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
@@ -72,7 +73,7 @@ def make_config(folder, vae, **data):
 def whole(folder, vae, tmp_path_factory):
     """A complete cache; not to be changed."""
     path = tmp_path_factory.mktemp("latents")
-    cache.cache(make_config(folder, vae), str(path))
+    cache.cache(read_config(make_config(folder, vae)), str(path))
     return path
 
 
@@ -91,7 +92,7 @@ def published(folder, vae, tmp_path_factory):
     config = make_config(folder, vae)
     source, cached = load_source(data_of(config), "train"), None
     path = tmp_path_factory.mktemp("source")
-    cache.cache(config, str(path))
+    cache.cache(read_config(config), str(path))
     cached = load_source(from_cache(config, path), "train")
     for index, name in enumerate(source.paths):
         file = root / f"{name}.npz"
@@ -121,7 +122,7 @@ def test_moments_are_those_of_the_crop_and_its_mirror(folder, vae, whole):
 
 def test_command_resumes_and_repeats_nothing(folder, vae, whole, tmp_path):
     config = make_config(folder, vae)
-    cache.cache(config, str(tmp_path))
+    cache.cache(read_config(config), str(tmp_path))
     names = sorted(path.name for path in tmp_path.glob("*.array_record"))
     assert names == sorted(path.name for path in whole.glob("*.array_record")) and len(names) > 2
     kept, lost = (tmp_path / name for name in names[:2])
@@ -129,7 +130,7 @@ def test_command_resumes_and_repeats_nothing(folder, vae, whole, tmp_path):
     sidecar = json.loads((tmp_path / shards.SIDECAR_NAME).read_text())
     (tmp_path / shards.SIDECAR_NAME).write_text(json.dumps({**sidecar, "complete": False}))
     before = os.stat(kept).st_mtime_ns
-    cache.cache(config, str(tmp_path))
+    cache.cache(read_config(config), str(tmp_path))
     assert os.stat(kept).st_mtime_ns == before and lost.exists()
     assert json.loads((tmp_path / shards.SIDECAR_NAME).read_text()) == sidecar
 
@@ -164,7 +165,7 @@ def test_training_draws_one_of_the_two_versions(folder, vae, whole, published, s
 def test_published_layout_takes_the_index_of_its_pictures(folder, vae, published, tmp_path):
     config = make_config(folder, vae)
     config.cache.kind = "references"
-    cache.cache(config, str(tmp_path))
+    cache.cache(read_config(config), str(tmp_path))
     data = data_of(config, source="latent_folder", path=str(published), num_references=4)
     source = load_source(data, "train")
     assert sorted(source.paths) == sorted(load_source(data_of(config), "train").paths)
@@ -182,7 +183,7 @@ def test_references_of_recorded_latents(folder, vae, whole, tmp_path):
     with pytest.raises(ValueError, match="num_references=4 of source 'latents' needs an index"):
         pipeline.train_iterator(data_of(config), seed=0)
     config.cache.kind = "references"
-    cache.cache(config, str(tmp_path))
+    cache.cache(read_config(config), str(tmp_path))
     data = data_of(config, references=str(tmp_path / "references.jsonl"))
     batch = next(pipeline.train_iterator(data, seed=0))
     assert batch["moments"].shape == (12, 4, *SHAPE)
@@ -221,4 +222,4 @@ def test_config_without_a_vae_is_refused(tmp_path):
     config = mnist.get_config("dar")
     config.cache.kind = "latents"
     with pytest.raises(ValueError, match="kind='latents' needs a config .* names config.vae"):
-        cache.cache(config, str(tmp_path))
+        cache.cache(read_config(config), str(tmp_path))

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 from configs import imagenet_tokenizer
+from dar_jax.config import build as read_config
 from dar_jax.convert import dinov2, frozen, inception, lpips, rules
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES, Dinov2
@@ -29,7 +30,7 @@ def convert(tmp_path, net, *state_dicts):
         safetensors.numpy.save_file(state_dict, paths[-1])
     config = imagenet_tokenizer.get_config()
     config.convert.update(net=net, source=",".join(paths))
-    mode.convert(config, str(tmp_path))
+    mode.convert(read_config(config), str(tmp_path))
 
 
 def test_dinov2_tells_its_size_and_is_found_by_the_loss(tmp_path, monkeypatch):

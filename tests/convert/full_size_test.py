@@ -15,13 +15,14 @@ from configs import imagenet_dar, imagenet_tokenizer
 from dar_jax.common.config_build import build
 from dar_jax.common.files import write_safetensors
 from dar_jax.common.tree import num_parameters
+from dar_jax.config import build as read_config
 from dar_jax.convert import dar
 from dar_jax.convert.rules import reference_shapes
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.modes import convert as mode
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import from_pretrained
 from dar_jax.sampling.autoregressive import grow
 from dar_jax.sampling.logits import guide
 from tests.golden import fixtures
@@ -62,7 +63,7 @@ def convert(config, state_dict, workdir):
     source = workdir.parent / "source.safetensors"
     write_safetensors(source, state_dict)
     config.convert.source = str(source)
-    mode.convert(config, str(workdir))
+    mode.convert(read_config(config), str(workdir))
     source.unlink()
 
 
@@ -144,8 +145,8 @@ def test_generates_in_bfloat16(released):
 def test_full_size_round_trip_is_bitwise(released, kind):
     workdir, config = released[kind], CONFIGS[kind]()
     config.convert.to = "torch"
-    mode.convert(config, str(workdir))
+    mode.convert(read_config(config), str(workdir))
     config.convert.update(to="jax", source=str(workdir / f"{kind}.safetensors"))
-    mode.convert(config, str(workdir / "again"))
+    mode.convert(read_config(config), str(workdir / "again"))
     first, second = (path / "model/model.safetensors" for path in (workdir, workdir / "again"))
     assert filecmp.cmp(first, second, shallow=False)

@@ -9,11 +9,13 @@ import pytest
 from configs import common, imagenet_kl_vae
 from dar_jax.common import model_dir
 from dar_jax.common.files import write_safetensors
+from dar_jax.config import build as read_config
 from dar_jax.convert import checkpoints, kl_vae, rules
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.modes import convert as mode
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import KlVaePipeline, from_pretrained
+from dar_jax.pipelines.kl_vae import KlVaePipeline
 from tests.golden import fixtures, models
 from tests.models.kl_vae_test import to_nchw, to_nhwc
 
@@ -67,7 +69,7 @@ def test_converted_model_directory_encodes_and_decodes_like_the_reference(tmp_pa
     config.convert.source = str(tmp_path / "kl16.safetensors")
     logging.getLogger("absl").addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, logger="absl"):
-        mode.convert(config, str(tmp_path))
+        mode.convert(read_config(config), str(tmp_path))
     logging.getLogger("absl").removeHandler(caplog.handler)
     assert "Left out 1 tensors that are no parameters: loss.logvar" in caplog.text
 
@@ -82,7 +84,7 @@ def test_converted_model_directory_encodes_and_decodes_like_the_reference(tmp_pa
         loaded.encode(np.zeros((1, 40, 64, 3), np.float32))
 
     config.convert.update(source="", to="torch")
-    mode.convert(config, str(tmp_path))
+    mode.convert(read_config(config), str(tmp_path))
     back = checkpoints.read_checkpoint(str(tmp_path / "kl_vae.safetensors")).state_dict
     assert back.keys() == state_dict.keys()
     assert all(np.array_equal(back[name], array) for name, array in state_dict.items())

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from configs import common, imagenet_kl_vae, imagenet_transdiff
+from dar_jax.config import build as read_config
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.checkpoints import read_checkpoint
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.modes import convert as mode
-from dar_jax.pipelines import from_pretrained
 from tests.golden import fixtures, models
 from tests.modes.convert_test import assert_same_params
 
@@ -73,7 +74,7 @@ def test_configs_that_are_not_supported_are_refused(changes, message):
 def convert_file(config, model, source, workdir):
     config.model = common.block(model)
     config.convert.source = str(source)
-    mode.convert(config, str(workdir))
+    mode.convert(read_config(config), str(workdir))
 
 
 def test_official_files_become_a_model_directory_and_go_back(tmp_path):
@@ -97,7 +98,7 @@ def test_official_files_become_a_model_directory_and_go_back(tmp_path):
     assert_same_params(pipeline.vae.params, vae_params)
 
     config.convert.update(source="", to="torch")
-    mode.convert(config, str(tmp_path / "transdiff"))
+    mode.convert(read_config(config), str(tmp_path / "transdiff"))
     back = read_checkpoint(str(tmp_path / "transdiff/transdiff.safetensors")).state_dict
     assert_same_params(back, state_dict)
 

@@ -8,6 +8,7 @@ import pytest
 
 from configs import mnist
 from dar_jax.common.config_build import build
+from dar_jax.config import build as read_config
 from dar_jax.data import pipeline, references
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
@@ -37,7 +38,7 @@ def make_index(data, workdir, seed=0):
     config.seed = seed
     config.data = dataclasses.asdict(data)
     config.cache.kind = "references"
-    cache.cache(config, str(workdir))
+    cache.cache(read_config(config), str(workdir))
     return workdir / "references.jsonl"
 
 

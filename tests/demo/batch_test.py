@@ -11,6 +11,7 @@ from PIL import Image
 
 from configs import mnist
 from dar_jax.common import image as images
+from dar_jax.config import build as read_config
 from dar_jax.demo.batch import MEGABYTE, BatchGenerator, Request, read_upload
 from dar_jax.generation import batches
 from tests import tiny_model, tiny_transdiff
@@ -25,7 +26,9 @@ def generator(tmp_path_factory):
     config = mnist.get_config("dar")
     config.sample.model = str(tiny_model.save(tmp_path_factory.mktemp("model")))
     config.sample.prefix_tokens = (NUM_KEPT, 5, 32)
-    settings, pipeline = batches.load(config, "")
+    config = read_config(config)
+    settings = config.sample
+    pipeline = batches.load(settings, "", compute=config.compute, mesh=config.mesh)
     return BatchGenerator(pipeline, settings, batch_size=5)
 
 
@@ -42,7 +45,7 @@ def last(generator, request):
 
 def options(generator):
     """Those of `REQUEST`, as the pipeline takes them."""
-    return {**generator.options, "guidance_scale": REQUEST.guidance_scale}
+    return {"sampling": generator.sampling, "guidance_scale": REQUEST.guidance_scale}
 
 
 @pytest.fixture
@@ -89,7 +92,9 @@ def test_model_of_latents_has_steps_and_one_guidance_scale(tmp_path, compiled):
     config = mnist.get_config("transdiff_mrar")
     config.sample.model = str(tiny_transdiff.save(tmp_path, "mrar", tiny_transdiff.MRAR))
     config.sample.update(num_steps=2, guidance_scale=(1.0, 1.2, 1.4, 3.0))
-    settings, pipeline = batches.load(config, "")
+    config = read_config(config)
+    settings = config.sample
+    pipeline = batches.load(settings, "", compute=config.compute, mesh=config.mesh)
     generator = BatchGenerator(pipeline, settings, batch_size=8)
     assert (generator.num_steps, generator.num_tokens, generator.kept_choices) == (8, 0, ())
     request = generator.default_request((2, 0))
@@ -101,7 +106,7 @@ def test_model_of_latents_has_steps_and_one_guidance_scale(tmp_path, compiled):
     assert np.any(last(generator, other) != previews[-1].pixels[:1])
     assert len(compiled) == before
     labels = np.int32([2, *[0] * 7])
-    options = {**generator.options, "guidance_scale": 3.0}
+    options = {"sampling": generator.sampling, "guidance_scale": 3.0}
     generated = pipeline.generate(labels, rng=jax.random.key(0), **options)
     expected = images.to_pixels(np.asarray(generated.images))[:2]
     np.testing.assert_array_equal(previews[-1].pixels, expected)

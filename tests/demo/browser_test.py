@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from configs import mnist
+from dar_jax.config import build as read_config
 from dar_jax.demo.batch import MEGABYTE, BatchGenerator
 from dar_jax.demo.queue import RequestQueue
 from dar_jax.generation import batches
@@ -84,7 +85,9 @@ def save_model(directory):
 def generator(tmp_path_factory):
     config = mnist.get_config("dar")
     config.sample.model = str(save_model(tmp_path_factory.mktemp("model")))
-    settings, pipeline = batches.load(config, "")
+    config = read_config(config)
+    settings = config.sample
+    pipeline = batches.load(settings, "", compute=config.compute, mesh=config.mesh)
     return Paused(pipeline, settings, batch_size=8)
 
 

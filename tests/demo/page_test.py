@@ -5,6 +5,7 @@ import re
 import pytest
 
 from configs import mnist
+from dar_jax.config import build as read_config
 from dar_jax.demo.batch import BatchGenerator
 from dar_jax.demo.queue import RequestQueue
 from dar_jax.generation import batches
@@ -23,7 +24,9 @@ def page(tmp_path):
     config = mnist.get_config("transdiff")
     config.sample.model = str(tiny_transdiff.save(tmp_path, "one_step", tiny_transdiff.ONE_STEP))
     config.sample.num_steps = NUM_STEPS
-    settings, pipeline = batches.load(config, "")
+    config = read_config(config)
+    settings = config.sample
+    pipeline = batches.load(settings, "", compute=config.compute, mesh=config.mesh)
     generator = BatchGenerator(pipeline, settings, batch_size=8)
     requests = RequestQueue(generator.stream, max_requests=2)
     yield Page(generator, requests, max_upload_bytes=1)

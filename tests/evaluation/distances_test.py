@@ -1,4 +1,4 @@
-"""Comparing images with a reference: figures, floors, warnings, and what is not done twice."""
+"""Comparing images with a reference: metrics, floors, warnings, and what is not done twice."""
 
 import logging
 
@@ -62,11 +62,11 @@ def distance(extractor, images, others, kind="pool"):
 
 def test_inception_gives_all_figures(tmp_path):
     extractor, images = LinearExtractor(), image_set(tmp_path, 50)
-    figures = compare(tmp_path, extractor).figures(images)
+    metrics = compare(tmp_path, extractor).metrics(images)
     real = SplitImages(SYNTHETIC, "train", NUM_REAL)
-    assert figures["fid"] == pytest.approx(distance(extractor, images, real), rel=EXACT)
-    assert figures["sfid"] == pytest.approx(distance(extractor, images, real, "spatial"), rel=EXACT)
-    assert set(figures) == {"fid", "sfid", "kid", "precision", "recall", "inception_score"}
+    assert metrics["fid"] == pytest.approx(distance(extractor, images, real), rel=EXACT)
+    assert metrics["sfid"] == pytest.approx(distance(extractor, images, real, "spatial"), rel=EXACT)
+    assert set(metrics) == {"fid", "sfid", "kid", "precision", "recall", "inception_score"}
 
 
 def test_other_features_stand_beside_their_floor_of_as_many_images(tmp_path):
@@ -75,23 +75,23 @@ def test_other_features_stand_beside_their_floor_of_as_many_images(tmp_path):
     real = SplitImages(SYNTHETIC, "train", NUM_REAL)
     for count in (50, 1100):  # the other split has 1024 images
         images = image_set(tmp_path, count, seed=count)
-        figures = comparison.figures(images)
-        assert figures["fd_vgg16_images"] == min(count, 1024)
+        metrics = comparison.metrics(images)
+        assert metrics["fd_vgg16_images"] == min(count, 1024)
         floor = distance(extractor, SplitImages(SYNTHETIC, "test", count), real)
-        assert figures["fd_vgg16_floor"] == pytest.approx(floor, rel=EXACT)
+        assert metrics["fd_vgg16_floor"] == pytest.approx(floor, rel=EXACT)
         first = SetImages(ImageSet(images.pieces.directory, min(count, 1024), (0,)), {})
-        assert figures["fd_vgg16"] == pytest.approx(distance(extractor, first, real), rel=EXACT)
+        assert metrics["fd_vgg16"] == pytest.approx(distance(extractor, first, real), rel=EXACT)
     names = {"fd_vgg16", "fd_vgg16_floor", "fd_vgg16_images"}
-    assert set(figures) == names | {"kd_vgg16", "precision_vgg16", "recall_vgg16"}
+    assert set(metrics) == names | {"kd_vgg16", "precision_vgg16", "recall_vgg16"}
 
 
 def test_few_images_are_said_with_the_floor(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        compare(tmp_path, LinearExtractor()).figures(image_set(tmp_path, 10, seed=10))
+        compare(tmp_path, LinearExtractor()).metrics(image_set(tmp_path, 10, seed=10))
         assert not caplog.messages
         extractor = LinearExtractor()
         extractor.dims["pool"] = 11
-        compare(tmp_path, extractor).figures(image_set(tmp_path, 10, seed=10))
+        compare(tmp_path, extractor).metrics(image_set(tmp_path, 10, seed=10))
     (message,) = caplog.messages
     floor = distance(
         extractor, *(SplitImages(SYNTHETIC, *part) for part in (("test", 10), ("train", NUM_REAL)))
@@ -106,29 +106,29 @@ def test_reference_file_gives_what_it_has(tmp_path, caplog):
     gaussian = Moments.of(extractor.features(read_all(real))["pool"]).gaussian()
     np.savez(tmp_path / "a.npz", mu=gaussian.mean, sigma=gaussian.covariance)
     with caplog.at_level(logging.WARNING):
-        figures = compare(tmp_path, extractor, str(tmp_path / "a.npz")).figures(images)
-    assert set(figures) == {"fid", "inception_score"}
-    assert figures["fid"] == pytest.approx(distance(extractor, images, real), rel=EXACT)
+        metrics = compare(tmp_path, extractor, str(tmp_path / "a.npz")).metrics(images)
+    assert set(metrics) == {"fid", "inception_score"}
+    assert metrics["fid"] == pytest.approx(distance(extractor, images, real), rel=EXACT)
     assert ["sfid" in m or "kid" in m for m in caplog.messages] == [True, True]
 
     np.savez(tmp_path / "b.npz", mu=gaussian.mean, sigma=gaussian.covariance, arr_0=read_all(real))
-    more = compare(tmp_path, extractor, str(tmp_path / "b.npz")).figures(images)
-    assert more["fid"] == figures["fid"] and "precision" in more
+    more = compare(tmp_path, extractor, str(tmp_path / "b.npz")).metrics(images)
+    assert more["fid"] == metrics["fid"] and "precision" in more
 
 
 def test_reference_of_a_split_becomes_a_file(tmp_path):
     images = image_set(tmp_path, 50)
-    figures = compare(tmp_path, LinearExtractor()).figures(images)
+    metrics = compare(tmp_path, LinearExtractor()).metrics(images)
     path = str(tmp_path / "reference_train_inception.npz")
-    again = compare(tmp_path / "other", LinearExtractor(), path).figures(images)
-    assert again == pytest.approx(figures, rel=EXACT)
+    again = compare(tmp_path / "other", LinearExtractor(), path).metrics(images)
+    assert again == pytest.approx(metrics, rel=EXACT)
 
 
 def test_images_of_another_size_are_refused(tmp_path):
     other = DataConfig(source="synthetic", image_size=16)
     comparison = Comparison(FeatureStore(tmp_path, LinearExtractor()), "train", other, NUM_REAL)
     with pytest.raises(ValueError, match="of 8 x 8 pixels cannot be compared with images of 16 x"):
-        comparison.figures(image_set(tmp_path, 50))
+        comparison.metrics(image_set(tmp_path, 50))
 
 
 @pytest.mark.parametrize("reference", ["none.npz", "validation", ""])

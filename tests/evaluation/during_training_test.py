@@ -1,4 +1,4 @@
-"""Evaluation while training: the figures of `--mode=evaluate`, at every interval, kill or not."""
+"""Evaluation while training: the metrics of `--mode=evaluate`, at every interval, kill or not."""
 
 import json
 import pathlib
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from configs import mnist
+from dar_jax.config import build as read_config
 from dar_jax.evaluation.during_training import _one_by_one
 from dar_jax.modes import train
 
@@ -16,19 +17,21 @@ EXACT = 1e-4  # the mesh differs
 KILLED = 9
 RUN = f"""
 import os, sys
-from dar_jax import evaluate, evaluators, train
+from dar_jax.config import build
+from dar_jax.evaluation.evaluators import reconstruction
+from dar_jax.modes import evaluate, train
 from tests.evaluation.during_training_test import make_config
 workdir, *modes = sys.argv[1:]
-fill, calls = evaluators.fill_reconstructions, []
-def die_the_second_time(*arguments):
+fill, calls = reconstruction.fill, []
+def die_the_second_time(*arguments, **options):
     calls.append(arguments)
     if len(calls) == 2:
         os._exit({KILLED})
-    fill(*arguments)
+    fill(*arguments, **options)
 if modes == ["die"]:
-    evaluators.fill_reconstructions = die_the_second_time
+    reconstruction.fill = die_the_second_time
 run = evaluate.evaluate if modes == ["evaluate"] else train.train_and_evaluate
-run(make_config(), workdir)
+run(build(make_config()), workdir)
 """
 
 
@@ -77,13 +80,13 @@ def test_evaluation_in_training_is_the_mode_and_survives_a_kill(tmp_path):
 
 
 def test_lists_are_logged_one_by_one():
-    figures = {"a/b": 1.5, "a/each": [2.0, 3.0], "guidance/scales": [(1.0,), (1.1, 3.0)]}
-    assert _one_by_one(figures) == [("a/b", 1.5), ("a/each_1", 2.0), ("a/each_2", 3.0)]
+    metrics = {"a/b": 1.5, "a/each": [2.0, 3.0], "guidance/scales": [(1.0,), (1.1, 3.0)]}
+    assert _one_by_one(metrics) == [("a/b", 1.5), ("a/each_1", 2.0), ("a/each_2", 3.0)]
 
 
 def test_bad_evaluation_is_refused_before_training_starts(tmp_path):
     config = make_config()
     config.evaluate.features = "resnet"
     with pytest.raises(ValueError, match="features='resnet' must be one of"):
-        train.train_and_evaluate(config, str(tmp_path / "run"))
+        train.train_and_evaluate(read_config(config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.feature_store import FeatureStore
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.image_sources import SplitImages, open_images, read_all
-from dar_jax.evaluation.pairs import distance_figures
+from dar_jax.evaluation.pairs import distance_metrics
 from dar_jax.generation.image_set import ImageSet
 
 SIZE, COUNT = 64, 48
@@ -64,15 +64,15 @@ def measure(data, tmp_path_factory):
         image_set.bind({"name": name})
         image_set.write(0, pixels, {})
         written = open_images(str(directory / name))
-        return distance_figures(store, reference, written, data)
+        return distance_metrics(store, reference, written, data)
 
     return measure
 
 
 def test_originals_are_at_no_distance_from_their_own_crops(data, measure):
-    figures = measure("crops", read_all(SplitImages(data, "test")))
-    assert 0 <= figures["fd_vgg16"] < ZERO
-    assert figures["fd_vgg16_floor"] > 100 * ZERO
+    metrics = measure("crops", read_all(SplitImages(data, "test")))
+    assert 0 <= metrics["fd_vgg16"] < ZERO
+    assert metrics["fd_vgg16_floor"] > 100 * ZERO
 
 
 def test_reference_that_was_not_cropped_makes_the_distance_larger(data, measure, tmp_path):

@@ -1,4 +1,4 @@
-"""All figures of given features against torch-fidelity."""
+"""All metrics of given features against torch-fidelity."""
 
 import importlib
 

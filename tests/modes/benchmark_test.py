@@ -12,8 +12,11 @@ import pytest
 
 from configs import imagenet_dar, imagenet_tokenizer, mnist
 from dar_jax.common.model_dir import save_model
-from dar_jax.kinds.architectures import RELEASED_TOKENIZER
+from dar_jax.config import build as read_config
+from dar_jax.kinds.dar_tokenizer import DarTokenizer
+from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.modes import benchmark
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance import device_speed, runs
 from tests import tiny_transdiff
 
@@ -105,7 +108,7 @@ def check_lines(lines, scales, guided, unguided):
 def test_benchmark_writes_every_measurement_beside_its_bound(config, tmp_path, caplog):
     config = changed(config, batch_sizes=(2,), microbatch=1, guidance_scales=(2.0, 1.0))
     with caplog.at_level("INFO", logger="absl"):
-        benchmark.benchmark(config, str(tmp_path / "new"))
+        benchmark.benchmark(read_config(config), str(tmp_path / "new"))
     lines = read(tmp_path / "new")
     check_lines(lines, (2.0, 1.0), {"tokens"}, "flow")
     for line in lines:
@@ -121,7 +124,7 @@ def test_benchmark_writes_every_measurement_beside_its_bound(config, tmp_path, c
 @pytest.mark.usefixtures("without_drawing")
 def test_benchmark_of_transdiff_has_its_own_phases(mrar_config, tmp_path, caplog):
     with caplog.at_level("INFO", logger="absl"):
-        benchmark.benchmark(mrar_config, str(tmp_path))
+        benchmark.benchmark(read_config(mrar_config), str(tmp_path))
     lines = read(tmp_path)
     check_lines(lines, (2.0,), {"encoder", "denoising"}, "decode")
     bounds = {line["phase"]: line["bound_seconds"] for line in lines}
@@ -137,15 +140,15 @@ def test_benchmark_of_transdiff_has_its_own_phases(mrar_config, tmp_path, caplog
 def test_parts_of_transdiff_are_what_sampling_runs(drawn):
     """The first pass that is timed ends with the latents of the first preview."""
     pipeline, _ = drawn["transdiff"]
-    options = dict(num_steps=3, drift_scale=0.9)
+    sampling = TransDiffSampling(num_steps=3, drift_scale=0.9)
     speed = device_speed.DeviceSpeed(1.0, 1.0, 1.0)
-    bounds = runs.TransDiffRuns.bounds_of(pipeline, options, speed)
-    timed = runs.TransDiffRuns(pipeline, bounds, options, 2, None, 1)
+    bounds = runs.TransDiffRuns.bounds_of(pipeline, sampling, speed)
+    timed = runs.TransDiffRuns(pipeline, bounds, sampling, 2, None, 1)
     encoder, denoising = timed.parts(2.0)
     assert [cache.keys.shape[-2] for cache in encoder.run()] == [4, 8, 12, 16]
     first = denoising.run()[0]
     rng = jax.random.key(runs.SEED)
-    expected = pipeline.stream([0, 1], rng=rng, guidance_scale=2.0, **options)
+    expected = pipeline.stream([0, 1], rng=rng, sampling=sampling, guidance_scale=2.0)
     np.testing.assert_allclose(first.latents, next(expected).latents, rtol=1e-5, atol=1e-5)
 
 
@@ -156,7 +159,7 @@ def test_batch_that_needs_more_memory_than_there_is_is_skipped(
     # Keys and values of 5 tokens of width 128 in float32, two rows, twice while they grow.
     monkeypatch.setattr(benchmark, "memory_bytes", lambda: 2 * 5 * 128 * 4 * 2 * 2)
     with caplog.at_level("INFO", logger="absl"):
-        benchmark.benchmark(config, str(tmp_path))
+        benchmark.benchmark(read_config(config), str(tmp_path))
     assert {line["batch_size"] for line in read(tmp_path)} == {1}
     assert "Batch size 2 skipped" in caplog.text
 
@@ -168,7 +171,7 @@ def test_batch_that_exhausts_the_device_is_skipped(config, tmp_path, monkeypatch
 
     monkeypatch.setattr(runs.DarRuns, "tokens", exhausted)
     with pytest.raises(ValueError, match=r"batch_sizes=\(1, 2\): none fits"):
-        benchmark.benchmark(config, str(tmp_path))
+        benchmark.benchmark(read_config(config), str(tmp_path))
 
 
 @pytest.mark.usefixtures("without_drawing")
@@ -178,7 +181,7 @@ def test_other_failures_are_not_hidden(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs.DarRuns, "tokens", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
-        benchmark.benchmark(config, str(tmp_path))
+        benchmark.benchmark(read_config(config), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -195,49 +198,46 @@ def test_other_failures_are_not_hidden(config, tmp_path, monkeypatch):
 def test_bad_setting_is_refused(config, tmp_path, key, value, message):
     config = changed(config, **{"batch_sizes": (1, 4), key: value})
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        benchmark.benchmark(config, str(tmp_path / "none"))
+        benchmark.benchmark(read_config(config), str(tmp_path / "none"))
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "none").exists()
 
 
 def test_models_that_draw_no_images_are_refused(config, mrar_config, tmp_path):
     with pytest.raises(ValueError, match="config.task='dar_tokenizer' draws no images"):
-        benchmark.benchmark(imagenet_tokenizer.get_config(), str(tmp_path))
+        benchmark.benchmark(read_config(imagenet_tokenizer.get_config()), str(tmp_path))
     config = changed(config, model=mrar_config.vae)
     with pytest.raises(ValueError, match="vae holds a KL autoencoder, which draws no images"):
-        benchmark.benchmark(config, str(tmp_path))
+        benchmark.benchmark(read_config(config), str(tmp_path))
 
 
 @pytest.mark.usefixtures("without_drawing")
 def test_option_of_the_other_family_is_refused(mrar_config, tmp_path):
     mrar_config = mrar_config.copy_and_resolve_references()
     mrar_config.sample.top_k = 5
-    with pytest.raises(ValueError, match="config.sample.top_k=5 is no option"):
-        benchmark.benchmark(mrar_config, str(tmp_path))
+    with pytest.raises(ValueError, match="config.sample.top_k=5 is not an option"):
+        benchmark.benchmark(read_config(mrar_config), str(tmp_path))
 
 
 def test_model_of_another_companion_is_refused(config, mrar_config, tmp_path):
     config = config.copy_and_resolve_references()
     config.tokenizer = str(tmp_path / "none")
     with pytest.raises(ValueError, match=r"tokenizer in .*none has codebook_size=16384"):
-        benchmark.benchmark(config, str(tmp_path))
+        benchmark.benchmark(read_config(config), str(tmp_path))
     mrar_config = mrar_config.copy_and_resolve_references()
     mrar_config.vae = str(tmp_path / "none")
     with pytest.raises(ValueError, match=r"autoencoder in .*none has latent_channels=16"):
-        benchmark.benchmark(mrar_config, str(tmp_path))
+        benchmark.benchmark(read_config(mrar_config), str(tmp_path))
 
 
 def test_released_sizes_take_the_released_tokenizer(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        benchmark.FunctionalModel, "init", lambda model, rng: drawn.append(model) or {}
-    )
+    monkeypatch.setattr(FunctionalModel, "init", lambda model, rng: drawn.append(model) or {})
     config = imagenet_dar.get_config("xl")
     config.tokenizer = str(tmp_path / "none")
-    settings = benchmark.BenchmarkConfig()
-    benchmark.load(settings, config, benchmark.Compute(dtype="bfloat16"))
+    benchmark.load(read_config(config))
     assert [model.compute.dtype for model in drawn] == ["bfloat16"] * 2
-    assert drawn[1].config == RELEASED_TOKENIZER
+    assert drawn[0].config == DarTokenizer.released
 
 
 def test_device_speed_is_positive_and_finite():

@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from dar_jax.config import build as read_config
 from dar_jax.data import shards
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.data.transforms import center_crop
@@ -29,7 +30,7 @@ def records(workdir, split="train", **options):
 
 
 def test_cache_holds_the_files_as_they_are(config, tmp_path):
-    cache.cache(config, str(tmp_path / "cache"))
+    cache.cache(read_config(config), str(tmp_path / "cache"))
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert names == [
         "dataset.json",
@@ -47,7 +48,7 @@ def test_cache_holds_the_files_as_they_are(config, tmp_path):
 
 def test_cache_of_crops_is_exact_and_refuses_larger_examples(config, tmp_path):
     config.cache.image_size = 9
-    cache.cache(config, str(tmp_path / "cache"))
+    cache.cache(read_config(config), str(tmp_path / "cache"))
     original = load_source(DataConfig(**config.data.to_dict()), "train")
     cached = records(tmp_path / "cache", image_size=9)
     for index in range(len(original)):
@@ -69,32 +70,32 @@ def test_cache_that_was_cut_short_is_refused_and_finished(config, tmp_path, monk
 
     monkeypatch.setattr(shards, "write_shard", write_two)
     with pytest.raises(KeyboardInterrupt):
-        cache.cache(config, str(workdir))
+        cache.cache(read_config(config), str(workdir))
     with pytest.raises(ValueError, match="was cut short .* run the command that wrote it again"):
         records(workdir)
     other = config.copy_and_resolve_references()
     other.cache.image_size = 9
     with pytest.raises(ValueError, match="holds a cache with other image_size"):
-        cache.cache(other, str(workdir))
+        cache.cache(read_config(other), str(workdir))
 
     before = {path: path.stat().st_mtime_ns for path in written}
     monkeypatch.setattr(shards, "write_shard", write)
-    cache.cache(config, str(workdir))
+    cache.cache(read_config(config), str(workdir))
     assert {path: path.stat().st_mtime_ns for path in written} == before
     assert len(records(workdir)) == tiny_sets.NUM_PICTURES - tiny_sets.NUM_HELD_OUT
     assert not list(workdir.glob(".*"))
 
     monkeypatch.setattr(shards, "write_shard", None)
-    cache.cache(config, str(workdir))  # complete: nothing is written
+    cache.cache(read_config(config), str(workdir))  # complete: nothing is written
 
 
 def test_unreadable_pictures_are_left_out(config, tmp_path):
     original = load_source(DataConfig(**config.data.to_dict()), "train")
     original.root.joinpath(original.paths[4]).write_bytes(b"")
     with pytest.raises(ValueError, match="1 of 24 pictures cannot be read"):
-        cache.cache(config, str(tmp_path / "strict"))
+        cache.cache(read_config(config), str(tmp_path / "strict"))
     config.data.max_corrupt_fraction = 0.1
-    cache.cache(config, str(tmp_path / "cache"))
+    cache.cache(read_config(config), str(tmp_path / "cache"))
     assert len(records(tmp_path / "cache")) == len(original) - 1
     sidecar = json.loads((tmp_path / "cache" / "dataset.json").read_text())
     assert sidecar["counts"] == {"train": [9, 10, 4], "test": [3]}
@@ -102,7 +103,7 @@ def test_unreadable_pictures_are_left_out(config, tmp_path):
 
 @pytest.mark.parametrize("damage", ["delete", "cut"])
 def test_shard_that_is_broken_is_named(config, tmp_path, damage):
-    cache.cache(config, str(tmp_path / "cache"))
+    cache.cache(read_config(config), str(tmp_path / "cache"))
     shard = tmp_path / "cache" / "train-00001-of-00003.array_record"
     if damage == "delete":
         shard.unlink()
@@ -127,7 +128,7 @@ def test_workdir_that_cannot_be_written_is_one_line(config, tmp_path, monkeypatc
 
     monkeypatch.setattr(shards, "write_shard", fail)
     with pytest.raises(ValueError, match=r"cannot write the cache to .*: .*No space left"):
-        cache.cache(config, str(tmp_path / "cache"))
+        cache.cache(read_config(config), str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -142,5 +143,5 @@ def test_workdir_that_cannot_be_written_is_one_line(config, tmp_path, monkeypatc
 def test_config_that_makes_no_sense_is_refused(config, tmp_path, key, value, message):
     config.cache[key] = value
     with pytest.raises(ValueError, match=message):
-        cache.cache(config, str(tmp_path / "cache"))
+        cache.cache(read_config(config), str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()

@@ -16,11 +16,12 @@ from configs import common, imagenet_dar, imagenet_tokenizer, mnist
 from dar_jax.common import model_dir, tree
 from dar_jax.common.config_build import build
 from dar_jax.common.files import write_safetensors
+from dar_jax.config import build as read_config
 from dar_jax.convert import dar
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.modes import convert as mode
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import from_pretrained
 from tests.golden import fixtures, models
 
 TOKENIZER, PRIOR = "dar/tokenizer_tiny", "dar/gpt_tiny"
@@ -52,7 +53,7 @@ def config_of(folder, **convert):
 
 
 def convert(folder, workdir, source, **convert_block):
-    mode.convert(config_of(folder, source=str(source), **convert_block), str(workdir))
+    mode.convert(read_config(config_of(folder, source=str(source), **convert_block)), str(workdir))
     return workdir
 
 
@@ -98,7 +99,7 @@ def test_config_in_the_file_counts(tmp_path, log):
     torch.save({"ema": state_dict, "config": reference}, tmp_path / "a.pt")
     released = imagenet_tokenizer.get_config()
     released.convert.source = str(tmp_path / "a.pt")
-    mode.convert(released, str(tmp_path / "out"))
+    mode.convert(read_config(released), str(tmp_path / "out"))
     tokenizer = from_pretrained(tmp_path / "out")
     assert tokenizer.config == dar.tokenizer_config(reference)
     io, _ = fixtures.load_io(TOKENIZER, "io_encode")
@@ -139,17 +140,17 @@ def test_prior_takes_its_tokenizer_along(tmp_path, log):
     convert(TOKENIZER, tmp_path / "tokenizer", tokenizer)
     config = config_of(PRIOR, source=str(prior))
     config.tokenizer = str(tmp_path / "tokenizer")
-    mode.convert(config, str(tmp_path / "dar"))
+    mode.convert(read_config(config), str(tmp_path / "dar"))
     pipeline = from_pretrained(tmp_path / "dar" / "model")
     assert_same_params(pipeline.prior.params, models.prior(PRIOR)[1])
     assert_same_params(pipeline.tokenizer.params, models.tokenizer(TOKENIZER)[1])
 
     config.model.num_tokens = 32
     with pytest.raises(ValueError, match="num_tokens=32, but the tokenizer in .* num_tokens=16"):
-        mode.convert(config, str(tmp_path / "other"))
+        mode.convert(read_config(config), str(tmp_path / "other"))
     config.tokenizer = str(tmp_path / "dar")
     with pytest.raises(ValueError, match="holds a dar_prior, expected a dar_tokenizer"):
-        mode.convert(config, str(tmp_path / "other"))
+        mode.convert(read_config(config), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 

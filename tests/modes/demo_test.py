@@ -12,9 +12,10 @@ from PIL import Image
 
 import dar_jax.demo
 from configs import mnist
+from dar_jax.config import build as read_config
 from dar_jax.demo import html
+from dar_jax.demo.config import DemoConfig
 from dar_jax.modes import demo
-from dar_jax.modes.demo import DemoConfig
 
 
 def test_demo_binds_to_loopback():
@@ -32,7 +33,7 @@ def test_missing_gradio_is_one_line_that_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "dar_jax.demo.page", raising=False)
     monkeypatch.delattr(dar_jax.demo, "page", raising=False)
     with pytest.raises(ValueError, match=r"needs gradio, .* pip install 'dar-jax\[demo\]'$"):
-        demo.demo(mnist.get_config("dar"), str(tmp_path))
+        demo.demo(read_config(mnist.get_config("dar")), str(tmp_path))
 
 
 def test_other_modes_do_without_gradio():

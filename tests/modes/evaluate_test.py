@@ -10,10 +10,11 @@ from PIL import Image
 
 from configs import common
 from dar_jax.common.image import to_pixels
+from dar_jax.config import build as read_config
 from dar_jax.data.base import DataConfig
-from dar_jax.evaluation import evaluators
 from dar_jax.evaluation.classifier import Classifier
-from dar_jax.evaluation.evaluators import EvaluateConfig
+from dar_jax.evaluation.config import EvaluateConfig
+from dar_jax.evaluation.evaluators import base as evaluators
 from dar_jax.evaluation.image_sources import SplitImages, read_all
 from dar_jax.generation import batches
 from dar_jax.generation.resumable_arrays import Pieces
@@ -61,7 +62,7 @@ def run(model, tmp_path):
         config.sample.update(model=str(path), batch_size=batch_size, guidance_scale=(2.0,))
         config.sample.update(sample or {})
         config.evaluate.update(BASIC | settings)
-        evaluate(config, str(tmp_path / workdir))
+        evaluate(read_config(config), str(tmp_path / workdir))
         return json.loads((tmp_path / workdir / "evaluation.json").read_text())
 
     return run
@@ -88,7 +89,9 @@ def test_images_are_those_that_sampling_draws(run, model, tmp_path):
     run(evaluators="previews")
     config = common.base()
     config.sample.update(model=str(model), batch_size=8, guidance_scale=(2.0,))
-    settings, pipeline = batches.load(config, "")
+    config = read_config(config)
+    settings = config.sample
+    pipeline = batches.load(settings, "", compute=config.compute, mesh=config.mesh)
     labels = np.arange(NUM_IMAGES, dtype=np.int32) % NUM_CLASSES
     made = list(batches.generate(pipeline, labels, settings))
     drawn = np.concatenate([batch.previews for batch in made], axis=1)

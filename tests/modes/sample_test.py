@@ -15,6 +15,7 @@ from PIL import Image
 
 from configs import common
 from dar_jax.common.image import LEGIBLE_SIZE
+from dar_jax.config import build as read_config
 from dar_jax.data.transforms import center_crop
 from dar_jax.generation import batches, editing
 from dar_jax.generation.image_set import ImageSet
@@ -49,7 +50,7 @@ def run(model, tmp_path):
         config.data.source = "synthetic"
         defaults = dict(model=str(model), batch_size=8, labels=(3, 1), prefix_tokens=(2, 4))
         config.sample.update(defaults | settings)
-        sample(config, str(tmp_path / "run"))
+        sample(read_config(config), str(tmp_path / "run"))
         return tmp_path / "run/samples"
 
     return run
@@ -67,7 +68,7 @@ def whole(model, tmp_path_factory):
     config = common.base()
     config.sample.update(model=str(model), batch_size=16, labels=(3, 1, 4), num_images=NUM_IMAGES)
     workdir = tmp_path_factory.mktemp("whole")
-    sample(config, str(workdir))
+    sample(read_config(config), str(workdir))
     return workdir / "samples"
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dar_jax.common import model_dir
+from dar_jax.config import build as read_config
 from dar_jax.modes import train
 from dar_jax.training import checkpoint
 from tests.training.toy_task import ToyTask
@@ -54,7 +55,7 @@ def make_config(steps, **train_block):
 def run(workdir, steps, task=None, **train_block):
     config = make_config(steps, **train_block)
     config.mesh = {"data": -1} if jax.device_count() == 1 else config.mesh
-    train.train(config, str(workdir), task or ToyTask())
+    train.train(read_config(config), str(workdir), task or ToyTask())
 
 
 def read_curve(workdir):
@@ -186,7 +187,7 @@ def test_checkpoint_of_another_config_is_refused_and_nothing_is_written(workdir,
     config = make_config(steps=4)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message) as caught:
-        train.train(config, str(workdir), ToyTask())
+        train.train(read_config(config), str(workdir), ToyTask())
     assert "\n" not in str(caught.value)
     assert files(workdir) == before
 
@@ -209,7 +210,7 @@ def test_bad_config_is_one_line_and_nothing_is_written(tmp_path, block, key, val
     config.unlock()
     config[block][key] = value
     with pytest.raises(ValueError, match=message) as caught:
-        train.train(config, str(tmp_path / "new"), ToyTask())
+        train.train(read_config(config), str(tmp_path / "new"), ToyTask())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 
@@ -285,7 +286,7 @@ def test_full_disk_stops_with_the_last_good_step_and_the_run_goes_on_later(
 def test_new_run_starts_from_the_parameters_of_a_model(half, tmp_path):
     config = make_config(steps=1, init_from=str(half), log_every=1, checkpoint_every=1)
     config.optimizer = {"learning_rate": 0.0, "ema_decay": 0.0}
-    train.train(config, str(tmp_path), ToyTask())
+    train.train(read_config(config), str(tmp_path), ToyTask())
     _, expected = model_dir.load_model(half / "model")
     state, _ = restored(tmp_path, 1)
     jax.tree.map(np.testing.assert_array_equal, state["params"], expected)

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from dar_jax.config import build as read_config
 from dar_jax.data import pipeline
 from dar_jax.modes import train
 from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.sharding import MeshConfig
-from dar_jax.training import config as train_config
 from dar_jax.training.checkpoint import Checkpoints
 from dar_jax.training.state import abstract_state
 from tests.modes import train_test
@@ -55,7 +55,7 @@ def train_toy(workdir, pause, break_at):
         return put_batch(*arguments)
 
     train.sharding.put_batch = slow_put_batch
-    train.train(job_config(), workdir, ToyTask())
+    train.train(read_config(job_config()), workdir, ToyTask())
 
 
 def free_address():
@@ -102,10 +102,10 @@ def run_job(workdir):
 
 def final_state(workdir):
     """Restore the last checkpoint of a job into this process's eight devices."""
-    settings = train_config.parse(job_config())
+    settings = read_config(job_config())
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     iterator = pipeline.train_iterator(settings.data, settings.seed)
-    bound = train_config.bound_config(job_config())
+    bound = read_config(job_config()).bound()
     checkpoints = Checkpoints(workdir / train.CHECKPOINTS, bound, keep=3)
     state, interval = checkpoints.restore(
         abstract_state(ToyTask(), settings.optimizer, mesh), iterator

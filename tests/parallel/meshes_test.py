@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dar_jax.common import model_dir
+from dar_jax.kinds.loading import frozen_model
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig
@@ -151,18 +152,18 @@ def make_task(name, directory):
         case "tokenizer":
             return tokenizer
         case "prior":
-            return DarPriorTask(PRIOR, save(tokenizer, directory), COMPUTE)
+            return DarPriorTask(PRIOR, save(tokenizer, "dar_tokenizer", directory), COMPUTE)
     references = dict(num_references=4, reference_patch_size=2) if name == "transdiff_mrar" else {}
     config = dataclasses.replace(TRANSDIFF, **references)
     loss = TransDiffLossConfig(copies=2, diversity_weight=0.1)
-    return TransDiffTask(config, loss, save(vae, directory), COMPUTE, image_size=16)
+    return TransDiffTask(config, loss, save(vae, "kl_vae", directory), COMPUTE, image_size=16)
 
 
-def save(task, directory):
-    """Write the model directory of a task's model and return its path."""
+def save(task, kind, directory):
+    """Write the model directory of a task's model and read it as a frozen one."""
     params = perturbed(task.init(jax.random.key(3)), jax.random.key(4))
-    model_dir.save_model(directory, task.kind, task.model_config(), params, {})
-    return str(directory)
+    model_dir.save_model(directory, kind, task.model_config(), params, {})
+    return frozen_model(kind, str(directory), Compute())
 
 
 class Errors(NamedTuple):

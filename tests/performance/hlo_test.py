@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dar_jax.performance.hlo import Collective, Program, traced_flops, type_bytes
+from dar_jax.performance.hlo import Collective, HloProgram, traced_flops, type_bytes
 
 DEVICES = 8
 VECTOR = 128
@@ -23,7 +23,7 @@ def compiled(per_device, *, out=None):
         per_device, mesh=mesh, in_specs=split, out_specs=out or split, check_vma=False
     )
     x = jax.ShapeDtypeStruct((DEVICES * VECTOR,), jnp.float32, sharding=NamedSharding(mesh, split))
-    return Program(jax.jit(function).lower(x).compile().as_text(), DEVICES)
+    return HloProgram(jax.jit(function).lower(x).compile().as_text(), DEVICES)
 
 
 def repeated(trips, function):
@@ -113,7 +113,7 @@ MESH_GROUPS = "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}"
 
 def test_programs_of_the_tpu_compiler_are_understood():
     text = TPU_TEXT.replace("GROUPS", MESH_GROUPS)
-    found = Program(text, DEVICES).collectives()
+    found = HloProgram(text, DEVICES).collectives()
     assert found == [
         Collective("all-gather", 4, 3, 3.0 * 16 * 256 * 2 * 3),
         Collective("reduce-scatter", 4, 1, 8 * 16 * 4 * 3 / 4),
@@ -167,16 +167,18 @@ ENTRY %main (x: f32[2,8]) -> f32[8,8] {
 
 
 def test_collective_spread_over_fusions_counts_once():
-    assert Program(CHAIN_TEXT, 4).collectives() == [Collective("all-gather", 4, 1, 2 * 8 * 4.0 * 3)]
+    assert HloProgram(CHAIN_TEXT, 4).collectives() == [
+        Collective("all-gather", 4, 1, 2 * 8 * 4.0 * 3)
+    ]
 
 
 def test_traffic_of_fusions_leaves_out_what_is_handed_through():
     a_row, gathered = 8 * 4, (2 + 8) * 8 * 4
-    assert Program(CHAIN_TEXT, 4).memory_traffic() == 5 * (a_row + a_row) + gathered
+    assert HloProgram(CHAIN_TEXT, 4).memory_traffic() == 5 * (a_row + a_row) + gathered
 
 
 def test_loop_without_a_readable_bound_is_named():
-    program = Program(TPU_TEXT.replace("direction=LT", "direction=NE"), DEVICES)
+    program = HloProgram(TPU_TEXT.replace("direction=LT", "direction=NE"), DEVICES)
     assert program.unknown_loops == {"while.1"}
     assert program.collectives()[0].count == 1
 
@@ -189,16 +191,16 @@ def test_bytes_of_types():
 
 def test_traffic_reads_operands_and_writes_results_once_per_trip():
     whole = jax.jit(lambda x: jnp.sin(x) * 2).lower(jnp.zeros(1000)).compile()
-    assert Program(whole.as_text(), 1).memory_traffic() == 2 * 4000
+    assert HloProgram(whole.as_text(), 1).memory_traffic() == 2 * 4000
     text = jax.jit(repeated(7, jnp.sin)).lower(jnp.zeros(1000)).compile().as_text()
-    assert 7 * 2 * 4000 <= Program(text, 1).memory_traffic() < 7 * 2 * 4000 + 20_000
+    assert 7 * 2 * 4000 <= HloProgram(text, 1).memory_traffic() < 7 * 2 * 4000 + 20_000
 
 
 def test_traffic_of_a_slice_is_not_that_of_what_it_is_cut_from():
     stacked = jnp.zeros((50, 1000))
     function = lambda x, stacked: jax.lax.scan(lambda x, row: (x + row, None), x, stacked)[0]  # noqa: E731
     text = jax.jit(function).lower(jnp.zeros(1000), stacked).compile().as_text()
-    assert 50 * 3 * 4000 <= Program(text, 1).memory_traffic() < 50 * 6 * 4000
+    assert 50 * 3 * 4000 <= HloProgram(text, 1).memory_traffic() < 50 * 6 * 4000
 
 
 def test_traced_flops_count_loops_and_recomputation():

@@ -11,9 +11,10 @@ import pytest
 
 from dar_jax import pipelines
 from dar_jax.common.model_dir import save_model
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.sampler import initial_noise, one_ahead
 from dar_jax.nn.compute import Compute
-from dar_jax.pipelines import DarPipeline, PriorPipeline, TokenizerPipeline, from_pretrained
+from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import autoregressive
 from tests.golden import fixtures, models
 

@@ -8,13 +8,17 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from configs import mnist
+from configs import common, mnist
 from dar_jax.common import model_dir
+from dar_jax.config import build as read_config
 from dar_jax.generation import batches
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.modes.sample import sample
 from dar_jax.parallel import sharding
 from dar_jax.parallel.sharding import MeshConfig
-from dar_jax.pipelines import Pipeline, TransDiffPipeline, from_pretrained
+from dar_jax.pipelines.base import Pipeline
+from dar_jax.pipelines.dar import DarPipeline
+from dar_jax.pipelines.transdiff import TransDiffPipeline
 from tests import tiny_transdiff
 from tests.tiny_transdiff import MRAR, ONE_STEP, VAE
 
@@ -128,7 +132,7 @@ MISTAKES = {
     "scales of no use": (dict(solver="euler", noise_scale=0.9), "takes no drift_scale=1.0"),
     "steps": (dict(num_steps=0), "num_steps=0 must be at least 1"),
     "times": (dict(guidance_times=(0.8, 0.2)), "guidance_times=(0.8, 0.2) must be"),
-    "option of D-AR": (dict(top_k=5), "config.sample.top_k=5 is no option"),
+    "option of D-AR": (dict(top_k=5), "config.sample.top_k=5 is not an option"),
     "prefix": (dict(prefix_image="test:0"), "need a model of tokens"),
 }
 
@@ -142,7 +146,7 @@ def test_mistake_is_one_line_before_anything_is_read_or_written(
     config = mnist.get_config("transdiff")
     config.sample.update(dict(model=str(directory / "mrar"), num_images=2) | settings)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        sample(config, str(tmp_path / "run"))
+        sample(read_config(config), str(tmp_path / "run"))
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
@@ -152,7 +156,7 @@ def test_sample_mode_writes_grid_and_passes(directory, tmp_path):
     config.sample.update(
         model=str(directory / "mrar"), labels=(0, 2), images_per_class=2, num_steps=2, batch_size=8
     )
-    sample(config, str(tmp_path))
+    sample(read_config(config), str(tmp_path))
     assert (tmp_path / "samples/grid.png").exists() and (tmp_path / "samples/previews.png").exists()
     with np.load(tmp_path / "samples/samples.npz") as arrays:
         assert arrays["latents"].shape == (4, 4, 4, 2)
@@ -166,6 +170,8 @@ def test_model_without_its_autoencoder_is_refused(directory, tmp_path):
         from_pretrained(tmp_path / "bare")
 
 
-def test_options_that_only_dar_has_are_left_out(load):
-    config = batches.SampleConfig(solver="euler")
-    assert "temperature" not in batches.drawing(config, load("one_step"))
+def test_options_not_set_are_those_of_the_family(load):
+    """A bare config says nothing of a solver, which for D-AR would be another."""
+    config = read_config(common.base()).sample
+    assert config.sampling(load("one_step").sampling_class).solver == "euler_maruyama"
+    assert config.sampling(DarPipeline.sampling_class).solver == "adams_bashforth2"

@@ -10,11 +10,12 @@ import pytest
 
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import Decoder
-from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+from dar_jax.sampling.logits import SamplingConfig
 from tests.golden import models
 
 FOLDERS = ("dar/gpt_tiny", "dar/gpt_gqa_tiny", "dar/gpt_t2i_tiny")
@@ -37,12 +38,12 @@ def conditions(config, batch_size):
     return jax.random.normal(jax.random.key(1), shape), valid
 
 
-def generate(folder, rows, *, scale=1.0, interval=None, **options):
+def generate(folder, rows, *, scale=1.0, interval=(), **options):
     """Last yield of the prior's decoding for some rows of a batch of 16 conditions."""
     model, params = unstacked(folder)
     condition, valid = conditions(model.config, 16)
     rngs = jax.random.split(jax.random.key(0), 16)
-    scales = guidance_schedule(scale, model.config.num_tokens, interval=interval)
+    sampling = DarSampling(guidance_scale=scale, guidance_interval=interval, temperature=0.9)
     key_mask = None if valid is None else valid[rows]
     return list(
         sampler.generate_indices(
@@ -50,8 +51,7 @@ def generate(folder, rows, *, scale=1.0, interval=None, **options):
             params,
             condition[rows],
             rngs[rows],
-            scales,
-            sampling=SAMPLING,
+            sampling,
             key_mask=key_mask,
             **options,
         )
@@ -86,8 +86,7 @@ def test_groups_yield_the_tokens_so_far():
         params,
         condition[:2],
         jax.random.split(jax.random.key(0), 16)[:2],
-        guidance_schedule(1.0, 16),
-        sampling=SAMPLING,
+        DarSampling(temperature=0.9),
         prefix=whole[:, :6],
         boundaries=(4, 7, 8, 16),
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dar_jax.common import model_dir
+from dar_jax.kinds.loading import frozen_model
 from dar_jax.models.dar import work
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
@@ -60,6 +61,11 @@ def directory(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return frozen_model("dar_tokenizer", directory, Compute())
+
+
 def step_of(task, accumulation=1):
     """Loss and gradient of one step on 8 images over 4 devices, from parameters off zero."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
@@ -82,24 +88,24 @@ def step_of(task, accumulation=1):
 
 
 @pytest.fixture(scope="module")
-def plain(directory):
-    return step_of(DarPriorTask(PRIOR, directory, Compute()))
+def plain(tokenizer):
+    return step_of(DarPriorTask(PRIOR, tokenizer, Compute()))
 
 
 @pytest.mark.parametrize(
     ("options", "accumulation"),
     [({"loss_chunks": 4, "remat": "dots"}, 1), ({"loss_chunks": 2, "remat": "blocks"}, 2)],
 )
-def test_what_saves_memory_changes_no_gradient(directory, plain, options, accumulation):
-    loss, gradient = step_of(DarPriorTask(PRIOR, directory, Compute(**options)), accumulation)
+def test_what_saves_memory_changes_no_gradient(tokenizer, plain, options, accumulation):
+    loss, gradient = step_of(DarPriorTask(PRIOR, tokenizer, Compute(**options)), accumulation)
     assert loss == pytest.approx(plain[0], rel=RTOL)
     assert np.linalg.norm(plain[1]) > 0.1
     assert np.linalg.norm(gradient - plain[1]) <= RTOL * np.linalg.norm(plain[1])
 
 
-def test_cached_codes_spare_the_work_of_encoding(directory):
+def test_cached_codes_spare_the_work_of_encoding(tokenizer):
     encoding, cached = (
-        DarPriorTask(PRIOR, directory, Compute(), from_codes=codes) for codes in (False, True)
+        DarPriorTask(PRIOR, tokenizer, Compute(), from_codes=codes) for codes in (False, True)
     )
     assert cached.flops_per_image == work.prior_train_flops(PRIOR)
     assert encoding.flops_per_image - cached.flops_per_image == work.encode_flops(TOKENIZER)

@@ -11,6 +11,8 @@ import pytest
 from dar_jax.common import model_dir, tree
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import to_state_dict
+from dar_jax.kinds.loading import frozen_model
+from dar_jax.kinds.transdiff import TransDiffKind
 from dar_jax.nn.compute import Compute
 from dar_jax.parallel import sharding
 from dar_jax.parallel.sharding import MeshConfig
@@ -42,7 +44,9 @@ def make_task(vae):
     def make(config=MODEL):
         size = config.latent_size * VAE.stride
         loss = TransDiffLossConfig(copies=2)
-        return TransDiffTask(config, loss, vae, Compute(), image_size=size)
+        return TransDiffTask(
+            config, loss, frozen_model("kl_vae", vae, Compute()), Compute(), image_size=size
+        )
 
     return make
 
@@ -164,10 +168,11 @@ def test_number_of_images_must_fit_the_model(make_task):
 
 def test_latents_of_another_autoencoder_are_refused(vae):
     config = dataclasses.replace(MODEL, channels=16)
+    frozen = frozen_model("kl_vae", vae, Compute())
     with pytest.raises(ValueError, match=r"channels=16, but the autoencoder in .* has .*=2"):
-        TransDiffTask(config, TransDiffLossConfig(), vae, Compute(), image_size=8)
+        TransDiffKind().check_companion(config, "vae", frozen.model.config, vae)
     with pytest.raises(ValueError, match=r"image_size=16, but latents of 4x4 .* are of 8 pixels"):
-        TransDiffTask(MODEL, TransDiffLossConfig(), vae, Compute(), image_size=16)
+        TransDiffTask(MODEL, TransDiffLossConfig(), frozen, Compute(), image_size=16)
 
 
 def train_steps(task, config, count=2):
@@ -200,7 +205,7 @@ def test_decoder_alone_is_trained_where_the_config_says_so(make_task):
 def save(task, directory):
     """Write a model directory of random weights for the task."""
     params = random_params(jax.eval_shape(task.init, jax.random.key(0)))
-    model_dir.save_model(directory, task.kind, task.model_config(), params, {})
+    model_dir.save_model(directory, "transdiff", task.model_config(), params, {})
     return params
 
 

@@ -6,12 +6,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
+from flax import nnx
 
 from dar_jax.common import image as image_lib
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
+from dar_jax.kinds import KINDS
+from dar_jax.kinds.base import Kind
 from dar_jax.nn.layout import keep_batch_split
+from dar_jax.pipelines.base import Autoencoder
+from dar_jax.tasks.base import AbstractBatch, picture_batch
 
 LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    """Its architecture."""
+
+    image_size: int = 8
+    width: int = 128
+
+
+class ToyKind(Kind[ToyConfig]):
+    """What the training loop needs to know: it can be trained and exported, and nothing else."""
+
+    name = "toy"
+    noun = "a toy"
+    module = nnx.Module
+    architecture = ToyConfig
+    pipeline = Autoencoder
+
+    def task(self, model, loss, *, compute, data, companions):
+        return ToyTask(model.image_size, model.width)
+
+    def make_pipeline(self, model, params, **others):
+        raise NotImplementedError
+
+    def from_reference(self, checkpoint, model):
+        raise NotImplementedError
+
+    def to_reference(self, params, model):
+        raise NotImplementedError
+
+
+KINDS.setdefault(ToyKind.name, ToyKind())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +61,6 @@ class ToyTask:
     nan_from_label: int | None = None
     """Make the loss NaN for every batch that holds this label."""
 
-    kind = "toy"
     flops_per_image = 1e9
 
     def init(self, rng: PRNGKeyArray) -> Params:
@@ -44,6 +81,9 @@ class ToyTask:
 
     def abstract_frozen(self) -> Params:
         return {"scale": jax.ShapeDtypeStruct((), np.float32)}
+
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        return picture_batch(batch_size, self.image_size)
 
     def loss(
         self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
@@ -85,9 +125,6 @@ class ToyTask:
 
     def model_config(self) -> dict[str, int]:
         return {"image_size": self.image_size, "width": self.width}
-
-    def companions(self) -> dict[str, str]:
-        return {}
 
     def adapters(self) -> dict[str, object]:
         return {}

@@ -8,6 +8,7 @@ import pytest
 import wandb
 from PIL import Image
 
+from dar_jax.config import build as read_config
 from dar_jax.modes import train
 from dar_jax.training import metrics, tracking
 from dar_jax.training.tracking import WandbConfig
@@ -55,7 +56,7 @@ def test_training_that_resumes_is_tracked(workdir):
     for steps in (2, 4):
         config = train_test.make_config(steps, image_every=2)
         config.wandb = {"project": "digits"}
-        train.train(config, str(workdir / "toy"), ToyTask())
+        train.train(read_config(config), str(workdir / "toy"), ToyTask())
         wandb.teardown()
     for run, step in zip(sorted(workdir.glob("toy/wandb/offline-run-*")), (2, 4), strict=True):
         (record,) = (path.read_bytes() for path in run.glob("*.wandb"))

@@ -23,11 +23,11 @@ from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.layout import in_parts
 from dar_jax.sampling import autoregressive
-from dar_jax.sampling.logits import SamplingConfig
 
 NOISE_STREAM = 2**31 - 1
 """Folded into an image's key for its initial noise; token n folds in n."""
@@ -178,9 +178,8 @@ def generate_indices(
     params: Params,
     condition: Array,
     rngs: PRNGKeys,
-    scales: Float[np.ndarray, " N"],
+    sampling: DarSampling,
     *,
-    sampling: SamplingConfig,
     prefix: Int[Array, "B K"] | None = None,
     boundaries: tuple[int, ...] | None = None,
     key_mask: Array | None = None,
@@ -192,14 +191,14 @@ def generate_indices(
         params: its unstacked parameters.
         condition: labels [B] or captions [B, T, F].
         rngs: one key per image.
-        scales: guidance scale of every token (`sampling.logits.guidance_schedule`).
         sampling: how tokens are drawn.
         prefix: tokens to start from.
         boundaries: token counts to yield at; None yields after every 32 tokens.
         key_mask: False for padded condition tokens, [B, T]; see `caption_key_mask`.
     """
+    scales = sampling.scales(model.config.num_tokens)
     guided = bool(np.any(scales != 1))
-    decoder = autoregressive.Decoder(model, model.config.condition_tokens, sampling, guided)
+    decoder = autoregressive.Decoder(model, model.config.condition_tokens, sampling.tokens, guided)
     if prefix is None:
         prefix = jnp.zeros((len(condition), 0), jnp.int32)
     if key_mask is not None:
@@ -241,10 +240,8 @@ def stream(
     tokenizer_params: Params,
     condition: Array,
     rngs: PRNGKeys,
-    scales: Float[np.ndarray, " N"],
+    sampling: DarSampling,
     *,
-    sampling: SamplingConfig,
-    solver: str = "adams_bashforth2",
     prefix: Int[Array, "B K"] | None = None,
     key_mask: Array | None = None,
     known: Known | None = None,
@@ -255,19 +252,14 @@ def stream(
     By the time a preview is handed out, the work for the next one is under way.
 
     The arguments are those of `generate_indices` and `decode_indices`.
-
-    Raises:
-        ValueError: an unknown solver.
     """
     config = tokenizer.config
-    coefficients = solvers.coefficients(solver, config.num_steps)
     groups = generate_indices(
         prior,
         prior_params,
         condition,
         rngs,
-        scales,
-        sampling=sampling,
+        sampling,
         prefix=prefix,
         boundaries=_boundaries(config),
         key_mask=key_mask,
@@ -276,7 +268,7 @@ def stream(
     flow_step = functools.partial(
         _flow_step, tokenizer, tokenizer_params, noise, known, microbatch=microbatch
     )
-    return one_ahead(_previews(config, groups, noise, coefficients, flow_step))
+    return one_ahead(_previews(config, groups, noise, sampling, flow_step))
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -292,17 +284,19 @@ def _previews(
     config: TokenizerConfig,
     groups: Iterator[Int[Array, "B n"]],
     noise: Float[Array, "B H W 3"],
-    coefficients: solvers.Coefficients,
+    sampling: DarSampling,
     flow_step: Callable[..., tuple[solvers.SolverState, Array]],
 ) -> Iterator[Preview]:
     """Take the steps whose windows are complete after each group of tokens."""
-    times = shifted_grid(config.num_steps, config.decoder.time_shift)
-    starts = step_starts(config, config.num_steps)
+    num_steps = sampling.steps(config)
+    coefficients = solvers.coefficients(sampling.solver, num_steps)
+    times = shifted_grid(num_steps, config.decoder.time_shift)
+    starts = step_starts(config, num_steps)
     state, step = solvers.start(noise), 0
     for indices in groups:
         num_tokens = indices.shape[1]
         image = None
-        while step < config.num_steps and starts[step] + config.window <= num_tokens:
+        while step < num_steps and starts[step] + config.window <= num_tokens:
             window = indices[:, : starts[step] + config.window]
             state, image = flow_step(
                 state, window, times[step : step + 2], coefficients.select(step)

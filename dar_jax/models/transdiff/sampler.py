@@ -9,7 +9,6 @@ With guidance an image has two rows, its class and the null class, which share r
 and noise; see `flow.guidance`.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -22,90 +21,16 @@ import numpy as np
 
 from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import guidance, solvers
-from dar_jax.flow.times import shifted_grid, stochastic_grid
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
+from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.attention import KVCache
 from dar_jax.nn.functional_model import FunctionalModel
 
-SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
 INITIAL_STREAM, STEP_STREAM = 0, 1
 """Folded into an image's key for its initial noise and for that of its steps."""
 NUM_PREVIEWS = 4
 """Of a one-step model, its image included, where their number is left open."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverConfig:
-    """How latents are drawn.
-
-    Attributes:
-        num_steps: of every pass.
-        guidance_scale: one for all passes, or one for each; 1 is no guidance.
-        guidance_times: first and last time that is guided, see `flow.guidance`.
-        solver: see `flow.solvers`.
-        drift_scale: of Euler-Maruyama (`scale_0` of the reference).
-        noise_scale: of Euler-Maruyama (`scale_1` of the reference).
-    """
-
-    num_steps: int = 100
-    guidance_scale: tuple[float, ...] = (1.0,)
-    guidance_times: tuple[float, float] = guidance.ALWAYS
-    solver: str = solvers.EULER_MARUYAMA
-    drift_scale: float = 1.0
-    noise_scale: float = 1.0
-
-    def __post_init__(self):
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
-        if not all(scale >= 1 for scale in self.guidance_scale):
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} must be at least 1 (1 is no guidance)"
-            )
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
-        for name in ("drift_scale", "noise_scale"):
-            if not 0 <= getattr(self, name) <= 2:
-                raise ValueError(f"{name}={getattr(self, name)} must be in 0..2 (1 is exact)")
-        times = self.guidance_times
-        if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
-            raise ValueError(f"guidance_times={times} must be (first, last) in 0..1")
-        stochastic = self.solver == solvers.EULER_MARUYAMA
-        if not stochastic and (self.drift_scale, self.noise_scale) != (1, 1):
-            raise ValueError(
-                f"solver={self.solver!r} takes no drift_scale={self.drift_scale} and "
-                f"noise_scale={self.noise_scale}; leave them at 1"
-            )
-
-    def scale_of(self, step_pass: int) -> float:
-        """Guidance scale of a pass."""
-        return self.guidance_scale[step_pass if len(self.guidance_scale) > 1 else 0]
-
-    @property
-    def grid(self) -> Float[np.ndarray, " times"]:
-        """Times of the steps, and 1."""
-        if self.solver == solvers.EULER_MARUYAMA:
-            return stochastic_grid(self.num_steps)
-        return shifted_grid(self.num_steps, shift=1.0)
-
-    @property
-    def coefficients(self) -> solvers.Coefficients:
-        """Of all steps."""
-        if self.solver == solvers.EULER_MARUYAMA:
-            return solvers.euler_maruyama(
-                self.grid, drift_scale=self.drift_scale, noise_scale=self.noise_scale
-            )
-        return solvers.coefficients(self.solver, self.num_steps)
-
-
-def check_scales(config: SolverConfig, model: TransDiffConfig) -> None:
-    """Raise ValueError unless there is one guidance scale, or one for every pass."""
-    given, passes = len(config.guidance_scale), model.num_references
-    if given not in (1, passes):
-        raise ValueError(
-            f"guidance_scale={config.guidance_scale} must be one scale"
-            + (f" or {passes}, one for each pass" if passes > 1 else "")
-        )
 
 
 def check_vae(config: TransDiffConfig, vae: KlVaeConfig, where: str) -> None:
@@ -160,7 +85,7 @@ def run(
     labels: Int[Array, " B"],
     noise: Float[Array, "B h w C"],
     step_noise: PRNGKeys | Float[Array, "passes steps B h w C"],
-    config: SolverConfig,
+    config: TransDiffSampling,
     *,
     stops: Sequence[int] = (),
 ) -> Iterator[Progress]:
@@ -192,7 +117,7 @@ def denoise(
     caches: KVCache,
     noise: Float[Array, "B h w C"],
     step_noise: PRNGKeys | Float[Array, "passes steps B h w C"],
-    config: SolverConfig,
+    config: TransDiffSampling,
     *,
     step_pass: int = 0,
     stops: Sequence[int] = (),
@@ -212,7 +137,7 @@ def denoise(
             coefficients.select(slice(start, stop)),
             _noise_of(step_noise, step_pass, start, config),
             scale=None if scale == 1 else scale,
-            interval=config.guidance_times,
+            interval=config.guided_times,
         )
         start = stop
         yield Progress(step_pass, stop, state.x if stop == config.num_steps else latents)
@@ -295,7 +220,7 @@ def advance(
 
 
 def _noise_of(
-    step_noise: Array, step_pass: int, start: int, config: SolverConfig
+    step_noise: Array, step_pass: int, start: int, config: TransDiffSampling
 ) -> StepKeys | Array | None:
     """Noise of the steps of a pass from `start` on; there is none in the last step."""
     if config.solver != solvers.EULER_MARUYAMA or start == config.num_steps - 1:

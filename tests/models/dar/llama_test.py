@@ -14,6 +14,7 @@ from dar_jax.convert import dar as convert
 from dar_jax.convert.rules import to_state_dict
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import SIZES, Llama, LlamaConfig, cache_mask, ffn_hidden_dim
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
@@ -183,8 +184,11 @@ def check_generation(golden, run, options, condition, key_mask):
         params,
         condition,
         rngs,
-        scales,
-        sampling=SamplingConfig(temperature=0.0),
+        DarSampling(
+            guidance_scale=read_scale(options["cfg_scale"]),
+            guidance_interval=options.get("cfg_interval", ()),
+            temperature=0.0,
+        ),
         key_mask=key_mask,
     )
     (tokens,) = generated

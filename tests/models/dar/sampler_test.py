@@ -15,7 +15,7 @@ from dar_jax.models.dar import sampler
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.pipelines import TokenizerPipeline
+from dar_jax.pipelines.dar import TokenizerPipeline
 from tests.golden import fixtures, models
 
 FOLDERS = ("dar/tokenizer_tiny", "dar/tokenizer_multihead")

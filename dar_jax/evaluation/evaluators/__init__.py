@@ -1,0 +1,30 @@
+"""What models are judged by, by name; see `evaluation.config`."""
+
+from collections.abc import Callable
+
+from dar_jax.evaluation.evaluators import generation, guidance, previews, reconstruction
+from dar_jax.evaluation.evaluators.base import Evaluation, Metrics, Subject
+from dar_jax.evaluation.image_sources import SplitImages, read_all
+
+EVALUATORS: dict[str, Callable[[Evaluation, Subject], Metrics]] = {
+    "reconstruction": reconstruction.evaluate,
+    "generation": generation.evaluate,
+    "previews": previews.evaluate,
+    "guidance": guidance.evaluate,
+}
+
+
+def evaluate_model(evaluation: Evaluation, subject: Subject) -> Metrics:
+    """Run all evaluators that the config names.
+
+    Raises:
+        ValueError: data cannot be read, or are of another size than what the model makes.
+    """
+    metrics = {}
+    if evaluation.classifier is not None:
+        test = SplitImages(evaluation.data, "test")
+        accuracy = evaluation.classifier.accuracy(read_all(test), test.labels())
+        metrics["classifier/accuracy_on_real"] = accuracy
+    for name in evaluation.settings.names:
+        metrics |= EVALUATORS[name](evaluation, subject)
+    return metrics

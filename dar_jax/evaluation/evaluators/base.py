@@ -1,0 +1,203 @@
+"""What evaluators share: the networks, the reference and the images that models are judged by.
+
+Everything that an evaluation makes lies in `WORKDIR/evaluation`, in directories that are named
+after what it depends on: images, features, distances of pairs. So a run that was killed goes on,
+several processes share the work, and evaluations share what they have in common. Nothing depends on
+the number of devices or processes, and on batch sizes only by rounding.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import jax
+from absl import logging
+
+from dar_jax.common import model_dir
+from dar_jax.common.typing import Any
+from dar_jax.data.base import DataConfig
+from dar_jax.evaluation.classifier import Classifier
+from dar_jax.evaluation.config import EvaluateConfig
+from dar_jax.evaluation.distances import Comparison
+from dar_jax.evaluation.feature_store import FeatureStore, digest
+from dar_jax.evaluation.features import FeatureExtractor
+from dar_jax.evaluation.image_sources import SetImages, SplitImages, open_images, read_all
+from dar_jax.evaluation.perceptual import LpipsMetric
+from dar_jax.generation.batches import check, classes_of, identity, load_model
+from dar_jax.generation.config import SampleConfig
+from dar_jax.generation.image_set import ImageSet
+from dar_jax.generation.image_sets import fill
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME
+from dar_jax.nn.compute import Compute
+from dar_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
+from dar_jax.pipelines.base import Autoencoder, Pipeline
+
+DIRECTORY_NAME = "evaluation"
+"""Subdirectory of the workdir."""
+
+Metrics = dict[str, float | int | list]
+
+
+@runtime_checkable
+class EvaluationBlocks(Protocol):
+    """What an evaluation reads: fields of `dar_jax.config.Config`."""
+
+    evaluate: EvaluateConfig
+    sample: SampleConfig
+    data: DataConfig
+    compute: Compute
+    mesh: MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        pipeline: the model.
+        path: its model directory.
+        fingerprint: of that directory.
+    """
+
+    pipeline: Pipeline | Autoencoder
+    path: str
+    fingerprint: str
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The model itself, or the tokenizer or VAE in it."""
+        if isinstance(self.pipeline, Autoencoder):
+            return self.pipeline
+        return self.pipeline.autoencoder
+
+
+class Evaluation:
+    """What one config judges models by; networks and references are loaded once.
+
+    Attributes:
+        settings: what is measured.
+        sampling: how images are drawn.
+        data: of the held-out images.
+        directory: for what is made.
+        store: of features; None if there are no distances.
+        classifier: of the training images, or None.
+        lpips: or None.
+    """
+
+    def __init__(self, config: EvaluationBlocks, workdir: str):
+        """Load what models are judged by.
+
+        Raises:
+            ValueError: weights, reference or data cannot be had.
+        """
+        self.settings, self.sampling, self.data = config.evaluate, config.sample, config.data
+        self._load_model = functools.partial(load_model, compute=config.compute, mesh=config.mesh)
+        self.directory = pathlib.Path(workdir) / DIRECTORY_NAME
+        self.store = self._make_store() if self.settings.features else None
+        self._comparison = None
+        if self.store is not None and self.settings.generates:
+            self._comparison = Comparison(
+                self.store, self.settings.reference, self.data, self.settings.num_reference
+            )
+        self.classifier = self.lpips = None
+        if self.settings.classifier and not self.settings.images:
+            self.classifier = self._fit_classifier()
+        if self.settings.lpips and "reconstruction" in self.settings.names:
+            self.lpips = LpipsMetric(self.settings.lpips)
+
+    def _make_store(self) -> FeatureStore:
+        settings = self.settings
+        extractor = FeatureExtractor(
+            settings.features,
+            settings.weights,
+            batch_size=settings.batch_size,
+            sharding=batch_sharding(make_mesh(MeshConfig(), jax.local_devices())),
+        )
+        return FeatureStore(self.directory, extractor, settings.weights)
+
+    def _fit_classifier(self) -> Classifier:
+        train = SplitImages(self.data, "train")
+        logging.info("Fitting the classifier to %d real images", len(train))
+        return Classifier(read_all(train), train.labels())
+
+    def of_images(self) -> Metrics:
+        """Evaluate the images that the config names.
+
+        Raises:
+            ValueError: they cannot be read, or are of another size than the reference's.
+        """
+        return below("generation", self._comparison.metrics(open_images(self.settings.images)))
+
+    def load(self, path: str) -> Subject:
+        """Load a model directory.
+
+        Raises:
+            ValueError: it cannot be read, or is not of the kind that the evaluators need.
+        """
+        if self.settings.generates:
+            for scale in (None, *self.settings.guidance_scales):
+                sampling = self.with_scale(scale)
+                check(sampling, path, "use --config.evaluate.evaluators=reconstruction")
+        pipeline = self._load_model(path)
+        subject = Subject(pipeline, path, model_dir.fingerprint(model_dir.locate(path)))
+        if "reconstruction" in self.settings.names:
+            subject.autoencoder.check_image_size(self.data.image_size)
+        return subject
+
+    def with_scale(self, guidance_scale: tuple[float, ...] | None) -> SampleConfig:
+        """How images are drawn with another guidance scale; None: with that of the config."""
+        if guidance_scale is None:
+            return self.sampling
+        options = {**self.sampling.options, "guidance_scale": guidance_scale}
+        return dataclasses.replace(self.sampling, options=options)
+
+    def made_with(self, subject: Subject) -> dict[str, Any]:
+        """What the metrics depend on, for the record."""
+        settings = {"seed": self.sampling.seed, "model": subject.fingerprint}
+        if self.settings.generates:
+            options = self.sampling.sampling(subject.pipeline.sampling_class)
+            settings = {"num_generated": self.settings.num_images, **settings}
+        else:
+            options = self.sampling.reconstruction(subject.autoencoder.sampling_class)
+        return {**(dataclasses.asdict(options) if options else {}), **settings}
+
+    def forget(self, subject: Subject) -> None:
+        """Delete the images and features of a model; process 0 only."""
+        if jax.process_index() != 0:
+            return
+        for manifest in self.directory.glob(f"*/{MANIFEST_NAME}"):
+            if subject.fingerprint in manifest.read_text():
+                shutil.rmtree(manifest.parent)
+
+    def generated(
+        self, subject: Subject, sampling: SampleConfig, *, previews: bool = False
+    ) -> SetImages:
+        """Make the images of a model that are not there yet."""
+        pipeline = subject.pipeline
+        made_with = {**identity(sampling, pipeline, subject.fingerprint), "previews": previews}
+        labels = classes_of(pipeline.num_classes, sampling, most=None)
+        path = self.path("images", {**made_with, "labels": labels})
+        image_set = ImageSet(path, self.settings.num_images, labels)
+        image_set.bind(made_with)
+        fill(image_set, pipeline, sampling, previews=previews)
+        return SetImages(image_set, {**made_with, "labels": labels})
+
+    def judge(self, images: SetImages) -> Metrics:
+        """Compare generated images with the reference, and their classes with their labels."""
+        metrics = {} if self._comparison is None else self._comparison.metrics(images)
+        if self.classifier is not None:
+            labels = images.pieces.labels_of(0, len(images))
+            metrics["accuracy"] = self.classifier.accuracy(read_all(images), labels)
+        return metrics
+
+    def path(self, name: str, made_with: Mapping[str, Any]) -> pathlib.Path:
+        """Directory of what is made with some settings."""
+        return self.directory / f"{name}-{digest(made_with)}"
+
+
+def below(prefix: str, metrics: Metrics) -> Metrics:
+    """Put a prefix before all names."""
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,104 @@
+"""What is sampled, and how: the block `sample`."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dar_jax.common.config_build import build
+from dar_jax.generation.image_set import FORMATS
+from dar_jax.kinds import KINDS
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """What is sampled, and how.
+
+    Attributes:
+        model: model directory; empty takes `WORKDIR/model`.
+        untrained_model: model directory for a workdir in which no training has begun; empty: none.
+        labels: classes to draw; empty takes the first ten, or all for a set of images.
+        images_per_class: images of every class, side by side.
+        batch_size: images that a process generates at a time.
+        seed: image i depends on this seed, i and its label only.
+        num_images: size of a set of images, classes in turns; 0 draws pictures to look at.
+        format: of that set: "npz" or "png".
+        prefix_image: picture file, or `test:3` for a picture of the data source: keep its first
+            tokens and draw every label. Like what follows for models of tokens only.
+        prefix_tokens: numbers of tokens to keep.
+        variations: draw this many images of one label from each prefix instead.
+        inpaint_image: picture as above, to redraw in part.
+        inpaint_mask: file as large as that picture, white where it is redrawn.
+        options: how images are drawn: keys of their own in the block, those of the kind's options
+            (`models.dar.options`, `models.transdiff.options`) that are set.
+    """
+
+    model: str = ""
+    untrained_model: str = ""
+    labels: tuple[int, ...] = ()
+    images_per_class: int = 10
+    batch_size: int = 100
+    seed: int = 0
+    num_images: int = 0
+    format: str = "npz"
+    prefix_image: str = ""
+    prefix_tokens: tuple[int, ...] = (8, 16, 32)
+    variations: int = 0
+    inpaint_image: str = ""
+    inpaint_mask: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, least in (
+            ("images_per_class", 1),
+            ("batch_size", 1),
+            ("num_images", 0),
+            ("variations", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r} must be one of {', '.join(FORMATS)}")
+        if self.variations and not self.prefix_image:
+            raise ValueError(f"variations={self.variations} needs prefix_image=FILE")
+        if bool(self.inpaint_image) != bool(self.inpaint_mask):
+            raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
+
+    def sampling(self, cls: type) -> Any:
+        """How a kind of model draws images.
+
+        Args:
+            cls: dataclass of its options.
+
+        Raises:
+            ValueError: an option that the kind does not have, or one out of range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name, value in self.options.items():
+            if name not in names:
+                raise ValueError(
+                    f"config.sample.{name}={value} is not an option of this kind of model; it "
+                    f"takes {', '.join(names)}"
+                )
+        return build(cls, self.options, "config.sample")
+
+    def reconstruction(self, cls: type | None) -> Any:
+        """How a kind of autoencoder decodes: those of the options that it has.
+
+        Raises:
+            ValueError: one of them is out of range.
+        """
+        if cls is None:
+            return None
+        names = {field.name for field in dataclasses.fields(cls)}
+        own = {name: value for name, value in self.options.items() if name in names}
+        return build(cls, own, "config.sample")
+
+
+def sampling_fields() -> dict[str, Any]:
+    """Annotations of the options of all kinds, by name."""
+    fields = {}
+    for kind in KINDS.values():
+        if kind.sampling is not None:
+            fields |= typing.get_type_hints(kind.sampling)
+    return fields

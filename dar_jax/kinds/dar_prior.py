@@ -1,0 +1,122 @@
+"""The Llama prior of D-AR over the tokens of a tokenizer: class labels to images."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dar_jax.common.typing import Any, Params
+from dar_jax.convert import dar
+from dar_jax.convert.checkpoints import Checkpoint
+from dar_jax.data import codes, encoded
+from dar_jax.data.base import DataConfig
+from dar_jax.kinds.base import Kind
+from dar_jax.kinds.dar_tokenizer import DarTokenizer, flow_program
+from dar_jax.models.dar import sampler
+from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel import sharding
+from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
+from dar_jax.performance.runs import DarRuns
+from dar_jax.pipelines.base import ModelPipeline
+from dar_jax.pipelines.dar import DarPipeline, PriorPipeline
+from dar_jax.sampling import autoregressive
+from dar_jax.sampling.logits import SamplingConfig
+from dar_jax.tasks.base import FrozenModel
+from dar_jax.tasks.dar_prior import DarPriorTask
+
+TOKENIZER = "tokenizer"
+
+
+class DarPrior(Kind[LlamaConfig]):
+    """See the module's docstring."""
+
+    name = "dar_prior"
+    noun = "a prior over tokens"
+    module = Llama
+    architecture = LlamaConfig
+    pipeline = DarPipeline
+    companions: ClassVar = {TOKENIZER: DarTokenizer.name}
+    runs = DarRuns
+
+    def task(
+        self,
+        model: LlamaConfig,
+        loss: None,
+        *,
+        compute: Compute,
+        data: DataConfig,
+        companions: Mapping[str, FrozenModel],
+    ) -> DarPriorTask:
+        from_codes = data.source == codes.FORM.kind
+        return DarPriorTask(model, companions[TOKENIZER], compute, from_codes=from_codes)
+
+    def make_pipeline(
+        self,
+        model: FunctionalModel,
+        params: Params,
+        *,
+        companions: Mapping[str, ModelPipeline],
+        class_names: Sequence[str] = (),
+        mesh: Mesh | None = None,
+    ) -> DarPipeline:
+        prior = PriorPipeline(model, params, mesh=mesh)
+        return DarPipeline(prior, companions[TOKENIZER], class_names=class_names)
+
+    def check_companion(
+        self, model: LlamaConfig, name: str, companion: TokenizerConfig, where: str
+    ) -> None:
+        sampler.check_pair(model, companion, where)
+
+    def check_data(self, model: LlamaConfig, data: DataConfig, paths: Mapping[str, str]) -> None:
+        if data.source == codes.FORM.kind:
+            encoded.check_model(data.path, codes.FORM, paths[TOKENIZER])
+
+    def compute_of(self, companion: str, compute: Compute) -> Compute:
+        # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
+        return dataclasses.replace(compute, dtype="float32")
+
+    def from_reference(
+        self, checkpoint: Checkpoint, model: LlamaConfig
+    ) -> tuple[LlamaConfig, Params, Sequence[str]]:
+        params = dar.prior_params(checkpoint.state_dict, model)
+        return model, params, dar.UNUSED_PRIOR_KEYS
+
+    def to_reference(self, params: Params, model: LlamaConfig) -> dict[str, Any]:
+        return dar.prior_state_dict(params, model)
+
+    def programs(self, task: DarPriorTask, mesh: Mesh, images: int) -> Iterator[Program]:
+        yield _decode_program(task.model, task.tokenizer.config, mesh, images)
+        yield flow_program(task.tokenizer, mesh, images)
+
+
+def _decode_program(
+    model: FunctionalModel[Llama], tokenizer: TokenizerConfig, mesh: Mesh, images: int
+) -> Program:
+    """Decoding the last group of tokens with guidance: the one with the longest caches."""
+    config, model = model.config, model.unstacked()
+    stop = config.num_tokens
+    start = stop - stop // tokenizer.num_groups
+    decoder = autoregressive.Decoder(model, config.condition_tokens, SamplingConfig(), guided=True)
+
+    def state_before() -> autoregressive.DecodingState:
+        caches = model.bind(model.init(jax.random.key(0))).empty_caches(2 * images)
+        caches = autoregressive.grow(caches, config.condition_tokens + start - 1)
+        return autoregressive.DecodingState(jnp.zeros(images, jnp.int32), caches, None)
+
+    rngs = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    split = over_all_devices(mesh)
+    arguments = (
+        decoder,
+        sampling_params(model, mesh),
+        abstract(jax.eval_shape(state_before), split),
+        abstract(rngs, split),
+        abstract(jax.ShapeDtypeStruct((stop,), jnp.float32), sharding.replicated(mesh)),
+    )
+    options = {"start": start, "stop": stop}
+    return Program("decode a group", autoregressive.decode, arguments, options, images)

@@ -1,0 +1,204 @@
+"""From paths and configurations to tasks and pipelines, for every kind alike."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from dar_jax.common import model_dir
+from dar_jax.common.config_build import build
+from dar_jax.common.typing import Any
+from dar_jax.data.base import DataConfig
+from dar_jax.data.sources import load_source
+from dar_jax.kinds import find_kind
+from dar_jax.kinds.base import Kind
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel.sharding import fsdp_sharding
+from dar_jax.pipelines.base import Autoencoder, Pipeline
+from dar_jax.tasks.base import FrozenModel, Task
+
+
+class Opened(NamedTuple):
+    """A model directory whose weights are not read yet.
+
+    Attributes:
+        path: of the directory.
+        kind: of the model.
+        architecture: of the kind's class.
+        class_names: of the classes that have a name.
+    """
+
+    path: pathlib.Path
+    kind: Kind
+    architecture: Any
+    class_names: tuple[str, ...]
+
+
+@runtime_checkable
+class TaskBlocks(Protocol):
+    """What a task is built from: fields of `dar_jax.config.Config`.
+
+    Attributes:
+        task: name of a kind.
+        model: architecture of its class.
+        loss: of its class.
+        companions: paths of the frozen models that it needs, by name.
+        compute: execution choices.
+        data: what it is trained on.
+    """
+
+    task: str
+    model: Any
+    loss: Any
+    companions: Mapping[str, str]
+    compute: Compute
+    data: DataConfig
+
+
+def open_model(path: str | os.PathLike, kind: str | None = None) -> Opened:
+    """Read the config of a model directory; no weights are read.
+
+    Args:
+        path: as `model_dir.locate` takes it.
+        kind: that it must be of.
+
+    Raises:
+        ValueError: no such directory, or an unknown or another kind.
+    """
+    directory = model_dir.locate(path)
+    loaded = model_dir.load_config(directory, kind)
+    found = find_kind(loaded["kind"], str(path))
+    architecture = build(found.architecture, loaded["model"], str(directory))
+    return Opened(directory, found, architecture, tuple(loaded.get("class_names", ())))
+
+
+def from_pretrained(
+    path: str | os.PathLike, *, compute: Compute | None = None, mesh: Mesh | None = None
+) -> Pipeline | Autoencoder:
+    """Load a model directory; its kind is read from `config.json`.
+
+    Args:
+        path: directory with `config.json` and `model.safetensors` (and the models that it needs),
+            a workdir that holds it as `model`, `hf://owner/name[/directory]`, or the digits that
+            come with the package, `package://mnist`.
+        compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
+        mesh: spread parameters and batches over these devices; each one reads its own part only.
+
+    Raises:
+        ValueError: no such directory, an unknown kind, or weights that do not fit the config.
+    """
+    directory, kind, architecture, class_names = open_model(path)
+    model = FunctionalModel(kind.module, architecture, compute or Compute())
+    like = model.abstract_params()
+    shardings = None if mesh is None else fsdp_sharding(like, mesh)
+    params = model_dir.load_params(directory, like, shardings)
+    companions = {}
+    for name, companion_kind in kind.companions.items():
+        nested = model_dir.companion(directory, name)
+        model_dir.load_config(nested, companion_kind)
+        companions[name] = from_pretrained(nested, compute=compute, mesh=mesh)
+        kind.check_companion(architecture, name, companions[name].config, str(nested))
+    return kind.make_pipeline(
+        model,
+        params,
+        companions=companions,
+        class_names=class_names,
+        mesh=mesh,
+    )
+
+
+def random_pipeline(config: TaskBlocks, *, seed: int = 0) -> Pipeline | Autoencoder:
+    """Make the pipeline of a configuration with random weights; nothing is read but configs.
+
+    Raises:
+        ValueError: the models do not fit each other.
+    """
+    kind = find_kind(config.task, "config.task")
+    companions = {}
+    for name, companion_kind in kind.companions.items():
+        other = find_kind(companion_kind, kind.name)
+        architecture = _architecture(other, config.companions[name])
+        kind.check_companion(config.model, name, architecture, config.companions[name])
+        model = FunctionalModel(other.module, architecture, config.compute)
+        params = jax.jit(model.init)(jax.random.key(seed))
+        companions[name] = other.make_pipeline(model, params, companions={})
+    model = FunctionalModel(kind.module, config.model, config.compute)
+    params = jax.jit(model.init)(jax.random.key(seed))
+    return kind.make_pipeline(model, params, companions=companions)
+
+
+def build_task(config: TaskBlocks, *, with_weights: bool = True) -> Task:
+    """Build the task of a configuration.
+
+    Args:
+        config: its blocks.
+        with_weights: read the frozen models' weights. Without them their architectures are read, or
+            the released ones taken where there is no model yet, and nothing but shapes is known:
+            for compiling.
+
+    Raises:
+        ValueError: an unknown task, models or data that do not fit it, or a model that cannot be
+            read.
+    """
+    kind = find_kind(config.task, "config.task")
+    model = _with_classes(config.model, config.data)
+    companions = {
+        name: frozen_model(
+            companion_kind,
+            config.companions[name],
+            kind.compute_of(name, config.compute),
+            with_weights=with_weights,
+        )
+        for name, companion_kind in kind.companions.items()
+    }
+    for name, companion in companions.items():
+        kind.check_companion(model, name, companion.model.config, config.companions[name])
+    if with_weights:
+        kind.check_data(model, config.data, config.companions)
+    return kind.task(
+        model, config.loss, compute=config.compute, data=config.data, companions=companions
+    )
+
+
+def frozen_model(
+    kind: str, path: str, compute: Compute, *, with_weights: bool = True
+) -> FrozenModel:
+    """Read a model that is used and not trained.
+
+    Args:
+        kind: that it must be of.
+        path: as `model_dir.locate` takes it.
+        compute: execution choices.
+        with_weights: see `build_task`.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    found = find_kind(kind, path)
+    if not with_weights:
+        model = FunctionalModel(found.module, _architecture(found, path), compute)
+        return FrozenModel(model, model.abstract_params())
+    opened = open_model(path, kind)
+    _, params = model_dir.load_model(opened.path)
+    return FrozenModel(FunctionalModel(found.module, opened.architecture, compute), params)
+
+
+def _architecture(kind: Kind, path: str) -> Any:
+    """Return the architecture of a model, or the released one where there is no model yet."""
+    if model_dir.locate(path).exists():
+        return open_model(path, kind.name).architecture
+    logging.info("%s does not exist: taking the released architecture of %s", path, kind.noun)
+    return kind.released
+
+
+def _with_classes(model: Any, data: DataConfig) -> Any:
+    """Take the number of classes from the data where the config leaves it open."""
+    if getattr(model, "num_classes", None) != 0:
+        return model
+    return dataclasses.replace(model, num_classes=load_source(data, "train").num_classes)

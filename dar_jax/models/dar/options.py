@@ -1,0 +1,98 @@
+"""How D-AR draws images: the options of the flow decoder, and those of tokens on top.
+
+This is where they are documented and checked. The defaults draw as the models were trained to, with
+no guidance; recipes set what makes good images.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dar_jax.common.typing import Float
+from dar_jax.flow import solvers
+from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+
+Numbers = tuple[float, ...] | Sequence[float | int] | float | int
+"""As callers may write them; the options hold tuples."""
+Positions = tuple[int, ...] | Sequence[int] | int | None
+"""Likewise; a number k stands for (0, k + 1), as the reference counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSampling:
+    """How an image is drawn from given tokens.
+
+    Attributes:
+        solver: of the flow decoder: "adams_bashforth2" or "euler".
+        num_steps: denoising steps; 0 takes the tokenizer's own number.
+    """
+
+    solver: str = "adams_bashforth2"
+    num_steps: int = 0
+
+    def __post_init__(self):
+        solvers.coefficients(self.solver, num_steps=1)
+        if self.num_steps < 0:
+            raise ValueError(
+                f"num_steps={self.num_steps} must be at least 1 (0 is the model's own)"
+            )
+
+    def steps(self, config: TokenizerConfig) -> int:
+        """Number of denoising steps with this tokenizer."""
+        return self.num_steps or config.num_steps
+
+    def check(self, config: TokenizerConfig) -> None:
+        """Raise ValueError unless these options suit the architecture; all of them do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DarSampling(FlowSampling):
+    """How tokens are drawn for a class label, and the image from them.
+
+    Attributes:
+        guidance_scale: one scale for all tokens, or the first and last of a ramp; 1 is no guidance.
+        guidance_schedule: of that ramp over the tokens: "linear" or "cosine".
+        guidance_interval: first and last token that is guided; empty guides all.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens up to this total probability; 1 keeps all.
+    """
+
+    guidance_scale: Numbers = (1.0,)
+    guidance_schedule: str = "linear"
+    guidance_interval: Positions = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        scales = tuple(map(float, np.ravel(self.guidance_scale)))
+        object.__setattr__(self, "guidance_scale", scales)
+        if not isinstance(self.guidance_interval, int):
+            interval = tuple(map(int, self.guidance_interval or ()))
+            object.__setattr__(self, "guidance_interval", interval)
+        SamplingConfig(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def tokens(self) -> SamplingConfig:
+        """How a token is drawn from guided logits."""
+        return SamplingConfig(self.temperature, self.top_k, self.top_p)
+
+    def scales(self, num_tokens: int) -> Float[np.ndarray, " N"]:
+        """Guidance scale of every token.
+
+        Raises:
+            ValueError: see `sampling.logits.guidance_schedule`.
+        """
+        interval = None if self.guidance_interval == () else self.guidance_interval
+        return guidance_schedule(
+            self.guidance_scale, num_tokens, schedule=self.guidance_schedule, interval=interval
+        )
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raise ValueError unless these options suit a prior of this architecture."""
+        self.scales(config.num_tokens)
