@@ -130,7 +130,7 @@ def prior_state_dict(params: Params, config: LlamaConfig) -> dict[str, Any]:
 def tokenizer_config(
     config: Mapping[str, Any], *, image_size: int | None = None
 ) -> TokenizerConfig:
-    """Translate the reference's tokenizer config (names of spec: `encoder_dim`, ...).
+    """Translate the reference's tokenizer config (`encoder_dim`, ...).
 
     Raises:
         ValueError: a missing key, or a variant that has no tokens (`vq_enable: false`) or resizes

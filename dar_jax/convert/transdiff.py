@@ -1,8 +1,8 @@
 """Official TransDiff checkpoints: names, layouts and configs of the reference, and ours.
 
-The table follows the state dicts of the reference's `TransDiff` (one-step and MRAR share all names;
-spec: section 12); both directions come from it. Positions and mask tokens have a leading axis of 1
-there.
+The table follows the state dicts of the reference's `TransDiff` (its `models/transdiff.py` and
+`models/transdiff_mrar.py` share all names); both directions come from it. Positions and mask tokens
+have a leading axis of 1 there.
 """
 
 from collections.abc import Mapping

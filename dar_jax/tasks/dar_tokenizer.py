@@ -1,4 +1,4 @@
-"""Training the sequential diffusion tokenizer (D-AR section 3; spec: `VQModel` in train mode).
+"""Training the sequential diffusion tokenizer (D-AR section 3; the reference's `VQModel.forward`).
 
 indices, codes = encode(image)                    straight-through vector quantisation
 u ~ U(0, 1), noise ~ N(0, I)                      one of each per image

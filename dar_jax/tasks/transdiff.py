@@ -1,4 +1,6 @@
-"""Training TransDiff in the latent space of a frozen KL-VAE (spec: `TransDiff.forward`).
+"""Training TransDiff in the latent space of a frozen KL-VAE (arXiv:2506.09482).
+
+Follows `forward` of the reference's `models/transdiff.py` and `models/transdiff_mrar.py`.
 
 moments = vae.encode(image)                        or cached ones
 latent = latent_scale * sample of the posterior    drawn anew every time

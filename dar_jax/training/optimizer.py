@@ -32,7 +32,7 @@ arXiv:2502.16982)."""
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer of one run; the defaults are the D-AR tokenizer's (spec: script values)."""
+    """Optimizer of one run; the defaults are those of D-AR's tokenizer script."""
 
     name: str = "adamw"
     """"adamw", as published; or "muon", which needs fewer steps: orthogonalised momentum for the

@@ -65,7 +65,8 @@ def solver_inputs(model, params, indices, noise):
 def partial_run(name, start_image):
     """Options of `decode` that reproduce a partial run of the reference.
 
-    Its `decode_code` applies the offset twice when an image is given (spec: section 8).
+    Its `VQModel.decode_code` applies the offset twice when an image is given: when it cuts times
+    and conditions, and in the sampler.
     """
     if match := re.fullmatch(r"decode_start(\d)_nox", name):
         return {"start_step": int(match[1])}
