@@ -48,6 +48,7 @@ TEXTS = [
     *PYTHON,
     *sorted(path for path in (ROOT / "launch").rglob("*") if path.is_file()),
     *sorted(path for suffix in ("md", "py", "toml") for path in ROOT.glob(f"*.{suffix}")),
+    *sorted(p for folder in (PACKAGE, "configs", "tests") for p in (ROOT / folder).rglob("*.md")),
 ]
 
 
