@@ -5,13 +5,12 @@
     python -m dar_jax.main --config=configs/image_folder.py:dar --config.data.path=DIR \
         --workdir=runs/images/dar
 
-The second command trains on the tokens of the first one's model. Both are for 128 pixels;
-`tokenizer_64` and `dar_64`, or `tokenizer_256` and `dar_256`, are for 64 and 256. Pictures of any
-size and format will do, and nothing has to be prepared. A fiftieth of every class is held out;
-with `DIR/train/CLASS` and `DIR/val/CLASS` it is the latter. Some pictures without classes are one
-class. The sizes suit tens of thousands of pictures on one accelerator; others can be set.
-`tokenizer_32` and `dar_32` are the quickstart's model and short schedule, for a CPU and a few
-hundred pictures.
+The second command trains on the tokens of the first one's model. Both are for 128 pixels; there are
+also `tokenizer_64` and `dar_64`, and `tokenizer_256` and `dar_256`. Pictures may have any size, and
+nothing has to be prepared. A fiftieth of every class is held out, or `DIR/val/CLASS` where there is
+a `DIR/train/CLASS`. A folder of pictures without classes is one class. The sizes suit tens of
+thousands of pictures on one accelerator; any of them can be changed. `tokenizer_32` and `dar_32`
+are the quickstart's model and short schedule, for a CPU and a few hundred pictures.
 
     variant  tokens  tokenizer  prior
     32       32      0.6M       0.9M
@@ -19,8 +18,8 @@ hundred pictures.
     128      128     49M        66M
     256      256     300M       110M
 
-`configs/photographs.py` shows on a small model and pictures that packages ship what the perceptual
-loss does to held-out crops.
+`configs/photographs.py` shows what the perceptual loss does to held-out crops, with a small model
+and pictures that packages ship.
 
 Other forms of data: `--config.data.source=tar` (WebDataset), `records` (`--mode=cache`), or
 `tfds:NAME`.
@@ -76,7 +75,7 @@ def tokenizer(config: ml_collections.ConfigDict, image_size: int) -> None:
     accelerated(config, image_size)
     config.task = "dar_tokenizer"
     config.model = common.block(TOKENIZERS[image_size])
-    # Small data fill a codebook more slowly than the released recipe's ImageNet does.
+    # Small data sets fill a codebook more slowly than the ImageNet of the released recipe.
     config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.data.update(crop="random", flip=True, batch_size=128)
     config.optimizer.update(

@@ -1,4 +1,5 @@
-"""D-AR priors over the 256 tokens of the tokenizer v1, ImageNet 256x256, in all released sizes.
+"""D-AR priors over the 256 tokens of tokenizer v1, ImageNet 256x256, in all sizes that the
+reference names.
 
     python -m dar_jax.main --config=configs/imagenet_dar.py:l --workdir=runs/imagenet/dar_l
 
@@ -10,7 +11,7 @@ The official weights instead of training (L and XL are released):
 Both need the model directory of a tokenizer, `--config.tokenizer=DIR`: by default the one that
 `configs/imagenet_tokenizer.py` trains or converts to.
 
-That encodes every picture anew, which costs L 13 % of the work. To encode once, in ten crops
+Training encodes every picture anew, which is 13 % of the work for L. To encode once, in ten crops
 (6.6 GB), and to train on the codes:
 
     python -m dar_jax.main --config=configs/imagenet_dar.py:l --mode=cache \
@@ -36,8 +37,8 @@ Measured by
 and, with `--config.evaluate.evaluators=previews`, after every group of tokens. The weights are
 those that `--mode=convert --config.convert.net=inception` writes.
 
-The other sizes (b 111M, xxxl 3.9B, 1b, 3b, 7b) are defined by the reference without scores.
-Published training: 300 epochs, about 360,000 steps, of 1024 images; L 2 days on 16 A100.
+For the other sizes (b 111M, xxxl 3.9B, 1b, 3b, 7b) the reference gives no scores. Published
+training: 300 epochs, about 360,000 steps of 1024 images; L took 2 days on 16 A100.
 """
 
 import ml_collections
@@ -54,7 +55,7 @@ def get_config(name: str = "l") -> ml_collections.ConfigDict:
     config.tokenizer = "runs/imagenet/tokenizer/model"
     config.model = common.block(LlamaConfig(**common.variant(name, SIZES)))
     config.compute.update(dtype="bfloat16", remat="blocks")
-    # 4 bytes per parameter and device for half the traffic; 16 GB have no room for the others.
+    # Half the traffic, for 4 bytes per parameter and device: 16 GB have no room for larger sizes.
     config.mesh.update(data=-1, fsdp=-1, gather="step" if name in UP_TO_2B else "layer")
     config.data.update(source="tfds:imagenet2012", image_size=256, crop="ten_crop", batch_size=1024)
     config.optimizer.update(

@@ -1,12 +1,12 @@
-"""MAR's KL-16 (66M parameters), the autoencoder under TransDiff: the released model, exactly.
+"""MAR's KL-16 (66M parameters), the autoencoder under TransDiff: exactly the released model.
 
 The official weights, `kl16.ckpt` of MAR (arXiv:2406.11838), which released TransDiff models need:
 
     python -m dar_jax.main --config=configs/imagenet_kl_vae.py --mode=convert \
         --config.convert.source=kl16.ckpt --workdir=runs/imagenet/kl_vae
 
-How they were trained is not published. Training runs with the loss of latent diffusion
-(arXiv:2112.10752) without its discriminator, and rates of our own that were not tried at this size:
+How they were trained has not been published. This config trains with the loss of latent diffusion
+(arXiv:2112.10752) without its discriminator, at rates of our own, not tried at this size:
 
     python -m dar_jax.main --config=configs/imagenet_kl_vae.py --workdir=runs/imagenet/kl_vae
 """

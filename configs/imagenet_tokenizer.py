@@ -1,4 +1,4 @@
-"""D-AR tokenizer v1 (307M parameters) on ImageNet 256x256: the released model, exactly.
+"""D-AR tokenizer v1 (307M parameters) on ImageNet 256x256: exactly the released model.
 
     python -m dar_jax.main --config=configs/imagenet_tokenizer.py --workdir=runs/imagenet/tokenizer
 
@@ -22,7 +22,7 @@ published file `dinov2_vitb14_pretrain.pth` is converted once:
         --config.convert.net=dinov2 --config.convert.source=dinov2_vitb14_pretrain.pth \
         --workdir=runs/imagenet/dinov2
 
-To train without either, set its weight to 0, e.g. `--config.loss.alignment_weight=0.0`.
+To train without one of them, set its weight to 0, e.g. `--config.loss.alignment_weight=0.0`.
 """
 
 import ml_collections

@@ -2,16 +2,16 @@
 
     python -m dar_jax.main --config=configs/imagenet_transdiff.py:l --workdir=DIR
 
-Variants are a size, b, l or h, optionally followed by `,mrar` (256 pixels, four references) or
-`,512` (512 pixels, only the decoder is trained); both start from the one-step model that
+A variant is a size, b, l or h, optionally followed by `,mrar` (256 pixels, four references) or
+`,512` (512 pixels, only the decoder is trained). Both start from the one-step model that
 --config.train.init_from names (`tasks.transdiff` says how tensors of other shapes are made to fit).
 
-The official weights instead of training, with the converted VAE in config.vae:
+The official weights instead of training, where config.vae is the converted autoencoder:
 
     python -m dar_jax.main --config=configs/imagenet_transdiff.py:l --mode=convert \
         --config.convert.source=checkpoint-last.pth --workdir=DIR
 
-Encoding every picture anew is the published way; to encode once, in the centre crop and mirrored:
+The published recipe encodes every picture anew. To encode the centre crop and its mirror once:
 
     python -m dar_jax.main --config=configs/imagenet_transdiff.py:l --mode=cache \
         --config.cache.kind=latents --config.data.crop=center --workdir=LATENTS
@@ -24,9 +24,9 @@ Published FID and IS (arXiv:2506.09482; 50,000 images, ADM suite, 100 steps), wi
     FID        2.47  2.25    1.69  1.49    1.61  1.42    2.51
     IS         244   282     244   293     282   301     287
 
-Learning rates are those of a batch of 2,048: the one-step recipe's 1e-4 per 256 samples; the
-others' are absolute. An epoch is 1,281,167 images, or groups for MRAR. The reference trains in
-float16 or casts all to bfloat16; here parameters, optimizer and average stay float32.
+Learning rates are for a batch of 2,048: the one-step recipe says 1e-4 per 256 samples, the others
+give absolute rates. An epoch is 1,281,167 images, or groups for MRAR. The reference trains in
+float16 or casts everything to bfloat16; here parameters, optimizer and average stay float32.
 """
 
 import ml_collections
@@ -38,8 +38,8 @@ from dar_jax.tasks.transdiff import TransDiffLossConfig
 BATCH_SIZE = 2048
 CLIP_NORM = 3.0
 ACCUMULATED = 2
-"""Microbatches of the fine-tuning recipes, whose gradients the reference adds up: its threshold is
-half as large for their mean."""
+"""Microbatches of the fine-tuning recipes. The reference sums their gradients, so the threshold for
+their mean is half as large."""
 IMAGENET_IMAGES = 1_281_167
 STEPS_PER_EPOCH = IMAGENET_IMAGES // BATCH_SIZE
 SAMPLING = {
@@ -51,7 +51,7 @@ SAMPLING = {
     "h,mrar": (1.28, 0.87, 0.91),
     "l,512": (1.30, 0.87, 0.87),
 }
-"""Guidance, drift and noise scale of the published figures; other sizes at 512 take those of l."""
+"""Guidance, drift and noise scale of the published figures; at 512, b and h take those of l."""
 
 
 def get_config(name: str = "l") -> ml_collections.ConfigDict:

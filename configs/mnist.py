@@ -1,4 +1,4 @@
-"""5,000 MNIST digits that come with a package: both methods, whole, in minutes on a laptop.
+"""5,000 MNIST digits that come with a package: both methods end to end, in minutes on a laptop.
 
 D-AR:
 
@@ -52,7 +52,7 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
                 dim=64,
                 depth=3,
                 # An image token learns where it is from how each head weighs the condition
-                # tokens of a step: it takes several of both.
+                # tokens of a step, which takes several heads and several tokens.
                 head_dim=8,
                 rope_base=100.0,  # an 8x8 grid needs short wavelengths
                 time_shift=10.0,  # small pictures show through little noise: stay near the noise
@@ -60,18 +60,18 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
             ),
         )
     )
-    # A few thousand steps are too short for the codebook to fill by itself.
+    # In a few thousand steps the codebook does not fill by itself.
     config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.evaluate.evaluators = "reconstruction"
     config.compute.unroll = True
-    # 4,500 pictures are few: what is held out gains from small shifts and from weight decay.
+    # With only 4,500 pictures, small shifts and weight decay help on the held-out ones.
     config.data.update(batch_size=32, padding=1)
     config.optimizer.weight_decay = 0.1
     short_schedule(config, steps=2500, learning_rate=1e-2)
 
 
 def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate: float) -> None:
-    """Muon with a linear decay to zero: the most out of minutes."""
+    """Muon with a linear decay to zero gets the most out of a few minutes."""
     config.optimizer.update(
         name="muon",
         learning_rate=learning_rate,
@@ -105,7 +105,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.evaluate.evaluators = "reconstruction,previews"
     config.sample.untrained_model = "package://mnist"
     config.sample.guidance_scale = (1.0, 5.0)
-    config.sample.solver = "euler"  # the last of 8 steps is too long to extrapolate over
+    config.sample.solver = "euler"  # the last of 8 steps is too long to extrapolate
     config.sample.prefix_tokens = (1, 2, 4, 8)
 
 
@@ -170,7 +170,7 @@ def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
 
 
 def quick_evaluation(config: ml_collections.ConfigDict) -> None:
-    """A classifier judges digits well and within seconds; the large networks are on demand."""
+    """A classifier judges digits well and within seconds; the large networks are off."""
     config.evaluate.update(classifier=True, features="", lpips="", num_images=1000)
 
 

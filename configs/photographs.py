@@ -2,24 +2,25 @@
 
     python -m tests.photographs photographs
     for part in common off on; do
-      run="python -m dar_jax.main --config=configs/photographs.py:$part"
-      $run --workdir=runs/photographs/$part
-      $run --workdir=runs/photographs/$part --mode=evaluate --config.evaluate.lpips=vgg16
+      python -m dar_jax.main --config=configs/photographs.py:$part \
+          --workdir=runs/photographs/$part
+      python -m dar_jax.main --config=configs/photographs.py:$part \
+          --workdir=runs/photographs/$part --mode=evaluate --config.evaluate.lpips=vgg16
     done
     python -m tests.reconstructions photographs photographs.png \
         off=runs/photographs/off/model on=runs/photographs/on/model
 
-`common` trains without LPIPS; `off` and `on` go on from its model by the same number of steps,
-`on` with LPIPS (of VGG16) at the published weight. Of 137 held-out crops, 64 tokens each:
+`common` trains without LPIPS; `off` and `on` continue from its model for equally many steps, `on`
+with LPIPS (of VGG16) at the published weight. Means over 137 held-out crops of 64 tokens each:
 
                       off     on
     LPIPS, VGG16      0.601   0.554
     LPIPS, AlexNet    0.462   0.445
     PSNR              18.1    17.9 dB
 
-So the perceptual loss lowers the distance, also that of a network it did not train on, and gives up
-a little PSNR for it. To the eye both are coarse after 3,300 steps of 8 crops; textures are finer
-with it. `.github/pictures/photographs.png` shows what the last command draws.
+So the perceptual loss lowers the distance, even that of a network it was not trained with, at the
+price of a little PSNR. Both look coarse after 3,300 steps of 8 crops, but textures are finer with
+it. `.github/pictures/photographs.png` shows what the last command draws.
 """
 
 import ml_collections
