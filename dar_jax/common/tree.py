@@ -1,4 +1,4 @@
-"""Names and sizes of parameter trees."""
+"""Names and sizes of trees of arrays."""
 
 import math
 from collections.abc import Mapping
@@ -26,3 +26,8 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 def num_parameters(params: Any) -> int:
     """Total number of elements of a tree of (possibly abstract) arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Total number of bytes of a tree of (possibly abstract) arrays."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -28,6 +28,7 @@ import jax
 from absl import logging
 from jax.experimental import topologies
 
+from dar_jax.common.flops import traced_flops
 from dar_jax.config import Config
 from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import build_task
@@ -35,7 +36,7 @@ from dar_jax.parallel import sharding
 from dar_jax.parallel.chips import Chip, chip_of
 from dar_jax.parallel.workdir import open_workdir
 from dar_jax.performance.config import LOCAL
-from dar_jax.performance.hlo import Collective, HloProgram, traced_flops
+from dar_jax.performance.hlo import Collective, HloProgram
 from dar_jax.performance.programs import Program, train_program
 from dar_jax.training.step import gather_dtype
 

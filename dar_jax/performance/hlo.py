@@ -1,4 +1,4 @@
-"""Costs of a program without running it: FLOPs from its trace, bytes and collectives from HLO.
+"""Costs of a compiled program without running it: bytes and collectives, from its HLO.
 
 XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here every figure
 is multiplied by the trip counts of the loops around it, which XLA either announces
@@ -352,34 +352,3 @@ def _written(fused: dict[str, Instruction], result: Instruction) -> float:
     if result.opcode == "dynamic-update-slice":
         return type_bytes(fused[result.operands[1]].type)
     return type_bytes(result.type)
-
-
-def traced_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and convolutions of a (closed) jaxpr, loops included.
-
-    What the backward pass computes again is in it. Of a conditional the dearest branch counts, of
-    a loop of unknown length one trip.
-    """
-    total = 0.0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            depth = math.prod(shape[axis] for axis in contracted)
-            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / features
-        else:
-            costs = [traced_flops(inner) for inner in _inner_jaxprs(eqn.params)]
-            cost = max(costs, default=0) if eqn.primitive.name == "cond" else sum(costs)
-            total += eqn.params.get("length", 1) * cost
-    return total
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(each, "eqns") or hasattr(getattr(each, "jaxpr", None), "eqns"):
-                yield each

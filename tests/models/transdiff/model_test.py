@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax.common.flops import traced_flops
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import reference_shapes
@@ -21,7 +22,6 @@ from dar_jax.models.transdiff.model import (
 )
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
-from dar_jax.performance.hlo import traced_flops
 from tests.random_params import random_params
 from tests.tiny_transdiff import MRAR as TINY
 
