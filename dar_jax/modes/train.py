@@ -281,7 +281,9 @@ class _Report:
         self._run = run
         self._writer = writer
         self._interval = metrics.Interval(
-            run.config.data.batch_size, run.task.flops_per_image, list(run.mesh.devices.flat)
+            run.config.data.batch_size,
+            step_lib.flops_per_image(run.task),
+            list(run.mesh.devices.flat),
         )
         self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
         self._schedule = learning_rate_schedule(run.config.optimizer)

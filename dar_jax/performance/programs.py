@@ -64,7 +64,7 @@ def train_program(
         abstract(task.abstract_batch(batch_size), sharding.batch_sharding(mesh)),
         abstract(frozen, sharding.fsdp_sharding(frozen, mesh)),
     )
-    model_flops = batch_size * task.flops_per_image
+    model_flops = batch_size * step_lib.flops_per_image(task)
     return Program("train step", step, arguments, {}, batch_size, model_flops)
 
 

@@ -46,10 +46,6 @@ class Task(Protocol):
     `data.latents`) instead of pixels. `loss` also gets "step", the number of completed updates.
     """
 
-    @property
-    def flops_per_image(self) -> float:
-        """Model FLOPs of one training image, forward and backward, without recomputation."""
-
     def init(self, rng: PRNGKeyArray) -> Params:
         """Draw the trained parameters."""
 

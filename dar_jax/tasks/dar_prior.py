@@ -16,7 +16,7 @@ from clu import metrics
 from dar_jax.common import image as images
 from dar_jax.common.typing import Array, Int, Params, PRNGKeyArray
 from dar_jax.losses.cross_entropy import token_cross_entropy
-from dar_jax.models.dar import sampler, work
+from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
@@ -56,12 +56,6 @@ class DarPriorTask(ModelTask):
         self.model = FunctionalModel(Llama, config, compute)
         self.tokenizer, self._tokenizer_params = tokenizer
         self._from_codes = from_codes
-
-    @property
-    def flops_per_image(self) -> float:
-        """Of the prior, and of the tokenizer's encoder in front of it where there is one."""
-        encode = 0 if self._from_codes else work.encode_flops(self.tokenizer.config)
-        return float(work.prior_train_flops(self.model.config) + encode)
 
     def frozen(self) -> Params:
         return {"tokenizer": self._tokenizer_params}

@@ -23,7 +23,7 @@ from dar_jax.common import image as images
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray, UInt8
 from dar_jax.flow.path import interpolate, predict_data, velocity
 from dar_jax.flow.times import shift_times
-from dar_jax.models.dar import sampler, work
+from dar_jax.models.dar import sampler
 from dar_jax.models.dar.quantizer import (
     Quantized,
     dead_code_rate,
@@ -121,12 +121,6 @@ class DarTokenizerTask(ModelTask):
         self.model = FunctionalModel(Tokenizer, config, compute)
         self.loss_config = loss_config
         self.nets = LossNets(loss_config, config, compute)
-
-    @property
-    def flops_per_image(self) -> float:
-        """Of the tokenizer and the frozen nets of its loss."""
-        config = self.model.config
-        return float(work.tokenizer_train_flops(config) + self.nets.flops(config.image_size))
 
     def init(self, rng: PRNGKeyArray) -> Params:
         params = self.model.init(rng)

@@ -26,7 +26,6 @@ from clu import metrics
 
 from dar_jax.common import image as images
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
-from dar_jax.models import kl_vae_work as work
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
@@ -84,12 +83,6 @@ class KlVaeTask(ModelTask):
             compute,
         )
         self._image_size = image_size
-
-    @property
-    def flops_per_image(self) -> float:
-        """Of the autoencoder and the frozen net of its loss."""
-        size = self._image_size
-        return float(work.train_flops(self.model.config, size) + self.nets.flops(size))
 
     def frozen(self) -> Params:
         return self.nets.frozen()

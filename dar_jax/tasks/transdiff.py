@@ -39,9 +39,8 @@ from dar_jax.common.image import bicubic_matrix
 from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.flow.path import interpolate, velocity
 from dar_jax.flow.times import logit_normal_times
-from dar_jax.models import kl_vae_work
 from dar_jax.models.kl_vae import posterior
-from dar_jax.models.transdiff import sampler, work
+from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.compute import Compute
@@ -159,17 +158,6 @@ class TransDiffTask(ModelTask):
         sampler.check_image_size(config, self.vae.config, image_size)
         self._image_size = image_size
         self._from_moments = from_moments
-
-    @property
-    def flops_per_image(self) -> float:
-        """Of one sample, and of the autoencoder's encoder in front of it where there is one."""
-        config = self.model.config
-        encode = 0
-        if not self._from_moments:
-            encode = config.num_references * kl_vae_work.encode_flops(
-                self.vae.config, self._image_size
-            )
-        return float(work.train_flops(config, self.loss_config.copies) + encode)
 
     def frozen(self) -> Params:
         return {"vae": self._vae_params}

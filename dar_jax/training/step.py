@@ -15,6 +15,7 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
+from dar_jax.common.flops import training_flops
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layout import batch_split
@@ -171,6 +172,14 @@ def measure(task: Task, outputs: dict[str, Any], grad_norm: Array) -> clu_metric
         return collection.single_from_model_output(**outputs, grad_norm=grad_norm)
 
     return jax.vmap(of_microbatch)(outputs).reduce()
+
+
+def flops_per_image(task: Task) -> float:
+    """Model FLOPs of one training image, forwards and backwards, without recomputation."""
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {**task.abstract_batch(1), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return training_flops(task.loss, params, batch, rng, task.abstract_frozen())
 
 
 def step_mesh(shardings: Params) -> Mesh:

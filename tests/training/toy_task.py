@@ -61,8 +61,6 @@ class ToyTask:
     nan_from_label: int | None = None
     """Make the loss NaN for every batch that holds this label."""
 
-    flops_per_image = 1e9
-
     def init(self, rng: PRNGKeyArray) -> Params:
         size = self.image_size**2 * 3
         rngs = jax.random.split(rng, 3)
