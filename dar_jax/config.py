@@ -6,9 +6,8 @@ that reads it and holds the defaults.
 """
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -81,21 +80,31 @@ class Config:
         values = dataclasses.asdict(self)
         options = values["sample"].pop("options")
         values["sample"] |= options
-        return {**values.pop("companions"), **values}
+        values |= values.pop("companions")
+        return {name: value for name, value in values.items() if value is not None}
 
     def bound(self) -> dict[str, Any]:
         """What has to be the same in a run that resumes, as JSON types."""
         values = {"task": self.task, "seed": self.seed, **self.companions}
+        for name, block, but in self._bound_blocks():
+            block = dataclasses.asdict(block)
+            values[name] = {key: value for key, value in block.items() if key not in but}
+        return values
+
+    def bound_defaults(self) -> dict[str, Any]:
+        """Of the same, the defaults: what a checkpoint holds to that is older than a key."""
+        return {
+            name: config_build.defaults_of(type(block)) for name, block, _ in self._bound_blocks()
+        }
+
+    def _bound_blocks(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+        """Name, block, and its keys that may change."""
         for name in ("model", "loss"):
             if (block := getattr(self, name)) is not None:
-                values[name] = dataclasses.asdict(block)
+                yield name, block, ()
         for field in dataclasses.fields(self):
             if field.metadata.get("bound"):
-                block = dataclasses.asdict(getattr(self, field.name))
-                values[field.name] = {
-                    k: v for k, v in block.items() if k not in field.metadata["but"]
-                }
-        return values
+                yield field.name, getattr(self, field.name), field.metadata["but"]
 
 
 BLOCKS = {
@@ -127,12 +136,7 @@ def build(config: ml_collections.ConfigDict) -> Config:
     seed = values.pop("seed", 0)
     if type(seed) is not int:
         raise ValueError(f"{ROOT}.seed: expected int, got {seed!r}")
-    unknown = [name for name in values if name not in BLOCKS]
-    if unknown:
-        valid = ["task", "seed", *blocks, *companions, *BLOCKS]
-        nearest = difflib.get_close_matches(unknown[0], valid, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(valid)}"
-        raise ValueError(f"{ROOT}: unknown key {unknown[0]!r}; {hint}")
+    config_build.check_keys(values, [*BLOCKS, "task", "seed", *blocks, *companions], ROOT)
     blocks |= {name: _block(BLOCKS[name], block, name) for name, block in values.items()}
     return Config(task=task, companions=companions, seed=seed, **blocks)
 
@@ -150,12 +154,17 @@ def _with_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Gather the options of the kinds that are set."""
     fields = sampling_fields()
     own = {name: value for name, value in values.items() if name not in fields}
+    config_build.check_keys(own, [*fields, *_names(SampleConfig)], f"{ROOT}.sample")
     options = {
         name: config_build.read_value(fields[name], value, f"{ROOT}.sample.{name}")
         for name, value in values.items()
         if name in fields and value is not None
     }
     return {**own, "options": options}
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def defaults() -> ml_collections.ConfigDict:

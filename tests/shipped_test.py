@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from configs import mnist
-from dar_jax import pipelines
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.config_build import build
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.evaluation.classifier import Classifier
 from dar_jax.generation import batches
+from dar_jax.kinds.loading import from_pretrained
 from tests.architecture_test import ROOT
 
 ADDRESS = "package://mnist"
@@ -60,7 +60,7 @@ def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_p
 
 @pytest.mark.slow
 def test_shipped_digits_are_recognised():
-    dar = pipelines.from_pretrained(ADDRESS)
+    dar = from_pretrained(ADDRESS)
     labels = np.repeat(np.arange(10), PER_CLASS)
     settings = mnist.get_config("dar").sample
     options = dict(guidance_scale=settings.guidance_scale, solver=settings.solver)

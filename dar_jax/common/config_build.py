@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,11 +25,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     types_by_name = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     arguments = {}
+    check_keys(values, names, where)
     for key in values:
-        if key not in names:
-            nearest = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(names)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
         arguments[key] = read_value(types_by_name[key], values[key], f"{where}.{key}")
     required = {
         field.name
@@ -43,6 +40,28 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def check_keys(values: Iterable[str], valid: Sequence[str], where: str) -> None:
+    """Raise ValueError, with the nearest valid key, if one of `values` is none of them."""
+    for key in values:
+        if key not in valid:
+            nearest = difflib.get_close_matches(key, valid, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(valid)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass that have a default, as JSON types."""
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        value = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        if value is not dataclasses.MISSING:
+            is_block = dataclasses.is_dataclass(value)
+            defaults[field.name] = dataclasses.asdict(value) if is_block else value
+    return defaults
 
 
 def without_none(annotation: Any) -> Any:

@@ -92,6 +92,7 @@ def train(config: Config, workdir: str, task: Task) -> bool:
         config.bound(),
         keep=config.train.keep_checkpoints,
         keep_every=config.train.keep_every,
+        defaults=config.bound_defaults(),
     )
     run = Run(task, config, mesh, directory, iterator, checkpoints, frozen, evaluation)
     try:

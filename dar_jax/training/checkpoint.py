@@ -8,6 +8,7 @@ the mesh or the number of processes that wrote it.
 import contextlib
 import json
 import pathlib
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class Checkpoints:
         *,
         keep: int,
         keep_every: int = 0,
+        defaults: Mapping[str, Any] = types.MappingProxyType({}),
     ):
         """Open or create `directory`.
 
@@ -60,6 +62,7 @@ class Checkpoints:
             config: the part of the configuration that a checkpoint is bound to, as JSON types.
             keep: number of latest checkpoints that are kept.
             keep_every: checkpoints of multiples of this step are kept as well; 0: none.
+            defaults: of `config`: what checkpoints were made with that do not know a key yet.
 
         Raises:
             ValueError: the latest checkpoint was made with another configuration. Nothing is
@@ -67,6 +70,7 @@ class Checkpoints:
         """
         self._directory = directory
         self._config = json.loads(json.dumps(config))
+        self._defaults = json.loads(json.dumps(dict(defaults)))
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -175,9 +179,9 @@ class Checkpoints:
     def _check_config(self) -> None:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
         saved = tree.flatten(self._manager.restore(self.latest_step, args=args).config)
-        wanted = tree.flatten(self._config)
+        wanted, defaults = tree.flatten(self._config), tree.flatten(self._defaults)
         for name in sorted(saved.keys() | wanted.keys()):
-            old, new = saved.get(name, ABSENT), wanted.get(name, ABSENT)
+            old, new = saved.get(name, defaults.get(name, ABSENT)), wanted.get(name, ABSENT)
             if old != new:
                 raise ValueError(
                     f"{self._directory} holds a checkpoint with {name.replace('/', '.')}={old!r}, "

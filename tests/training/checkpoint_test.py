@@ -98,3 +98,16 @@ def test_an_unfinished_save_is_ignored(tmp_path):
     checkpoints = Checkpoints(tmp_path, CONFIG, keep=3)
     assert checkpoints.latest_step == 1
     checkpoints.close()
+
+
+def test_checkpoint_older_than_a_key_holds_to_its_default(tmp_path):
+    state = _state(sharding.make_mesh(MeshConfig()), OptimizerConfig())
+    checkpoints = Checkpoints(tmp_path, CONFIG, keep=2)
+    checkpoints.save(state, 1, pipeline.train_iterator(DATA, seed=0))
+    checkpoints.close()
+    newer = {**CONFIG, "data": {**CONFIG["data"], "flip": False}}
+    defaults = {"data": {"flip": False}}
+    Checkpoints(tmp_path, newer, keep=2, defaults=defaults).close()
+    newer["data"]["flip"] = True
+    with pytest.raises(ValueError, match=r"data\.flip=False, the config has True"):
+        Checkpoints(tmp_path, newer, keep=2, defaults=defaults)
