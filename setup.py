@@ -1,4 +1,4 @@
-"""Package dar_jax: sequential diffusion tokenizers and autoregressive image models in JAX."""
+"""Package dar_jax: autoregressive-diffusion image generation (D-AR, TransDiff) in JAX."""
 
 import setuptools
 
@@ -8,7 +8,7 @@ NOTEBOOK = ["ipykernel", "ipywidgets"]
 setuptools.setup(
     name="dar-jax",
     version="0.1.0",
-    description="D-AR image tokenizers and autoregressive priors in JAX",
+    description="Autoregressive-diffusion image generation in JAX: D-AR and TransDiff",
     license="MIT",
     packages=setuptools.find_packages(include=["dar_jax", "dar_jax.*"]),
     package_data={"dar_jax": ["shipped/**/config.json", "shipped/**/model.safetensors"]},

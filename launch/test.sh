@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Lint and tests in a virtual environment of their own: bash launch/test.sh [pytest arguments]
-# PYTHON chooses the interpreter of a new environment (default python3).
+# PYTHON chooses the interpreter of a new environment (default python3), VENV its directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv-test
+venv=${VENV:-.venv-test}
 python=${PYTHON:-python3}
 
 version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
