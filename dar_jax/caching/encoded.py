@@ -130,7 +130,8 @@ def write_encoded(
         "pictures": {split: len(source) for split, source in sources.items()},
         "pictures_per_shard": pictures_per_shard,
     }
-    tallies = {s: CorruptTally(len(sources[s]), data.max_corrupt_fraction) for s in sources}
+    total = sum(len(source) for source in sources.values())
+    tallies = {split: CorruptTally(lambda: total, data.max_corrupt_fraction) for split in sources}
 
     def records(split: str, pictures: range) -> Iterator[bytes]:
         seen = views[split]

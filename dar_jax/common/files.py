@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that are read only if they are files."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 
@@ -23,6 +25,23 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_regular(path: str | os.PathLike, max_bytes: int) -> bytes:
+    """Read a regular file, or one that a link leads to: no pipe is waited for, no device emptied.
+
+    Raises:
+        OSError: it cannot be read, is something else, or has more bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        if status.st_size > max_bytes:
+            reason = f"{status.st_size:,} bytes, more than {max_bytes:,}"
+            raise OSError(errno.EFBIG, reason, str(path))
+        return file.read()
 
 
 def write_safetensors(

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.transforms import CROPS
@@ -16,9 +17,8 @@ from dar_jax.data.transforms import CROPS
 SPLITS = ("train", "test")
 SPLIT_SEED = 0
 """Seed of every held-out split that is drawn."""
-HELD_OUT_NAMES = ("val", "valid", "validation", "test")
-"""What data sets call the part that is held out, the first that exists being taken: the `test`
-part of some (ImageNet's) has no labels."""
+MAX_JSON_BYTES = 2**28
+"""Of a file that describes data; more is something else."""
 
 READING_KEYS = ("path", "num_threads", "num_workers", "max_corrupt_fraction")
 """Keys of `DataConfig` that say how the data are read, not which they are."""
@@ -31,10 +31,12 @@ class DataConfig:
     Attributes:
         source: "folder", "records", "codes", "latents", "latent_folder", "tar", "tfds:NAME",
             "mnist" or "synthetic".
-        path: directory of the data; for tfds its data_dir, "" being tfds's own.
+        path: directory of the data; for tfds its data_dir, "" being tfds's own; for tars also one
+            tar, or many by braces, "set-{000000..000146}.tar".
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.
-        test_fraction: part held out of every class, where the data have no held-out part.
+        test_fraction: part held out of every class, where the data have no held-out part, see
+            `names`.
         image_size: height and width of a training example, in pixels.
         crop: how a picture becomes a training example, see `transforms.CROPS`; the others are
             cropped at the centre.
@@ -48,7 +50,8 @@ class DataConfig:
         num_threads: readers per process.
         num_workers: reading processes beside each training process, each with `num_threads`; 0
             reads in the training process, which is faster on few cores.
-        max_corrupt_fraction: part of a process's pictures that may be unreadable.
+        max_corrupt_fraction: part of a process's pictures that may be unreadable: of those to
+            train on when training, of all when held-out ones are read.
     """
 
     source: str = "mnist"
@@ -190,7 +193,12 @@ def hold_out(
 
 def spread(names: Sequence[str]) -> list[int]:
     """Order indices by the hash of their names, so that the first ones are of all classes."""
-    return sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+
+    def rank(index: int) -> bytes:
+        # Names of files may hold bytes that are no UTF-8.
+        return hashlib.sha256(names[index].encode(errors="surrogateescape")).digest()
+
+    return sorted(range(len(names)), key=rank)
 
 
 def read_classes(path: str) -> dict[str, str] | None:
@@ -205,10 +213,12 @@ def read_classes(path: str) -> dict[str, str] | None:
     if not path:
         return None
     try:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = parse_json(read_regular(path, MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read data.classes={path!r} as JSON: {error}") from error
-    if isinstance(content, list):
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        if len(set(content)) < len(content):
+            raise ValueError(f"data.classes={path!r} names a class twice")
         content = {name: name for name in content}
     texts = isinstance(content, dict) and all(isinstance(v, str) for v in content.values())
     if not texts or not content:
@@ -217,6 +227,18 @@ def read_classes(path: str) -> dict[str, str] | None:
             '{"name in the data": "name for people"}'
         )
     return content
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it is none, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def existing_directory(config: DataConfig) -> pathlib.Path:

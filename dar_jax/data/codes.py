@@ -6,10 +6,12 @@ drawn anew every time, by the task.
 
 import numpy as np
 
-from dar_jax.data import encoded, shards
+from dar_jax.data import encoded
 from dar_jax.data.base import DataConfig, existing_directory
+from dar_jax.data.shards import POSITIVE
 
-FORM = encoded.Form("codes", "codes", np.dtype("<u2"), "tokenizer")
+KEYS = {"num_tokens": POSITIVE}
+FORM = encoded.Form("codes", "codes", np.dtype("<u2"), "tokenizer", KEYS)
 MAX_CODEBOOK_SIZE = 2 ** (8 * FORM.dtype.itemsize)
 
 
@@ -20,5 +22,5 @@ def load_codes(config: DataConfig, split: str) -> encoded.RecordedSource:
         ValueError: it is missing, incomplete or broken.
     """
     directory = existing_directory(config)
-    num_tokens = shards.read_sidecar(directory, FORM.kind)["num_tokens"]
+    num_tokens = encoded.read_contents(directory, FORM)["num_tokens"]
     return encoded.open_split(directory, split, FORM, (num_tokens,))

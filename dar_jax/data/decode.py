@@ -5,13 +5,17 @@ dropped and of an animation the first frame is taken, except that
 
 - 16-bit grey is scaled to 8 bit by its high byte, as Pillow does with 16-bit colour, instead of
   being clipped to white;
-- a photograph that was taken with the camera turned (EXIF orientation) is turned upright.
+- a photograph that was taken with the camera turned (EXIF orientation) is turned upright;
+- only the formats in `FORMATS` are opened, whatever a file is called (others can start programs),
+  and sizes are bounded before anything is decoded.
 """
 
 import contextlib
+import functools
+import importlib
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -19,6 +23,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dar_jax.common.typing import UInt8
 
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM"),
+    *("JPEG2000", "AVIF", "HEIF", "JXL", "QOI", "MPO"),
+    "TGA",  # has no mark to be known by and is tried last
+)
+"""Pillow's names of the formats that pictures may have, where it or a plugin can read them."""
+PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
+"""Modules that teach Pillow further formats, and what to install for them."""
+PLUGIN_SUFFIXES = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
+    ".jxl": "pillow-jxl-plugin",
+}
+FLOAT_SUFFIXES = (".pfm",)
+"""Of maps of depth or flow, which a reader of pictures can open but which are none."""
+
+MAX_FILE_BYTES = 2**30
+"""A larger file is no picture."""
+MAX_ASPECT = 64
+"""A picture whose sides differ more is refused: scaled to a shorter side it would be enormous."""
 MAX_16_BIT = 65535
 CORRUPT = (
     OSError,  # includes UnidentifiedImageError and truncated files
@@ -42,9 +65,10 @@ class UnreadablePictureError(Exception):
 class CorruptTally:
     """Counts the unreadable pictures and refuses too many of them."""
 
-    def __init__(self, num_pictures: int, max_fraction: float):
-        """Allow `max_fraction` of `num_pictures`."""
-        self._num_pictures = num_pictures
+    def __init__(self, count: Callable[[], int], max_fraction: float):
+        """Allow `max_fraction` of the pictures, which are counted when the first is unreadable."""
+        self._count = count
+        self._total: int | None = None
         self._max_fraction = max_fraction
         self._found: set[int] = set()
 
@@ -61,11 +85,33 @@ class CorruptTally:
             return
         self._found.add(index)
         logging.warning("Unreadable picture, number %d: %s", len(self), error)
-        if len(self) > self._max_fraction * self._num_pictures:
+        if self._total is None:
+            self._total = self._count()
+        if len(self) > self._max_fraction * self._total:
             raise ValueError(
-                f"{len(self)} of {self._num_pictures} pictures cannot be read, more than "
+                f"{len(self)} of {self._total} pictures cannot be read, more than "
                 f"data.max_corrupt_fraction={self._max_fraction} allows; the last is {error}"
             )
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that are installed."""
+    for module in PLUGINS:
+        with contextlib.suppress(ImportError):
+            plugin = importlib.import_module(module)
+            if hasattr(plugin, "register_heif_opener"):
+                plugin.register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def picture_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of files in `readable_formats`, in lower case."""
+    formats = readable_formats()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return tuple(sorted(known - set(FLOAT_SUFFIXES)))
 
 
 def decode(
@@ -80,24 +126,50 @@ def decode(
     Args:
         data: the bytes.
         name: for messages.
-        formats: names of formats that Pillow may try; None is all that it knows.
-        max_pixels: a picture of more is refused before it is decoded.
+        formats: names of formats that Pillow may try; None is `readable_formats`.
+        max_pixels: a picture of more is refused before it is decoded; None is Pillow's limit.
 
     Raises:
-        UnreadablePictureError: they are corrupt, truncated, too large or no picture.
+        UnreadablePictureError: they are corrupt, truncated, too large or too thin, or no picture.
     """
+    with _opened(data, name, formats, max_pixels) as image:
+        image.load()
+        _turn_upright(image)
+        return np.asarray(_to_rgb(image))
+
+
+def check_header(data: bytes, name: str) -> None:
+    """Check all that can be told of an image file without decoding it.
+
+    Raises:
+        UnreadablePictureError: it is no picture, or too large or too thin.
+    """
+    with _opened(data, name, None, None):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(
+    data: bytes, name: str, formats: Sequence[str] | None, max_pixels: int | None
+) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise UnreadablePictureError(f"{name}: {size} pixels, more than {max_pixels:,}")
-            image.load()
-            _turn_upright(image)
-            return np.asarray(_to_rgb(image))
+        with Image.open(io.BytesIO(data), formats=formats or readable_formats()) as image:
+            _check_size(image, name, max_pixels)
+            yield image
     except UnidentifiedImageError as error:
         raise UnreadablePictureError(f"{name}: not a picture of a known format") from error
     except CORRUPT as error:
         raise UnreadablePictureError(f"{name}: {error}") from error
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
+    size = f"{image.width} x {image.height} pixels"
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise UnreadablePictureError(f"{name}: {size}, more than {max_pixels:,}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise UnreadablePictureError(
+            f"{name}: {size}, one side more than {MAX_ASPECT} times the other"
+        )
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

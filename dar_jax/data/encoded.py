@@ -5,9 +5,10 @@ crops of the picture that training may see.
 """
 
 import dataclasses
+import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
@@ -30,12 +31,14 @@ class Form:
         dtype: of the array, little-endian.
         model: key of the config that names the frozen model, and of the sidecar that holds the
             fingerprint of its model directory.
+        keys: of the sidecar beside these, see `shards.read_sidecar`.
     """
 
     kind: str
     name: str
     dtype: np.dtype
     model: str
+    keys: Mapping[str, shards.Key]
 
     def pack(self, array: np.ndarray, label: int) -> bytes:
         """Make a record."""
@@ -66,11 +69,21 @@ class RecordedSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the array [views, *shape] and `label`, int32 []."""
+        """Return the array [views, *shape] and `label`, int32 [].
+
+        Raises:
+            ValueError: the record is something else.
+        """
         record = self.records[index]
+        label = LABEL.unpack_from(record)[0] if len(record) > LABEL.size else self.num_classes
+        view_bytes = self.form.dtype.itemsize * math.prod(self.shape)
+        if label >= self.num_classes or (len(record) - LABEL.size) % view_bytes:
+            raise ValueError(
+                f"record {index} of the {self.form.kind} is no label of {self.num_classes} classes "
+                f"and arrays of {self.shape}: write the cache again with --mode=cache"
+            )
         array = np.frombuffer(record, self.form.dtype, offset=LABEL.size)
         array = array.astype(self.form.dtype.newbyteorder("=")).reshape(-1, *self.shape)
-        (label,) = LABEL.unpack_from(record)
         return {self.form.name: array, "label": np.int32(label)}
 
     def read(self, index: int) -> EncodedPicture:
@@ -83,6 +96,15 @@ class RecordedSource:
         raise ValueError(f"source {kind!r} holds {kind}, no pictures (asked for {index})")
 
 
+def read_contents(directory: str | os.PathLike, form: Form) -> dict[str, Any]:
+    """Read the sidecar of a complete cache of a form.
+
+    Raises:
+        ValueError: see `shards.read_sidecar`.
+    """
+    return shards.read_sidecar(directory, form.kind, {form.model: shards.TEXT, **form.keys})
+
+
 def open_split(
     directory: str | os.PathLike, split: str, form: Form, shape: Sequence[int]
 ) -> RecordedSource:
@@ -91,7 +113,7 @@ def open_split(
     Raises:
         ValueError: it is missing, incomplete or broken.
     """
-    sidecar = shards.read_sidecar(directory, form.kind)
+    sidecar = read_contents(directory, form)
     records = shards.open_shards(directory, split, sidecar["counts"][split])
     return RecordedSource(records, form, tuple(shape), tuple(sidecar["class_names"]))
 
@@ -107,7 +129,7 @@ def check_model(directory: str, form: Form, model: str | os.PathLike) -> None:
     Raises:
         ValueError: it was made with another, or one of the two cannot be read.
     """
-    expected = shards.read_sidecar(directory, form.kind)[form.model]
+    expected = read_contents(directory, form)[form.model]
     found = model_dir.fingerprint(model_dir.locate(model))
     if found != expected:
         raise ValueError(

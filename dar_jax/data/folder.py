@@ -1,7 +1,8 @@
 """A folder of pictures with a folder per class: `CLASS/any/depth/name.jpg`.
 
-A part that is held out is a folder beside `train`: `train/CLASS/...` and `val/CLASS/...`
-(or another of `HELD_OUT_NAMES`). Without one, a fraction of every class is held out.
+A part that is held out is a folder beside the training part: `train/CLASS/...` and `val/CLASS/...`;
+`names` says what they may be called, and what counts. Without one, a fraction of every class is
+held out.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from absl import logging
 
+from dar_jax.common.files import read_regular
 from dar_jax.data.base import (
-    HELD_OUT_NAMES,
     DataConfig,
     EncodedSource,
     existing_directory,
@@ -21,50 +22,66 @@ from dar_jax.data.base import (
     read_classes,
     spread,
 )
+from dar_jax.data.decode import MAX_FILE_BYTES, picture_suffixes
+from dar_jax.data.listing import LeftOut, Listing, Seen, list_files, subfolders
+from dar_jax.data.names import Splits, find_splits, listed, printable, warn_of_order
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-TRAIN_NAME = "train"
-LOG_EVERY = 100_000
-MAX_LISTED = 5
+Classes = tuple[tuple[str, str], ...]
+"""Class folder and name of the class, in the order of the labels."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource(EncodedSource):
-    """The pictures `root/paths[i]` with their labels."""
+    """The pictures `root/paths[i]` with their labels, and what else was seen there."""
 
     root: pathlib.Path
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
+    seen: Seen = Seen()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return str(self.root / self.paths[index])
+        return printable(str(self.path(index)))
+
+    def path(self, index: int) -> pathlib.Path:
+        """Return the file of a picture."""
+        return self.root / self.paths[index]
 
     def fetch(self, index: int) -> tuple[bytes, int]:
-        return (self.root / self.paths[index]).read_bytes(), self.labels[index]
+        return read_regular(self.path(index), MAX_FILE_BYTES), self.labels[index]
 
 
 def load_folder(config: DataConfig, split: str) -> FolderSource:
     """Open a split of `config.path`.
 
     Raises:
-        ValueError: it has no pictures, or the classes are others than `config.classes`.
+        ValueError: it has no pictures, the classes are others than `config.classes`, the two parts
+            do not fit together, or nothing can be held out.
     """
     root = existing_directory(config)
-    train_root = root / TRAIN_NAME if _has_folders(root / TRAIN_NAME) else root
-    held_out = next((root / name for name in HELD_OUT_NAMES if (root / name).is_dir()), None)
-    classes = _classes(config, train_root)
-    if train_root == root or held_out is None:
-        whole = _open(train_root, classes)
-        parts = hold_out(whole.paths, whole.labels, config.test_fraction)
-        return select(whole, parts[split != TRAIN_NAME])
-    if split == TRAIN_NAME:
-        return _open(train_root, classes)
-    if not config.classes:
-        _refuse_unknown(held_out, classes)
+    splits = find_splits(subfolders(root), lambda name: subfolders(root / name), str(root))
+    train_root = root / splits.train if splits else root
+    title = train_root
+    if splits and "" in scan(train_root):
+        title = root  # the parts of a data set of one class have its name
+    if splits is None or splits.held_out is None:
+        classes = _classes(config, train_root, title=title)
+        whole, *parts = _draw(train_root, classes, config.test_fraction)
+        if split == "test" and not parts[1]:
+            raise ValueError(
+                f"the test split of {train_root} has no pictures: no class has two, of which one "
+                "could be held out; add pictures, or a folder val/ beside train/"
+            )
+        return select(whole, parts[split != "train"])
+    classes = _classes(config, train_root, title=title)
+    if split == "train":
+        source = _open(train_root, classes)
+        return dataclasses.replace(source, seen=source.seen.without(_others(splits)))
+    held_out = root / splits.held_out
+    _check_held_out(config, held_out, classes, train_root=train_root)
     source = _open(held_out, classes)
     return select(source, spread(source.paths))
 
@@ -79,55 +96,60 @@ def open_folder(config: DataConfig, root: pathlib.Path, suffixes: tuple[str, ...
 
 
 @functools.lru_cache(maxsize=8)
-def scan(root: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, tuple[str, ...]]:
-    """Find the pictures below `root`: class folder -> paths relative to `root`, both sorted.
+def _files(root: pathlib.Path, suffixes: tuple[str, ...]) -> Listing:
+    return list_files(root, suffixes or picture_suffixes())
 
-    Pictures in `root` itself have the class folder "". Hidden files and folders do not count.
+
+@functools.lru_cache(maxsize=8)
+def scan(root: pathlib.Path, suffixes: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """Find the files below `root`: class folder -> paths relative to `root`, both sorted.
+
+    Files in `root` itself have the class folder "". Without suffixes it is pictures that are found.
     """
     found: dict[str, list[str]] = {}
-    count = 0
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = pathlib.PurePath(folder).relative_to(root)
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(suffixes):
-                found.setdefault((*relative.parts, "")[0], []).append(str(relative / name))
-                count += 1
-                if count % LOG_EVERY == 0:
-                    logging.info("Found %d pictures in %s so far", count, root)
+    for path in _files(root, suffixes).paths:
+        folder, separator, _ = path.partition(os.sep)
+        found.setdefault(folder if separator else "", []).append(path)
     return {name: tuple(found[name]) for name in sorted(found)}
 
 
 def _classes(
-    config: DataConfig, root: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES
-) -> dict[str, str]:
-    """Class folder -> name of the class, in the order of the labels."""
+    config: DataConfig,
+    root: pathlib.Path,
+    suffixes: tuple[str, ...] = (),
+    *,
+    title: pathlib.Path | None = None,
+) -> Classes:
     found = scan(root, suffixes)
     if not found:
+        kinds = "pictures (.jpg, .png, .webp, ...)" if not suffixes else f"files {suffixes[0]}"
         raise ValueError(
-            f"data.path={str(root)!r} has no pictures ({', '.join(suffixes)}); "
-            "expected a folder per class, CLASS/name.jpg"
+            f"data.path={str(root)!r} has no {kinds}; expected a folder per class, CLASS/name.jpg"
+            f"{_reasons(_files(root, suffixes).seen)}"
         )
     wanted = read_classes(config.classes)
     if wanted is None:
-        return _all_classes(root, suffixes)
+        return _all_classes(root, suffixes, title or root)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ValueError(
-            f"data.classes={config.classes!r} names {_listed(missing)}, "
+            f"data.classes={config.classes!r} names {listed(missing)}, "
             f"but {root} has no pictures in such folders"
         )
-    return wanted
+    return tuple(wanted.items())
 
 
-def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...], title: pathlib.Path) -> Classes:
     found = scan(root, suffixes)
     names = [name for name in found if name]
     if not names:
         logging.warning("%s has no class folders: all its pictures are of one class", root)
-        return {"": root.name}
+        return (("", printable(os.path.basename(os.path.abspath(title)))),)
     if "" in found:
         logging.warning("Ignoring %d pictures of %s in no class folder", len(found[""]), root)
+    empty = [name for name in subfolders(root) if name not in found]
+    if empty:
+        logging.warning("%s: %s without pictures is no class", root, listed(empty))
     if len(names) == 1:
         (name,) = names
         if all(len(pathlib.PurePath(path).parts) > 2 for path in found[name]):
@@ -136,25 +158,68 @@ def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str
                 f"further folders: if these are the classes, use --config.data.path={root / name}"
             )
         logging.warning("%s has a single class, %r", root, name)
-    return {name: name for name in names}
+    warn_of_order(names)
+    return tuple((name, printable(name)) for name in names)
 
 
-def _refuse_unknown(root: pathlib.Path, classes: Mapping[str, str]) -> None:
-    unknown = [name for name in scan(root) if name and name not in classes]
-    if unknown:
+def _check_held_out(
+    config: DataConfig, held_out: pathlib.Path, classes: Classes, *, train_root: pathlib.Path
+) -> None:
+    """Refuse a held-out part that has no pictures, or that has not the classes of training."""
+    found = scan(held_out)
+    way_out = f"or move {held_out} away, and a part of {train_root} is held out"
+    if not found:
+        reasons = _reasons(_files(held_out, ()).seen)
+        raise ValueError(f"{held_out} has no pictures{reasons}; add some, {way_out}")
+    is_flat = [name for name, _ in classes] == [""]
+    if not is_flat and set(found) == {""}:
         raise ValueError(
-            f"{root} has classes that the training part has not: {_listed(unknown)}; "
+            f"{held_out} has pictures but no class folders, {train_root} has: sort the pictures "
+            f"into CLASS/name.jpg, {way_out}"
+        )
+    names = [name for name in found if name]
+    if is_flat and names:
+        raise ValueError(
+            f"{held_out} has the class folders {listed(names)}, but {train_root} has none: sort "
+            "the pictures into CLASS/name.jpg in both"
+        )
+    unknown = [name for name in names if name not in dict(classes)]
+    if unknown and not config.classes:
+        raise ValueError(
+            f"{held_out} has classes that the training part has not: {listed(unknown)}; "
             "remove them, or list the classes to use in --config.data.classes=FILE.json"
+        )
+    if not set(found) & set(dict(classes)):
+        raise ValueError(
+            f"{held_out} has no pictures of the classes in data.classes={config.classes!r}; add "
+            f"some, {way_out}"
         )
 
 
+@functools.lru_cache(maxsize=2)
+def _draw(
+    root: pathlib.Path, classes: Classes, fraction: float
+) -> tuple[FolderSource, list[int], list[int]]:
+    """Return all pictures, and the indices of those to train on and of those held out."""
+    whole = _open(root, classes)
+    return (whole, *hold_out(whole.paths, whole.labels, fraction))
+
+
 def _open(
-    root: pathlib.Path, classes: Mapping[str, str], suffixes: tuple[str, ...] = SUFFIXES
+    root: pathlib.Path, classes: Classes | Mapping[str, str], suffixes: tuple[str, ...] = ()
 ) -> FolderSource:
     found = scan(root, suffixes)
-    pairs = [(path, label) for label, name in enumerate(classes) for path in found.get(name, ())]
+    pairs = [(path, i) for i, (name, _) in enumerate(classes) for path in found.get(name, ())]
     paths, labels = zip(*pairs, strict=True) if pairs else ((), ())
-    return FolderSource(root, paths, labels, tuple(classes.values()))
+    used = dict(classes)
+    seen = _files(root, suffixes).seen.without(
+        *(
+            LeftOut(f"in {'no class folder' if not name else 'other classes'}", len(of), of[0])
+            for name, of in found.items()
+            if name not in used
+        )
+    )
+    return FolderSource(root, paths, labels, tuple(title for _, title in classes), seen)
 
 
 def select(source: FolderSource, indices: Sequence[int]) -> FolderSource:
@@ -166,10 +231,12 @@ def select(source: FolderSource, indices: Sequence[int]) -> FolderSource:
     )
 
 
-def _has_folders(path: pathlib.Path) -> bool:
-    return path.is_dir() and any(child.is_dir() for child in path.iterdir())
+def _others(splits: Splits) -> LeftOut:
+    names = splits.others
+    return LeftOut(f"folder beside {splits.train}", len(names), names[0] if names else "")
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(map(repr, names[:MAX_LISTED])) + more
+def _reasons(seen: Seen) -> str:
+    """Say what there is instead of pictures."""
+    items = [f"{count:,} {reason}" for reason, count, _ in seen.left_out[:3]]
+    return f" (left out: {', '.join(items)})" if items else ""

@@ -10,21 +10,34 @@ latent_folder    the published layout (TransDiff, MAR): PATH/CLASS/NAME.npz, NAM
 """
 
 import dataclasses
-import pathlib
+import io
+import os
 import zipfile
+import zlib
 
 import einops
 import numpy as np
 
+from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any, Float
-from dar_jax.data import encoded, shards
+from dar_jax.data import encoded
 from dar_jax.data.base import DataConfig, EncodedPicture, Source, existing_directory, spread
-from dar_jax.data.decode import UnreadablePictureError
+from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError
 from dar_jax.data.folder import FolderSource, open_folder, select
+from dar_jax.data.listing import Seen, subfolders
+from dar_jax.data.names import find_splits, printable
+from dar_jax.data.shards import POSITIVE, POSITIVES
 
-FORM = encoded.Form("latents", "moments", np.dtype("<f4"), "vae")
+KEYS = {"image_size": POSITIVE, "shape": POSITIVES}
+FORM = encoded.Form("latents", "moments", np.dtype("<f4"), "vae", KEYS)
 SUFFIX = ".npz"
 ARRAYS = ("moments", "moments_flip")
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, RecursionError, MemoryError),
+    einops.EinopsError,
+)
+"""What reading arrays from a broken file raises."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +64,10 @@ class LatentFolder:
     def labels(self) -> tuple[int, ...]:
         return self.files.labels
 
+    @property
+    def seen(self) -> Seen:
+        return self.files.seen
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -62,7 +79,7 @@ class LatentFolder:
             ValueError: its latents are of another size than the first file's.
         """
         name = self.files.name(index)
-        moments = read_moments(name)
+        moments = read_moments(self.files.path(index))
         if moments.shape[1:] != self.shape:
             raise ValueError(f"{name} holds moments of {moments.shape[1:]}, others {self.shape}")
         return {"moments": moments, "label": np.int32(self.files.labels[index])}
@@ -84,7 +101,7 @@ def load_latents(config: DataConfig, split: str) -> encoded.RecordedSource:
     """
     _check_still(config)
     directory = existing_directory(config)
-    sidecar = shards.read_sidecar(directory, FORM.kind)
+    sidecar = encoded.read_contents(directory, FORM)
     if sidecar["image_size"] != config.image_size:
         raise ValueError(
             f"{directory} holds latents of {sidecar['image_size']} pixels, not of "
@@ -100,30 +117,38 @@ def load_latent_folder(config: DataConfig, split: str) -> LatentFolder:
     them all, "test" in the order of `spread`.
 
     Raises:
-        ValueError: it has no such files, or the first one is broken.
+        ValueError: it has no such files, or parts of a data set, or the first file is broken.
     """
     _check_still(config)
-    files = open_folder(config, existing_directory(config), (SUFFIX,))
+    directory = existing_directory(config)
+    splits = find_splits(subfolders(directory), lambda n: subfolders(directory / n), str(directory))
+    if splits is not None:
+        raise ValueError(
+            f"data.path={config.path!r} has the part {splits.train!r}, but source 'latent_folder' "
+            f"takes the class folders of one: use --config.data.path={directory / splits.train}"
+        )
+    files = open_folder(config, directory, (SUFFIX,))
     if split == "test":
         files = select(files, spread(files.paths))
     try:
-        return LatentFolder(files, read_moments(files.name(0)).shape[1:])
+        return LatentFolder(files, read_moments(files.path(0)).shape[1:])
     except UnreadablePictureError as error:
         raise ValueError(f"cannot read {error}") from error
 
 
-def read_moments(path: str) -> Float[np.ndarray, "2 h w C2"]:
+def read_moments(path: str | os.PathLike) -> Float[np.ndarray, "2 h w C2"]:
     """Read one file of the published layout.
 
     Raises:
         UnreadablePictureError: it is no such file.
     """
     try:
-        with np.load(pathlib.Path(path)) as file:
+        with np.load(io.BytesIO(read_regular(path, MAX_FILE_BYTES))) as file:
             moments = np.stack([file[name] for name in ARRAYS])
         return np.ascontiguousarray(einops.rearrange(moments, "v c h w -> v h w c"), np.float32)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UnreadablePictureError(f"{path}: {error}") from error
+    except UNREADABLE as error:
+        (reason, *_) = str(error).splitlines() or [type(error).__name__]
+        raise UnreadablePictureError(f"{printable(str(path))}: {reason}") from error
 
 
 def check_latents(config: DataConfig, vae: str, shape: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ places.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import references
 from dar_jax.data.base import DataConfig, Source
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
-from dar_jax.data.sources import load_source
+from dar_jax.data.sources import count_pictures, load_source
 from dar_jax.data.transforms import CROPS, center_crop, mirror, random_shift
 
 PREFETCHED_BATCHES = 2
@@ -196,7 +197,7 @@ def train_iterator(config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)
         )
     source = references.group(load_source(config, "train"), config, seed)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    tally = CorruptTally(len(source), config.max_corrupt_fraction)
+    tally = CorruptTally(source.__len__, config.max_corrupt_fraction)
     return TrainIterator(TrainingExamples(source, order, config, seed, part, 0, tally))
 
 
@@ -214,7 +215,7 @@ def eval_batches(
         ValueError: see `load_source`; or too many pictures cannot be read.
     """
     source = load_source(config, split)
-    tally = CorruptTally(len(source), config.max_corrupt_fraction)
+    tally = evaluation_tally(config)
 
     def example(index: int) -> dict[str, Any] | None:
         try:
@@ -230,6 +231,15 @@ def eval_batches(
         yield from batches
     finally:
         batches.close()
+
+
+def evaluation_tally(config: DataConfig) -> CorruptTally:
+    """Return the tally for pictures of one split: a part of all pictures may be unreadable.
+
+    Of few held-out ones a single one would be too many.
+    """
+    count = functools.partial(count_pictures, config)
+    return CorruptTally(count, config.max_corrupt_fraction)
 
 
 def _read_ahead(

@@ -37,6 +37,8 @@ class RecordSource(EncodedSource):
 
     def fetch(self, index: int) -> tuple[bytes, int]:
         record = self.records[index]
+        if len(record) < LABEL.size:
+            raise OSError("the record has no label")
         (label,) = LABEL.unpack_from(record)
         return record[LABEL.size :], label
 
@@ -48,7 +50,7 @@ def load_records(config: DataConfig, split: str) -> RecordSource:
         ValueError: it is missing, incomplete or broken, or its pictures are too small.
     """
     directory = existing_directory(config)
-    sidecar = shards.read_sidecar(directory, KIND)
+    sidecar = shards.read_sidecar(directory, KIND, {"image_size": shards.NATURAL})
     if 0 < sidecar["image_size"] < config.image_size:
         raise ValueError(
             f"{directory} holds pictures of {sidecar['image_size']} pixels, too small for "
@@ -88,10 +90,8 @@ def write_images(
         "pictures": {split: len(source) for split, source in sources.items()},
         "pictures_per_shard": pictures_per_shard,
     }
-    tallies = {
-        split: CorruptTally(len(source), config.max_corrupt_fraction)
-        for split, source in sources.items()
-    }
+    total = sum(len(source) for source in sources.values())
+    tallies = {split: CorruptTally(lambda: total, config.max_corrupt_fraction) for split in sources}
 
     def records(split: str, pictures: range) -> Iterator[bytes]:
         source, tally = sources[split], tallies[split]

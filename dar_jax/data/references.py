@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dar_jax.common.typing import Any, Int
-from dar_jax.data.base import DataConfig, EncodedPicture, EncodedSource, Source
+from dar_jax.data.base import DataConfig, EncodedPicture, EncodedSource, Source, parse_json
 from dar_jax.data.decode import UnreadablePictureError
 
 MEMBERS = "members"
@@ -167,6 +167,8 @@ def read_index(path: str | os.PathLike, source: Source, size: int) -> Int[np.nda
     paths = getattr(source, "paths", None)
     numbers = None if paths is None else {name: number for number, name in enumerate(paths)}
     groups = []
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"cannot read data.references={str(path)!r}: no regular file")
     try:
         with open(path) as file:
             for number, line in enumerate(file, start=1):
@@ -182,7 +184,7 @@ def read_index(path: str | os.PathLike, source: Source, size: int) -> Int[np.nda
 
 def _parse(line: str, where: str, size: int) -> tuple[str, list[str]]:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
     fits = isinstance(content, dict) and isinstance(content.get("cate"), str)

@@ -15,6 +15,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import grain
 import jax
@@ -22,10 +23,50 @@ from absl import logging
 from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 
-from dar_jax.common.files import replacing
+from dar_jax.common.files import read_regular, replacing
 from dar_jax.common.typing import Any
+from dar_jax.data.base import MAX_JSON_BYTES, SPLITS, parse_json
 
 SIDECAR_NAME = "dataset.json"
+
+
+class Key(NamedTuple):
+    """What a value of the sidecar has to be.
+
+    Attributes:
+        expected: it, in words.
+        fits: tells whether a value is it.
+    """
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(fits, values))
+
+
+NATURAL = Key("a whole number from 0", lambda value: _is_int(value, 0))
+POSITIVE = Key("a positive whole number", lambda value: _is_int(value, 1))
+POSITIVES = Key("positive whole numbers", lambda value: bool(value) and _are(value, POSITIVE.fits))
+TEXT = Key("a text", lambda value: isinstance(value, str))
+KEYS = {
+    "class_names": Key("names of classes", lambda value: bool(value) and _are(value, TEXT.fits)),
+    "counts": Key(
+        f"lists of counts by split, {', '.join(SPLITS)}",
+        lambda value: (
+            isinstance(value, dict)
+            and all(_are(value.get(split), NATURAL.fits) for split in SPLITS)
+        ),
+    ),
+}
+"""Of every sidecar of a complete cache."""
+MAX_SHOWN = 40
+"""Characters of a wrong value that are shown."""
 WRITER_OPTIONS = "group_size:1"
 """One record per chunk, which random access reads fastest."""
 
@@ -114,7 +155,7 @@ def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
                 f"{directory} holds a cache with other {name}; use the same config to finish it, "
                 "or another workdir"
             )
-    return sidecar["complete"]
+    return sidecar.get("complete") is True
 
 
 def finish(
@@ -140,20 +181,33 @@ def finish(
     return counts
 
 
-def read_sidecar(directory: str | os.PathLike, kind: str) -> dict[str, Any]:
+def read_sidecar(
+    directory: str | os.PathLike, kind: str, keys: Mapping[str, Key]
+) -> dict[str, Any]:
     """Read the contents of a complete directory of a kind.
 
+    Args:
+        directory: the directory.
+        kind: of what it holds.
+        keys: what has to be there beside `KEYS`.
+
     Raises:
-        ValueError: it is missing, incomplete or of another kind.
+        ValueError: it is missing, incomplete or of another kind, or a key is missing or wrong.
     """
     path = pathlib.Path(directory) / SIDECAR_NAME
     sidecar = _read_json(path)
     if sidecar.get("kind") != kind:
         raise ValueError(f"{directory} holds {sidecar.get('kind')!r}, expected {kind!r}")
-    if not sidecar.get("complete"):
+    if sidecar.get("complete") is not True:
         raise ValueError(
             f"{directory} was cut short while it was written: run the command that wrote it again"
         )
+    for name, key in {**KEYS, **keys}.items():
+        if name not in sidecar or not key.fits(sidecar[name]):
+            found = f"has {name}={_short(sidecar[name])}" if name in sidecar else f"lacks {name}"
+            raise ValueError(
+                f"{path} {found}, expected {key.expected}: write the cache again with --mode=cache"
+            )
     return sidecar
 
 
@@ -201,7 +255,7 @@ def count_records(path: pathlib.Path) -> int:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        sidecar = json.loads(path.read_text())
+        sidecar = parse_json(read_regular(path, MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path.parent} is no complete cache ({SIDECAR_NAME}: {error}); write one with "
@@ -210,6 +264,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(sidecar, dict):
         raise ValueError(f"{path} holds no object; write it again with --mode=cache")
     return sidecar
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
 
 
 def _write_sidecar(path: pathlib.Path, contents: Mapping[str, Any]) -> None:

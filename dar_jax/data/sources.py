@@ -17,12 +17,9 @@ __all__ = [
     "DataConfig",
     "Source",
     "check_num_classes",
-    "describe",
+    "count_pictures",
     "load_source",
 ]
-
-MAX_LISTED = 5
-"""Classes that are named."""
 
 LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "folder": load_folder,
@@ -57,11 +54,13 @@ def load_source(config: DataConfig, split: str) -> Source:
     return source
 
 
-def describe(source: Source) -> str:
-    """Return how many training examples and classes there are, and what the first are called."""
-    names = ", ".join(source.class_names[:MAX_LISTED])
-    more = ", ..." if source.num_classes > MAX_LISTED else ""
-    return f"{len(source):,} training examples of {source.num_classes:,} classes: {names}{more}"
+def count_pictures(config: DataConfig) -> int:
+    """Return how many pictures all splits have.
+
+    Raises:
+        ValueError: see `load_source`.
+    """
+    return sum(len(load_source(config, split)) for split in SPLITS)
 
 
 def check_num_classes(num_classes: int | None, source: Source) -> None:

@@ -10,7 +10,8 @@ those do:
 import dataclasses
 from typing import Any
 
-from dar_jax.data.base import HELD_OUT_NAMES, DataConfig, EncodedSource
+from dar_jax.data.base import DataConfig, EncodedSource
+from dar_jax.data.names import HELD_OUT_NAMES
 
 PREFIX = "tfds:"
 IMAGE, LABEL = "image", "label"
@@ -87,6 +88,9 @@ def _check_prepared(builder: Any, config: DataConfig) -> None:
 
 
 def _split_of(splits: Any, test_fraction: float, split: str) -> str:
+    if "train" not in splits:
+        names = ", ".join(splits) or "none"
+        raise ValueError(f"the data set has no split 'train' to train on; its splits: {names}")
     held_out = next((name for name in HELD_OUT_NAMES if name in splits), None)
     if held_out is not None:
         return held_out if split == "test" else "train"

@@ -16,11 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 
+from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data.base import SPLIT_SEED, DataConfig
-from dar_jax.data.decode import UnreadablePictureError, decode
-from dar_jax.data.folder import SUFFIXES
+from dar_jax.data.decode import (
+    MAX_FILE_BYTES,
+    CorruptTally,
+    UnreadablePictureError,
+    decode,
+    picture_suffixes,
+)
+from dar_jax.data.listing import list_files
+from dar_jax.data.pipeline import evaluation_tally
 from dar_jax.data.sources import Source, load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.npz_images import NpzImages
@@ -89,6 +98,9 @@ class SetImages:
 class SplitImages:
     """Centre crops of a data set, all in its own order or some at random.
 
+    For a picture that cannot be read the next one that can stands in, as in training, up to
+    `data.max_corrupt_fraction` of all pictures.
+
     Attributes:
         config: the data.
         split: "train" or "test".
@@ -139,17 +151,24 @@ class SplitImages:
         return _in_threads(self._crop, first, stop)
 
     def _crop(self, position: int) -> UInt8[np.ndarray, "H W 3"]:
-        try:
-            picture = self._source[int(self._order[position])]
-        except UnreadablePictureError as error:
-            raise ValueError(
-                f"cannot read {error}; every picture counts, repair or remove it"
-            ) from error
-        return center_crop(picture["pixels"], self.config.image_size)
+        return center_crop(self._picture(position)["pixels"], self.config.image_size)
 
     def labels(self) -> np.ndarray:
         """Classes of all images."""
-        return np.array([self._source[int(index)]["label"] for index in self._order[: len(self)]])
+        return np.array([self._picture(position)["label"] for position in range(len(self))])
+
+    @functools.cached_property
+    def _tally(self) -> CorruptTally:
+        return evaluation_tally(self.config)
+
+    def _picture(self, position: int) -> dict[str, Any]:
+        first, count = int(self._order[position]), len(self._source)
+        for index in range(first, first + count):
+            try:
+                return self._source[index % count]
+            except UnreadablePictureError as error:
+                self._tally.add(index % count, error)
+        raise ValueError(f"none of the {count} pictures of the {self.split} split can be read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +214,16 @@ def open_images(path: str) -> FolderImages | NpzImages:
         return NpzImages(where)
     if not where.is_dir():
         raise ValueError(f"{path} is neither a folder of pictures nor a .npz file")
-    found = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-    if not found:
-        raise ValueError(f"{path} has no pictures ({', '.join(SUFFIXES)})")
-    return FolderImages(where, tuple(sorted(found)))
+    listing = list_files(where, picture_suffixes())
+    reasons = ", ".join(f"{item.count:,} {item.reason}" for item in listing.seen.left_out)
+    if not listing.paths:
+        raise ValueError(
+            f"{path} has no pictures (.jpg, .png, ...)"
+            + (f"; left out: {reasons}" if reasons else "")
+        )
+    if reasons:
+        logging.warning("%s: %d pictures; left out: %s", path, len(listing.paths), reasons)
+    return FolderImages(where, tuple(sorted(where / name for name in listing.paths)))
 
 
 def read_all(images: Images) -> UInt8[np.ndarray, "N H W 3"]:
@@ -217,7 +242,7 @@ def check_size(images: Images, other: Images) -> None:
 
 def _decode(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        return decode(path.read_bytes(), str(path))
+        return decode(read_regular(path, MAX_FILE_BYTES), str(path))
     except (OSError, UnreadablePictureError) as error:
         raise ValueError(f"cannot read {error}") from error
 

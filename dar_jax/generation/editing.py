@@ -4,7 +4,6 @@ The first tokens of an image fix its layout, whatever class the others are drawn
 4.3); several draws with one class are variations of it. In-painting keeps pixels instead.
 """
 
-import pathlib
 import re
 
 import numpy as np
@@ -12,9 +11,10 @@ from absl import logging
 
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
+from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Bool, UInt8
 from dar_jax.data.base import SPLITS, DataConfig
-from dar_jax.data.decode import UnreadablePictureError, decode
+from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError, decode
 from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.generation.batches import class_name, classes_of, generate, whole_batch
@@ -112,7 +112,7 @@ def read_picture(where: str, name: str, data: DataConfig) -> UInt8[np.ndarray, "
             if index >= len(source):
                 raise ValueError(f"{where}={name}: the split has pictures 0..{len(source) - 1}")
             return source[index]["pixels"]
-        return decode(pathlib.Path(name).read_bytes(), name)
+        return decode(read_regular(name, MAX_FILE_BYTES), name)
     except OSError as error:
         raise ValueError(f"{where}: cannot read {name}: {error.strerror}") from error
     except UnreadablePictureError as error:

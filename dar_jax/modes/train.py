@@ -22,7 +22,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Params
 from dar_jax.config import Config
-from dar_jax.data import pipeline, sources
+from dar_jax.data import pipeline, sources, survey
 from dar_jax.evaluation.during_training import TrainEvaluation
 from dar_jax.kinds.loading import build_task
 from dar_jax.parallel import distributed, sharding
@@ -82,6 +82,7 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(config.data, config.seed, part)
     sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
+    logging.info("Data: %s", survey.check(config.data, iterator.source))
     abstract = state_lib.abstract_state(task, config.optimizer, mesh)
     initial = _initial_params(config, task, abstract, workdir)
     frozen = task.frozen()
@@ -125,7 +126,6 @@ def _describe(run: Run, abstract: TrainState) -> None:
     logging.info("Config:\n%s", text)
     logging.info("Parameters:\n%s", overview)
     logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
-    logging.info("Data: %s", sources.describe(run.iterator.source))
     if jax.process_index() == 0:
         (run.workdir / "config.json").write_text(text)
 

@@ -81,7 +81,7 @@ def test_broken_files_are_named(data, reason):
 
 
 def test_tally_counts_a_picture_once_and_refuses_too_many():
-    tally = CorruptTally(100, max_fraction=0.02)
+    tally = CorruptTally(lambda: 100, max_fraction=0.02)
     for index in (3, 3, 7, 3):
         tally.add(index, UnreadablePictureError(f"{index}.jpg: truncated"))
     assert len(tally) == 2

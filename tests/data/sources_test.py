@@ -34,12 +34,6 @@ def test_synthetic_is_deterministic_and_splits_differ():
     assert first.pixels.shape[1:] == (8, 8, 3) and first.labels.max() == first.num_classes - 1
 
 
-def test_description_counts_and_names():
-    source = sources.load_source(DataConfig(source="mnist"), "train")
-    described = sources.describe(source)
-    assert described == "4,500 training examples of 10 classes: 0, 1, 2, 3, 4, ..."
-
-
 @pytest.mark.parametrize("image_size", [20, 33])
 def test_mnist_refuses_sizes_it_cannot_pad_to(image_size):
     with pytest.raises(ValueError, match=f"image_size {image_size}"):
