@@ -97,13 +97,9 @@ TARS = {
     "none": (lambda root: None, "has no .tar files"),
     "no pictures": (lambda root: write_tar(root / "a.tar", {"a.txt": b""}), "hold no pictures"),
     "no class": (lambda root: write_tar(root / "a.tar", {"a.jpg": PICTURE}), "a.jpg has no class"),
-    "compressed": (
-        lambda root: write_tar(root / "a.tar.gz", {"c/a.jpg": PICTURE}, "w:gz"),
-        "not compressed",
-    ),
     "label": (
-        lambda root: write_tar(root / "a.tar", {"a.jpg": PICTURE, "a.cls": b"cat"}),
-        "no number",
+        lambda root: write_tar(root / "a.tar", {"a.jpg": PICTURE, "a.cls": b"\x07\0"}),
+        "no number and no name of a class",
     ),
     "mixed": (
         lambda root: write_tar(root / "a.tar", {"a.jpg": PICTURE, "a.cls": b"0", "c/b.jpg": b""}),

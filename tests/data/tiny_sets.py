@@ -76,6 +76,7 @@ def make_tars(root, by_folder=False, shards=2):
 
 
 def write_tar(path, members, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
