@@ -1,12 +1,23 @@
 """Picture files of all sorts to 8-bit RGB."""
 
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax.data.decode import CorruptTally, UnreadablePictureError, decode, encode_png
+from dar_jax.data.decode import (
+    MAX_ASPECT,
+    CorruptTally,
+    UnreadablePictureError,
+    decode,
+    encode_png,
+    picture_suffixes,
+    readable_formats,
+)
+from dar_jax.data.transforms import resize_shorter_side
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -78,6 +89,62 @@ FLOAT_TIFF = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
 def test_broken_files_are_named(data, reason):
     with pytest.raises(UnreadablePictureError, match=rf"^cats/a\.jpg: .*{reason}"):
         decode(data, "cats/a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "SGI", "XBM", "PCX", "IM"])
+def test_formats_that_are_not_meant_are_not_opened(kind, monkeypatch):
+    data = encoded(Image.new("1" if kind == "XBM" else "RGB", (16, 16)), kind)
+    monkeypatch.setattr(Image.Image, "load", None)  # EPS would start Ghostscript
+    with pytest.raises(UnreadablePictureError, match="not a picture of a known format"):
+        decode(data, "a.png")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jfif", ".tga", ".avif", ".jp2", ".webp", ".qoi"])
+def test_formats_are_found_by_content_and_their_suffixes_are_known(suffix):
+    assert suffix in picture_suffixes()
+    kind = Image.registered_extensions()[suffix]
+    data = encoded(Image.fromarray(PIXELS), kind)
+    assert decode(data, "a.png").shape == PIXELS.shape
+
+
+@pytest.mark.parametrize("suffix", [".eps", ".pdf", ".pfm", ".svg", ".txt", ".npz", ""])
+def test_suffixes_of_other_files_are_not_known(suffix):
+    assert suffix not in picture_suffixes()
+
+
+def test_plugin_that_is_installed_adds_its_format(monkeypatch):
+    """A stand-in for `pillow_heif`, which registers its format when it is told to."""
+
+    def register():
+        Image.register_open("HEIF", Image.OPEN["PNG"][0], lambda prefix: prefix[4:8] == b"ftyp")
+        Image.register_extension("HEIF", ".heic")
+
+    monkeypatch.setitem(
+        sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register)
+    )
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
+    for function in (readable_formats, picture_suffixes):
+        function.cache_clear()
+    try:
+        assert "HEIF" in readable_formats() and ".heic" in picture_suffixes()
+    finally:
+        for function in (readable_formats, picture_suffixes):
+            function.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(1, 3000, 3), (30_000, 1, 3), (2, 2 * MAX_ASPECT + 1, 3)])
+def test_thin_pictures_are_refused_before_they_are_decoded(shape, monkeypatch):
+    data = encode_png(np.zeros(shape, np.uint8))
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(UnreadablePictureError, match=f"more than {MAX_ASPECT} times the other"):
+        decode(data, "a")
+
+
+def test_picture_at_the_limit_of_thinness_is_read_and_scaled_within_bounds():
+    pixels = decode(encode_png(np.zeros((1, MAX_ASPECT, 3), np.uint8)), "a")
+    assert resize_shorter_side(pixels, 32).size == 3 * MAX_ASPECT * 32**2
 
 
 def test_tally_counts_a_picture_once_and_refuses_too_many():

@@ -1,0 +1,139 @@
+"""Sidecars of caches that were cut, edited or are of something else: one line, no traceback."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from dar_jax.data import codes, encoded, latents, records, shards
+from dar_jax.data.sources import DataConfig, load_source
+from tests.data import tiny_sets
+from tests.data.small_files import open_split, refusal
+
+CONTENTS = {
+    "class_names": ["a", "b"],
+    "pictures": {"train": 4, "test": 2},
+    "pictures_per_shard": 3,
+    "made_from": {},
+    "image_size": 8,
+}
+FORMS = {
+    "codes": (codes.FORM, {"tokenizer": "0" * 64, "num_tokens": 4}, (4,)),
+    "latents": (latents.FORM, {"vae": "0" * 64, "shape": [2, 2, 3]}, (2, 2, 3)),
+}
+KEYS = {
+    "records": ("class_names", "counts", "image_size", "complete", "kind"),
+    "codes": ("class_names", "counts", "tokenizer", "num_tokens", "complete", "kind"),
+    "latents": ("class_names", "counts", "vae", "shape", "image_size", "complete", "kind"),
+}
+WRONG = {
+    "nothing": None,
+    "text": "x",
+    "number": 3.5,
+    "negative": -1,
+    "truth": True,
+    "list": [],
+    "nested": [[1]],
+    "object": {},
+    "train alone": {"train": [1]},
+    "counts of texts": {"train": ["1"], "test": [1]},
+}
+FITTING = {("complete", "truth"), ("tokenizer", "text"), ("vae", "text")}
+
+
+@pytest.fixture(scope="module", params=KEYS)
+def cache(request, tmp_path_factory):
+    """A complete cache of each kind: its name, directory and sidecar."""
+    root = tmp_path_factory.mktemp("cache") / "set"
+    if request.param == "records":
+        tiny_sets.make_records(root)
+    else:
+        form, more, shape = FORMS[request.param]
+        root.mkdir()
+
+        def make(split, pictures):
+            for index in pictures:
+                yield form.pack(np.full((2, *shape), index), index % 2)
+
+        shards.write_splits(root, {"kind": form.kind, **CONTENTS, **more}, make)
+    return request.param, root, json.loads((root / shards.SIDECAR_NAME).read_text())
+
+
+def refused(cache, sidecar):
+    name, root, right = cache
+    path = root / shards.SIDECAR_NAME
+    path.write_text(sidecar if isinstance(sidecar, str) else json.dumps(sidecar))
+    try:
+        return refusal(open_split, name, root, image_size=8)
+    finally:
+        path.write_text(json.dumps(right))
+
+
+def test_complete_cache_is_read(cache):
+    name, root, _ = cache
+    assert len(load_source(DataConfig(source=name, path=str(root), image_size=8), "test"))
+
+
+def test_missing_key_is_named(cache):
+    name, _, sidecar = cache
+    for key in KEYS[name]:
+        line = refused(cache, {k: v for k, v in sidecar.items() if k != key})
+        if key not in ("complete", "kind"):
+            assert f"lacks {key}, expected" in line
+
+
+def test_wrong_value_is_named(cache):
+    name, _, sidecar = cache
+    for key in KEYS[name]:
+        for kind, value in WRONG.items():
+            if (key, kind) not in FITTING:
+                line = refused(cache, {**sidecar, key: value})
+                assert key in ("complete", "kind") or f"has {key}=" in line, (key, kind)
+
+
+def test_long_value_is_shown_in_part(cache):
+    _, _, sidecar = cache
+    assert len(refused(cache, {**sidecar, "counts": ["x" * 10_000]})) < 400
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, "\0"])
+def test_sidecar_that_is_no_object_is_refused(cache, text):
+    refused(cache, text)
+
+
+def test_sidecar_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / shards.SIDECAR_NAME)
+    assert "no regular file" in refusal(open_split, "records", tmp_path)
+
+
+def test_cache_without_its_mark_of_completion_is_not_taken_for_complete(cache):
+    _, root, sidecar = cache
+    path = root / shards.SIDECAR_NAME
+    contents = {k: v for k, v in sidecar.items() if k not in ("complete", "counts")}
+    path.write_text(json.dumps({**contents, "complete": "yes"}))
+    assert shards.begin(root, contents) is False
+    path.write_text(json.dumps(sidecar))
+
+
+def write_records(directory, content):
+    shards.write_shard(shards.shard_path(directory, "train", 0, 1), content)
+    return shards.open_shards(directory, "train", [len(content)])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_record_of_another_length_or_label_is_named(name, tmp_path):
+    form, _, shape = FORMS[name]
+    right = form.pack(np.zeros((2, *shape)), 1)
+    wrong = (b"", right[:4], right[:-1], form.pack(np.zeros(shape), 2))
+    opened = write_records(tmp_path, [right, *wrong])
+    source = encoded.RecordedSource(opened, form, shape, ("a", "b"))
+    assert source[0][form.name].shape == (2, *shape)
+    for index in range(1, 5):
+        assert f"record {index} of the {name}" in refusal(source.__getitem__, index)
+
+
+def test_record_without_a_label_is_an_unreadable_picture(tmp_path):
+    source = records.RecordSource(write_records(tmp_path, [b"abc"]), "set train", ("a",))
+    with pytest.raises(records.UnreadablePictureError, match="set train record 0: .* no label"):
+        source[0]
