@@ -62,28 +62,35 @@ def load_folder(config: DataConfig, split: str) -> FolderSource:
             do not fit together, or nothing can be held out.
     """
     root = existing_directory(config)
-    splits = find_splits(subfolders(root), lambda name: subfolders(root / name), str(root))
+    splits = find_parts(root)
     train_root = root / splits.train if splits else root
-    title = train_root
-    if splits and "" in scan(train_root):
-        title = root  # the parts of a data set of one class have its name
+    classes = _classes(config, train_root, title=root)
+    beside = _beside(splits)
     if splits is None or splits.held_out is None:
-        classes = _classes(config, train_root, title=title)
-        whole, *parts = _draw(train_root, classes, config.test_fraction)
+        whole, *parts = _draw(train_root, classes, config.test_fraction, beside)
         if split == "test" and not parts[1]:
             raise ValueError(
                 f"the test split of {train_root} has no pictures: no class has two, of which one "
                 "could be held out; add pictures, or a folder val/ beside train/"
             )
         return select(whole, parts[split != "train"])
-    classes = _classes(config, train_root, title=title)
     if split == "train":
         source = _open(train_root, classes)
-        return dataclasses.replace(source, seen=source.seen.without(_others(splits)))
+        return dataclasses.replace(source, seen=source.seen.without(*beside))
     held_out = root / splits.held_out
     _check_held_out(config, held_out, classes, train_root=train_root)
     source = _open(held_out, classes)
     return select(source, spread(source.paths))
+
+
+@functools.lru_cache(maxsize=8)  # warns once
+def find_parts(root: pathlib.Path) -> Splits | None:
+    """Return the parts of the data set in a folder, or None if its folders are classes.
+
+    Raises:
+        ValueError: see `names.find_splits`.
+    """
+    return find_splits(subfolders(root), lambda name: subfolders(root / name), str(root))
 
 
 def open_folder(config: DataConfig, root: pathlib.Path, suffixes: tuple[str, ...]) -> FolderSource:
@@ -139,6 +146,7 @@ def _classes(
     return tuple(wanted.items())
 
 
+@functools.lru_cache(maxsize=8)  # warns once
 def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...], title: pathlib.Path) -> Classes:
     found = scan(root, suffixes)
     names = [name for name in found if name]
@@ -198,10 +206,11 @@ def _check_held_out(
 
 @functools.lru_cache(maxsize=2)
 def _draw(
-    root: pathlib.Path, classes: Classes, fraction: float
+    root: pathlib.Path, classes: Classes, fraction: float, beside: tuple[LeftOut, ...]
 ) -> tuple[FolderSource, list[int], list[int]]:
     """Return all pictures, and the indices of those to train on and of those held out."""
     whole = _open(root, classes)
+    whole = dataclasses.replace(whole, seen=whole.seen.without(*beside))
     return (whole, *hold_out(whole.paths, whole.labels, fraction))
 
 
@@ -231,9 +240,11 @@ def select(source: FolderSource, indices: Sequence[int]) -> FolderSource:
     )
 
 
-def _others(splits: Splits) -> LeftOut:
-    names = splits.others
-    return LeftOut(f"folder beside {splits.train}", len(names), names[0] if names else "")
+def _beside(splits: Splits | None) -> tuple[LeftOut, ...]:
+    """Return the folders that are no part of the data."""
+    if splits is None or not splits.others:
+        return ()
+    return (LeftOut(f"folder beside {splits.train}", len(splits.others), splits.others[0]),)
 
 
 def _reasons(seen: Seen) -> str:

@@ -23,9 +23,9 @@ from dar_jax.common.typing import Any, Float
 from dar_jax.data import encoded
 from dar_jax.data.base import DataConfig, EncodedPicture, Source, existing_directory, spread
 from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError
-from dar_jax.data.folder import FolderSource, open_folder, select
-from dar_jax.data.listing import Seen, subfolders
-from dar_jax.data.names import find_splits, printable
+from dar_jax.data.folder import FolderSource, find_parts, open_folder, select
+from dar_jax.data.listing import Seen
+from dar_jax.data.names import printable
 from dar_jax.data.shards import POSITIVE, POSITIVES
 
 KEYS = {"image_size": POSITIVE, "shape": POSITIVES}
@@ -121,7 +121,7 @@ def load_latent_folder(config: DataConfig, split: str) -> LatentFolder:
     """
     _check_still(config)
     directory = existing_directory(config)
-    splits = find_splits(subfolders(directory), lambda n: subfolders(directory / n), str(directory))
+    splits = find_parts(directory)
     if splits is not None:
         raise ValueError(
             f"data.path={config.path!r} has the part {splits.train!r}, but source 'latent_folder' "

@@ -46,6 +46,13 @@ def test_first_held_out_name_counts_and_the_others_are_counted(tmp_path):
     assert left_out.count == 2 and left_out.reason == "folder beside train"
 
 
+def test_folders_beside_a_training_part_without_another_are_counted(tmp_path):
+    write(tmp_path, *(f"train/{name}" for name in TWO), "extra/cat/1.png")
+    assert [len(part) for part in parts(tmp_path)] == [2, 2]
+    (left_out,) = open_split("folder", tmp_path, "test").seen.left_out
+    assert left_out.example == "extra"
+
+
 def test_flat_parts_are_one_class_of_the_data_sets_name(tmp_path, warnings):
     root = tmp_path / "faces"
     write(root, "train/0.png", "train/1.png", "val/2.png")

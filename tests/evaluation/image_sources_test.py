@@ -1,5 +1,7 @@
 """Images to be judged: which, in which order, and what is refused."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,6 +52,39 @@ def test_unreadable_picture_is_named(folder):
     (folder / "b" / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot read .*1.png: not a picture"):
         read_all(open_images(str(folder)))
+
+
+def test_folders_follow_the_rule_of_data_sets(folder, tmp_path_factory):
+    """What is hidden or no file does not count, links do, every folder once."""
+    store = tmp_path_factory.mktemp("store")
+    Image.new("RGB", (6, 4), (9, 9, 9)).save(store / "x.tga")
+    (folder / "linked").symlink_to(store)
+    (folder / "again").symlink_to(".")
+    (folder / ".cache").mkdir()
+    Image.new("RGB", (6, 4)).save(folder / ".cache" / "y.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    np.testing.assert_array_equal(
+        read_all(open_images(str(folder)))[:, 0, 0, 0], [2, 1, 0, 4, 9]
+    )  # in the order of a/, b/, c.bmp, linked/
+
+
+def test_unreadable_pictures_of_a_split_have_stand_ins_with_their_labels(tmp_path):
+    for index in range(4):
+        (tmp_path / "val" / str(index)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (index,) * 3).save(tmp_path / "val" / str(index) / "0.png")
+        (tmp_path / "train" / str(index)).mkdir(parents=True)
+        for number in range(30):
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / str(index) / f"{number}.png")
+    (tmp_path / "val" / "2" / "0.png").write_bytes(b"broken")
+    data = DataConfig(source="folder", path=str(tmp_path), image_size=8)
+    split = SplitImages(data, "test")
+    pixels, labels = read_all(split)[:, 0, 0, 0], split.labels()
+    assert len(split) == 4 and 2 not in labels
+    np.testing.assert_array_equal(pixels, labels)
+    (tmp_path / "val" / "1" / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="2 of 124 pictures cannot be read"):
+        read_all(SplitImages(data, "test"))
 
 
 @pytest.mark.parametrize("name", ["none", "none.npz", "notes.txt"])
