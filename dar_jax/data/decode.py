@@ -51,7 +51,8 @@ CORRUPT = (
     IndexError,
     KeyError,
     EOFError,
-    NotImplementedError,
+    RuntimeError,  # of AVIF
+    ArithmeticError,
     struct.error,
     Image.DecompressionBombError,
 )

@@ -99,6 +99,22 @@ def test_formats_that_are_not_meant_are_not_opened(kind, monkeypatch):
         decode(data, "a.png")
 
 
+@pytest.mark.parametrize("kind", readable_formats())
+def test_damaged_files_of_every_format_are_named_or_read(kind):
+    data = encoded(Image.fromarray(PIXELS), kind)
+    rng = np.random.default_rng(len(kind))
+    outcomes = []
+    for _ in range(300):
+        broken = bytearray(data)
+        for place in rng.integers(0, min(len(data), 80), 3):
+            broken[place] = rng.choice([0, 127, 255])
+        try:
+            decode(bytes(broken), "a.png", max_pixels=10_000)
+        except UnreadablePictureError as error:
+            outcomes.append(str(error))
+    assert outcomes and all(text.startswith("a.png: ") for text in outcomes)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".jfif", ".tga", ".avif", ".jp2", ".webp", ".qoi"])
 def test_formats_are_found_by_content_and_their_suffixes_are_known(suffix):
     assert suffix in picture_suffixes()

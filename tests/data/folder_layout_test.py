@@ -8,6 +8,7 @@ import socket
 import pytest
 from absl import logging as absl_logging
 
+from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError
 from dar_jax.data.listing import list_files
 from tests.data.small_files import grey, greys, names, open_split, refusal, write
 
@@ -216,6 +217,24 @@ def test_link_to_nothing_is_an_unreadable_picture(tmp_path):
     (tmp_path / "cat/gone.png").symlink_to("nowhere.png")
     (tmp_path / "cat/circle.png").symlink_to("circle.png")
     assert list_files(tmp_path, (".png",)).paths[2:4] == ("cat/circle.png", "cat/gone.png")
+
+
+def test_file_of_many_bytes_is_an_unreadable_picture(tmp_path):
+    write(tmp_path, *TWO)
+    for name in TWO:
+        os.truncate(tmp_path / name, MAX_FILE_BYTES + 1)  # holes take no room
+    source = open_split("folder", tmp_path)
+    with pytest.raises(UnreadablePictureError, match="1,073,741,825 bytes, more than"):
+        source.read(0)
+
+
+def test_file_that_became_a_pipe_is_an_unreadable_picture(tmp_path):
+    write(tmp_path, *TWO)
+    source = open_split("folder", tmp_path)
+    source.path(0).unlink()
+    os.mkfifo(source.path(0))
+    with pytest.raises(UnreadablePictureError, match="no regular file"):
+        source.read(0)
 
 
 def test_folder_that_must_not_be_read_is_left_out_and_named(tmp_path, monkeypatch, warnings):

@@ -21,6 +21,7 @@ from dar_jax.common import model_dir
 from dar_jax.config import build as read_config
 from dar_jax.modes import train
 from dar_jax.training import checkpoint
+from tests.data import small_files
 from tests.training.toy_task import ToyTask
 
 RUN_TOY = """
@@ -211,6 +212,25 @@ def test_bad_config_is_one_line_and_nothing_is_written(tmp_path, block, key, val
     config[block][key] = value
     with pytest.raises(ValueError, match=message) as caught:
         train.train(read_config(config), str(tmp_path / "new"), ToyTask())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (("val/0.png",), "has pictures but no class folders"),
+        (("val/notes.txt",), "val has no pictures"),
+        (("val/bird/0.png",), "classes that the training part has not: 'bird'"),
+        ((), "no class has two"),
+    ],
+)
+def test_held_out_part_is_checked_before_anything_is_written(tmp_path, held_out, message):
+    small_files.write(tmp_path / "set", "train/cat/0.png", *held_out)
+    config = make_config(steps=2)
+    config.data = {"source": "folder", "path": str(tmp_path / "set"), "batch_size": 16}
+    with pytest.raises(ValueError, match=message) as caught:
+        train.train(config, str(tmp_path / "new"), ToyTask())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 
