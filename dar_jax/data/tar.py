@@ -239,7 +239,7 @@ def _labels(
     # One folder for all says nothing, where texts do.
     folders = {record.folders[depth : depth + 1] for record in records}
     if len(folders) == 1 and all(record.text for record in records):
-        return [label for path in tars.paths for label in read_texts(path)]
+        return _texts(tars, records)
     for record in records:
         if len(record.folders) <= depth:
             name = printable(record.name)
@@ -248,6 +248,18 @@ def _labels(
                 " or .json beside it, or a folder that is named after the class"
             )
     return [record.folders[depth] for record in records]
+
+
+def _texts(tars: Tars, records: Sequence[Record]) -> list[int | str]:
+    """Return what `.txt` files say, unless they are captions."""
+    texts = [label for path in tars.paths for label in read_texts(path)]
+    if len(set(texts)) * 2 > len(texts):
+        raise ValueError(
+            f"{records[0].picture.path}: {printable(records[0].name)} has no class: its .txt holds "
+            f"{texts[0]!r}, but {len(set(texts)):,} different texts beside {len(texts):,} pictures "
+            "are captions, not classes; expected .cls or .json files, or folders named after them"
+        )
+    return texts
 
 
 def _classes(

@@ -219,6 +219,28 @@ def test_link_to_nothing_is_an_unreadable_picture(tmp_path):
     assert list_files(tmp_path, (".png",)).paths[2:4] == ("cat/circle.png", "cat/gone.png")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("pipe", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        ("[" * 100_000, "nested too deep"),
+        ('["cat", "cat"]', "names a class twice"),
+        ("[[1]]", "must hold a list of class names"),
+    ],
+)
+def test_classes_that_are_no_list_are_refused(content, reason, tmp_path):
+    write(tmp_path / "set", *TWO)
+    file = tmp_path / "classes.json"
+    if content == "pipe":
+        os.mkfifo(file)
+    elif content == "/dev/zero":
+        file.symlink_to(content)
+    else:
+        file.write_text(content)
+    assert reason in refusal(open_split, "folder", tmp_path / "set", classes=str(file))
+
+
 def test_file_of_many_bytes_is_an_unreadable_picture(tmp_path):
     write(tmp_path, *TWO)
     for name in TWO:

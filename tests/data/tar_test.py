@@ -185,6 +185,14 @@ def test_captions_beside_pictures_in_class_folders_say_no_class(tmp_path):
     assert open_split("tar", tmp_path).class_names == ("cat", "dog")
 
 
+def test_captions_are_no_classes(tmp_path):
+    texts = {f"{i}.txt": b"cat %d" % i for i in range(4)}
+    write_tar(tmp_path / "a.tar", {**texts, **pictures(*(f"{i}.png" for i in range(4)))})
+    assert "4 different texts beside 4 pictures are captions" in refusal(
+        open_split, "tar", tmp_path
+    )
+
+
 BAD_LABELS = {
     "huge": (b"10000000000", "holds 10000000000, no label in 0..999999"),
     "many digits": (b"9" * 6000, "no label in 0..999999"),
