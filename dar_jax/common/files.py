@@ -33,9 +33,13 @@ def read_regular(path: str | os.PathLike, max_bytes: int) -> bytes:
     Raises:
         OSError: it cannot be read, is something else, or has more bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+
+    def opener(name: str, flags: int) -> int:
+        # Opening a pipe that nobody writes to would wait.
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=opener) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "no regular file", str(path))
         if status.st_size > max_bytes:

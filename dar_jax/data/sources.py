@@ -60,7 +60,8 @@ def count_pictures(config: DataConfig) -> int:
     Raises:
         ValueError: see `load_source`.
     """
-    return sum(len(load_source(config, split)) for split in SPLITS)
+    splits = ("train",) if config.source == "latent_folder" else SPLITS  # there one has all
+    return sum(len(load_source(config, split)) for split in splits)
 
 
 def check_num_classes(num_classes: int | None, source: Source) -> None:

@@ -18,7 +18,7 @@ from dar_jax.data.base import DataConfig, EncodedSource, Source
 from dar_jax.data.decode import PLUGIN_SUFFIXES, UnreadablePictureError, check_header
 from dar_jax.data.listing import LeftOut, Seen
 from dar_jax.data.names import listed
-from dar_jax.data.sources import load_source
+from dar_jax.data.sources import count_pictures, load_source
 
 MAX_HEADERS = 1_000
 MAX_CLASSES = 6
@@ -47,12 +47,12 @@ def check(config: DataConfig, train: Source) -> str:
         logging.warning(
             "The held-out part is a single picture: distances between sets of pictures need two"
         )
-    headers = _check_headers(config, train, test)
+    total = count_pictures(config)
+    headers = _check_headers(config, test, total)
     found = {id(s): s for s in (getattr(part, "seen", None) for part in (train, test)) if s}
     seen = list(found.values())
     files = sum(one.files for one in seen)
     where = f"{config.source} {config.path}".strip()
-    total = len(train) + len(test)
     lines = [
         f"{where}: {total:,} pictures of {train.num_classes:,} classes"
         + (f", {files:,} files seen" if files else ""),
@@ -65,14 +65,13 @@ def check(config: DataConfig, train: Source) -> str:
     return "\n".join(lines)
 
 
-def _check_headers(config: DataConfig, train: Source, test: Source) -> str:
-    """Read the headers of held-out pictures; return what was read."""
+def _check_headers(config: DataConfig, test: Source, total: int) -> str:
+    """Read the headers of held-out pictures, `total` being all; return what was read."""
     count = min(len(test), MAX_HEADERS)
     with ThreadPoolExecutor(config.num_threads) as pool:
         errors = list(filter(None, pool.map(functools.partial(_error, test), range(count))))
     for error in errors[:MAX_LINES]:
         logging.warning("Unreadable held-out picture: %s", error)
-    total = len(train) + len(test)
     too_many = len(errors) * len(test) > config.max_corrupt_fraction * total * count
     if too_many or len(errors) == count:
         raise ValueError(

@@ -167,7 +167,26 @@ def _open(
     classes = _classes(labels, None if wanted is None else dict(wanted), where)
     words = [name for name, (of_tar, _) in zip(tars.names, found, strict=True) for _ in of_tar]
     roles = _roles(records, words, depth, splits)
+    source, roles = _choose(records, labels, roles, classes=classes, seen=seen)
+    names = [f"{os.path.basename(member.path)}:{member.name}" for member in source.members]
+    apart = [role != TRAIN for role in roles]
+    if not any(apart):
+        return (source, *hold_out(names, source.labels, fraction))
+    kept = [index for index, is_apart in enumerate(apart) if not is_apart]
+    if isinstance(labels[0], str):
+        _refuse_unknown(source, kept, apart, where)
+    return source, kept, [index for index in spread(names) if apart[index]]
 
+
+def _choose(
+    records: Sequence[Record],
+    labels: Sequence[int | str],
+    roles: Sequence[str],
+    *,
+    classes: Mapping[int | str, str],
+    seen: Seen,
+) -> tuple[TarSource, list[str]]:
+    """Return the pictures of the classes and parts that are used, and the roles of these."""
     leaving = Leaving()
     numbers = {label: number for number, label in enumerate(classes)}
     used = []
@@ -184,14 +203,7 @@ def _open(
         tuple(classes.values()),
         seen.without(*leaving.result()),
     )
-    names = [f"{os.path.basename(member.path)}:{member.name}" for member in source.members]
-    apart = [roles[index] != TRAIN for index in used]
-    if not any(apart):
-        return (source, *hold_out(names, source.labels, fraction))
-    kept = [index for index, is_apart in enumerate(apart) if not is_apart]
-    if isinstance(labels[0], str):
-        _refuse_unknown(source, kept, apart, where)
-    return source, kept, [index for index in spread(names) if apart[index]]
+    return source, [roles[index] for index in used]
 
 
 def _are_labelled(records: Sequence[Record], where: str) -> bool:

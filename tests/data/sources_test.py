@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from dar_jax.data import embedded, sources
+from dar_jax.data.base import hold_out
 from dar_jax.data.sources import DataConfig
+
+SUFFIXES = (".png", ".a.jpg")
+HELD_OUT = ["bee/2.a.jpg", "ant/6.png", "ant/4.png", "bee/4.a.jpg"]
 
 
 def test_mnist_splits_are_stratified_disjoint_and_padded():
@@ -38,6 +42,15 @@ def test_synthetic_is_deterministic_and_splits_differ():
 def test_mnist_refuses_sizes_it_cannot_pad_to(image_size):
     with pytest.raises(ValueError, match=f"image_size {image_size}"):
         sources.load_source(DataConfig(image_size=image_size), "train")
+
+
+def test_held_out_names_stay_what_they_were():
+    """Checkpoints of older runs go on with the same pictures."""
+    names = [f"{c}/{i}{suffix}" for c in ("ant", "bee") for i in range(12) for suffix in SUFFIXES]
+    labels = [names.index(name) // (len(names) // 2) for name in names]
+    kept, held_out = hold_out(names, labels, 0.1)
+    assert [names[index] for index in held_out] == HELD_OUT
+    assert sorted(kept + held_out) == list(range(len(names)))
 
 
 def test_unknown_source_and_split_are_named():
