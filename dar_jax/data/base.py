@@ -17,6 +17,8 @@ from dar_jax.data.transforms import CROPS
 SPLITS = ("train", "test")
 SPLIT_SEED = 0
 """Seed of every held-out split that is drawn."""
+MAX_READERS = 1_024
+"""Threads or processes that read; more only exhaust the machine."""
 MAX_JSON_BYTES = 2**28
 """Of a file that describes data; more is something else."""
 
@@ -76,6 +78,10 @@ class DataConfig:
         for name in ("padding", "num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} is negative")
+        most = {"num_threads": MAX_READERS, "num_workers": MAX_READERS, "padding": self.image_size}
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise ValueError(f"{name} {getattr(self, name)} is too many, at most {limit}")
         if self.crop not in CROPS:
             raise ValueError(f"unknown crop {self.crop!r}; available: {', '.join(CROPS)}")
         if self.references and self.num_references == 1:

@@ -73,6 +73,15 @@ def test_empty_source_is_refused(monkeypatch):
         sources.load_source(DataConfig(source="synthetic"), "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_workers", 2**31), ("num_workers", 2**63), ("num_threads", 10**6), ("padding", 10_000)],
+)
+def test_numbers_that_would_exhaust_the_machine_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value} is too many, at most "):
+        DataConfig(**{name: value})
+
+
 def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="batch_size 0"):
         DataConfig(batch_size=0)
