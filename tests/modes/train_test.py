@@ -230,7 +230,7 @@ def test_held_out_part_is_checked_before_anything_is_written(tmp_path, held_out,
     config = make_config(steps=2)
     config.data = {"source": "folder", "path": str(tmp_path / "set"), "batch_size": 16}
     with pytest.raises(ValueError, match=message) as caught:
-        train.train(config, str(tmp_path / "new"), ToyTask())
+        train.train(read_config(config), str(tmp_path / "new"), ToyTask())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 
