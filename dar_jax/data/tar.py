@@ -132,7 +132,8 @@ def _find_tars(config: DataConfig) -> Tars:
         )
     paths = tuple(sorted(found.values()))
     names = tuple(str(path.relative_to(root)) for path in paths)
-    return Tars(paths, names, listing.seen.without(*leaving.result()))
+    beside = dataclasses.replace(listing.seen, files=listing.seen.files - len(listing.paths))
+    return Tars(paths, names, beside.without(*leaving.result()))
 
 
 def _expand(pattern: str) -> Tars:

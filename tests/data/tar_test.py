@@ -247,6 +247,7 @@ def test_what_lies_beside_tars_and_hidden_members_do_not_matter(tmp_path):
     os.mkfifo(tmp_path / "b.tar")
     source = open_split("tar", tmp_path)
     assert everything(tmp_path) == [f"{i:03d}.png" for i in range(8)]
+    assert source.seen.files == len(members) + 5  # those in the tar and those beside it
     counts = {item.reason: item.count for item in source.seen.left_out}
     assert counts["hidden"] == 2 + len(records(8)) + 2
     assert counts["neither a file nor a link to one"] == counts["with the suffix .npy"] == 1
