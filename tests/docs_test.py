@@ -2,10 +2,12 @@
 
 import functools
 import importlib
+import pathlib
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -143,7 +145,7 @@ def test_commands_are_for_any_shell(block, tmp_path):
     assert not list(shell_faults(block))
     script = tmp_path / "block.sh"
     script.write_text(f"#!/usr/bin/env bash\n{block}")
-    checks = [["bash", "-n"], ["shellcheck"]]
+    checks = [["bash", "-n"], [str(pathlib.Path(sys.executable).parent / "shellcheck")]]
     if shutil.which("zsh"):
         checks.append(["zsh", "-n"])
     for check in checks:
