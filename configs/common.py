@@ -1,12 +1,17 @@
 """What every config begins with; the defaults are those of the dataclasses of its blocks."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from dar_jax.config import block
 from dar_jax.config import defaults as base
 
 __all__ = ["base", "block", "variant"]
 
+T = TypeVar("T")
 
-def variant(name: str, variants: dict[str, object]):
+
+def variant(name: str, variants: Mapping[str, T]) -> T:
     """Return the variant called `name`.
 
     Raises:

@@ -27,9 +27,8 @@ Other forms of data: `--config.data.source=tar` (WebDataset), `records` (`--mode
 
 import functools
 
-import ml_collections
-
 from configs import common, mnist
+from dar_jax.config import ConfigDict
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
@@ -66,12 +65,12 @@ PRIORS = {64: (8, 8, 512), 128: (12, 10, 640), 256: (12, 12, 768)}
 """Layers, heads and width by image size."""
 
 
-def accelerated(config: ml_collections.ConfigDict, image_size: int) -> None:
+def accelerated(config: ConfigDict, image_size: int) -> None:
     config.compute.update(dtype="bfloat16", remat="blocks")
     config.data.image_size = image_size
 
 
-def tokenizer(config: ml_collections.ConfigDict, image_size: int) -> None:
+def tokenizer(config: ConfigDict, image_size: int) -> None:
     accelerated(config, image_size)
     config.task = "dar_tokenizer"
     config.model = common.block(TOKENIZERS[image_size])
@@ -91,7 +90,7 @@ def tokenizer(config: ml_collections.ConfigDict, image_size: int) -> None:
     config.evaluate.evaluators = "reconstruction"
 
 
-def dar(config: ml_collections.ConfigDict, image_size: int) -> None:
+def dar(config: ConfigDict, image_size: int) -> None:
     accelerated(config, image_size)
     num_layers, num_heads, dim = PRIORS[image_size]
     config.task = "dar_prior"
@@ -124,13 +123,13 @@ def dar(config: ml_collections.ConfigDict, image_size: int) -> None:
     config.sample.guidance_scale = (1.1, 4.0)
 
 
-def tokenizer_32(config: ml_collections.ConfigDict) -> None:
+def tokenizer_32(config: ConfigDict) -> None:
     mnist.tokenizer(config)
     mnist.quick_evaluation(config)
     config.data.update(crop="random", flip=True, padding=0)
 
 
-def dar_32(config: ml_collections.ConfigDict) -> None:
+def dar_32(config: ConfigDict) -> None:
     mnist.dar(config)
     mnist.quick_evaluation(config)
     config.tokenizer = "runs/images/tokenizer/model"
@@ -139,7 +138,7 @@ def dar_32(config: ml_collections.ConfigDict) -> None:
     config.sample.untrained_model = ""
 
 
-def get_config(name: str = "tokenizer") -> ml_collections.ConfigDict:
+def get_config(name: str = "tokenizer") -> ConfigDict:
     config = common.base()
     sizes = {"": 128, **{f"_{size}": size for size in TOKENIZERS}}
     variants = {

@@ -41,15 +41,14 @@ For the other sizes (b 111M, xxxl 3.9B, 1b, 3b, 7b) the reference gives no score
 training: 300 epochs, about 360,000 steps of 1024 images; L took 2 days on 16 A100.
 """
 
-import ml_collections
-
 from configs import common
+from dar_jax.config import ConfigDict
 from dar_jax.models.dar.llama import SIZES, LlamaConfig
 
 UP_TO_2B = ("b", "l", "xl", "xxl", "1b")
 
 
-def get_config(name: str = "l") -> ml_collections.ConfigDict:
+def get_config(name: str = "l") -> ConfigDict:
     config = common.base()
     config.task = "dar_prior"
     config.tokenizer = "runs/imagenet/tokenizer/model"

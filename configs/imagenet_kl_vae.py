@@ -11,14 +11,13 @@ How they were trained has not been published. This config trains with the loss o
     python -m dar_jax.main --config=configs/imagenet_kl_vae.py --workdir=runs/imagenet/kl_vae
 """
 
-import ml_collections
-
 from configs import common
+from dar_jax.config import ConfigDict
 from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.tasks.kl_vae import KlVaeLossConfig
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> ConfigDict:
     config = common.base()
     config.task = "kl_vae"
     config.model = common.block(KlVaeConfig())

@@ -25,14 +25,13 @@ published file `dinov2_vitb14_pretrain.pth` is converted once:
 To train without one of them, set its weight to 0, e.g. `--config.loss.alignment_weight=0.0`.
 """
 
-import ml_collections
-
 from configs import common
+from dar_jax.config import ConfigDict
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> ConfigDict:
     config = common.base()
     config.task = "dar_tokenizer"
     config.model = common.block(TokenizerConfig(tokens_per_step=32))

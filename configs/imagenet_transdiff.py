@@ -29,9 +29,8 @@ give absolute rates. An epoch is 1,281,167 images, or groups for MRAR. The refer
 float16 or casts everything to bfloat16; here parameters, optimizer and average stay float32.
 """
 
-import ml_collections
-
 from configs import common
+from dar_jax.config import ConfigDict
 from dar_jax.models.transdiff.model import AT_512_PIXELS, MRAR, SIZES, TransDiffConfig
 from dar_jax.tasks.transdiff import TransDiffLossConfig
 
@@ -54,7 +53,7 @@ SAMPLING = {
 """Guidance, drift and noise scale of the published figures; at 512, b and h take those of l."""
 
 
-def get_config(name: str = "l") -> ml_collections.ConfigDict:
+def get_config(name: str = "l") -> ConfigDict:
     size, _, form = name.partition(",")
     config = common.base()
     common.variant(form, FORMS)(config, common.variant(size, SIZES))
@@ -68,7 +67,7 @@ def get_config(name: str = "l") -> ml_collections.ConfigDict:
     return config
 
 
-def one_step(config: ml_collections.ConfigDict, size: dict[str, int]) -> None:
+def one_step(config: ConfigDict, size: dict[str, int]) -> None:
     """256 pixels, 800 epochs from scratch."""
     config.task = "transdiff"
     config.vae = "runs/imagenet/kl_vae/model"
@@ -93,7 +92,7 @@ def one_step(config: ml_collections.ConfigDict, size: dict[str, int]) -> None:
     _schedule(config, epochs=800, warmup_epochs=100)
 
 
-def mrar(config: ml_collections.ConfigDict, size: dict[str, int]) -> None:
+def mrar(config: ConfigDict, size: dict[str, int]) -> None:
     """Multi-reference autoregression: 40 epochs of groups, from a one-step model."""
     one_step(config, size)
     config.model.update(MRAR)
@@ -103,7 +102,7 @@ def mrar(config: ml_collections.ConfigDict, size: dict[str, int]) -> None:
     _schedule(config, epochs=40, warmup_epochs=10)
 
 
-def at_512_pixels(config: ml_collections.ConfigDict, size: dict[str, int]) -> None:
+def at_512_pixels(config: ConfigDict, size: dict[str, int]) -> None:
     """512 pixels: 150 epochs of the decoder alone, from a one-step model of 256."""
     one_step(config, size)
     config.model.update(AT_512_PIXELS)
@@ -117,7 +116,7 @@ def at_512_pixels(config: ml_collections.ConfigDict, size: dict[str, int]) -> No
     _schedule(config, epochs=150, warmup_epochs=10)
 
 
-def _schedule(config: ml_collections.ConfigDict, epochs: int, warmup_epochs: int) -> None:
+def _schedule(config: ConfigDict, epochs: int, warmup_epochs: int) -> None:
     config.optimizer.warmup_steps = warmup_epochs * STEPS_PER_EPOCH
     config.train.update(steps=epochs * STEPS_PER_EPOCH, checkpoint_every=5000, image_every=5000)
 

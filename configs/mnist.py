@@ -16,9 +16,8 @@ fine-tuned from that:
     done
 """
 
-import ml_collections
-
 from configs import common
+from dar_jax.config import ConfigDict
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
@@ -33,7 +32,7 @@ NUM_TOKENS = 32
 CODEBOOK_SIZE = 256
 
 
-def tokenizer(config: ml_collections.ConfigDict) -> None:
+def tokenizer(config: ConfigDict) -> None:
     """32 tokens in 4 groups for a 32x32 image; 2 of the 8 denoising steps per group."""
     config.task = "dar_tokenizer"
     config.model = common.block(
@@ -70,7 +69,7 @@ def tokenizer(config: ml_collections.ConfigDict) -> None:
     short_schedule(config, steps=2500, learning_rate=1e-2)
 
 
-def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate: float) -> None:
+def short_schedule(config: ConfigDict, steps: int, learning_rate: float) -> None:
     """Muon with a linear decay to zero gets the most out of a few minutes."""
     config.optimizer.update(
         name="muon",
@@ -83,7 +82,7 @@ def short_schedule(config: ml_collections.ConfigDict, steps: int, learning_rate:
     config.train.update(steps=steps, log_every=50, checkpoint_every=500, image_every=1000)
 
 
-def dar(config: ml_collections.ConfigDict) -> None:
+def dar(config: ConfigDict) -> None:
     """A Llama over the tokenizer's 32 tokens."""
     config.task = "dar_prior"
     config.tokenizer = "runs/mnist/tokenizer/model"
@@ -109,7 +108,7 @@ def dar(config: ml_collections.ConfigDict) -> None:
     config.sample.prefix_tokens = (1, 2, 4, 8)
 
 
-def kl_vae(config: ml_collections.ConfigDict) -> None:
+def kl_vae(config: ConfigDict) -> None:
     """An autoencoder of 8x8x4 latents for a 32x32 image."""
     config.task = "kl_vae"
     config.model = common.block(
@@ -133,7 +132,7 @@ def kl_vae(config: ml_collections.ConfigDict) -> None:
 LATENT_SIZE, LATENT_CHANNELS = 8, 4
 
 
-def transdiff(config: ml_collections.ConfigDict) -> None:
+def transdiff(config: ConfigDict) -> None:
     """TransDiff over the latents of `kl_vae`: 64 condition tokens, 64 latent tokens."""
     config.task = "transdiff"
     config.vae = "runs/mnist/kl_vae/model"
@@ -159,7 +158,7 @@ def transdiff(config: ml_collections.ConfigDict) -> None:
     config.sample.update(solver="euler_maruyama", guidance_scale=(1.5,), num_steps=50)
 
 
-def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
+def transdiff_mrar(config: ConfigDict) -> None:
     """The same with four references of 16 tokens each, from the one-step model."""
     transdiff(config)
     config.train.init_from = "runs/mnist/transdiff/model"
@@ -169,12 +168,12 @@ def transdiff_mrar(config: ml_collections.ConfigDict) -> None:
     short_schedule(config, steps=800, learning_rate=5e-3)
 
 
-def quick_evaluation(config: ml_collections.ConfigDict) -> None:
+def quick_evaluation(config: ConfigDict) -> None:
     """A classifier judges digits well and within seconds; the large networks are off."""
     config.evaluate.update(classifier=True, features="", lpips="", num_images=1000)
 
 
-def get_config(name: str = "dar") -> ml_collections.ConfigDict:
+def get_config(name: str = "dar") -> ConfigDict:
     config = common.base()
     quick_evaluation(config)
     common.variant(

@@ -23,16 +23,15 @@ price of a little PSNR. Both look coarse after 3,300 steps of 8 crops, but textu
 it. `.github/pictures/photographs.png` shows what the last command draws.
 """
 
-import ml_collections
-
 from configs import common as blocks
 from configs import image_folder
+from dar_jax.config import ConfigDict
 
 COMMON_STEPS, BRANCH_STEPS = 3000, 300
 PERCEPTUAL_WEIGHT = 0.5
 
 
-def small(config: ml_collections.ConfigDict) -> None:
+def small(config: ConfigDict) -> None:
     """The folder's tokenizer for 64 pixels, cut to 0.8M parameters and to float32 for a CPU."""
     config.compute.update(dtype="float32", remat="none", unroll=True)
     config.data.update(path="photographs", batch_size=8)
@@ -45,23 +44,23 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.evaluate.update(evaluators="reconstruction", features="")
 
 
-def common(config: ml_collections.ConfigDict) -> None:
+def common(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 1e-2
     config.train.steps = COMMON_STEPS
 
 
-def off(config: ml_collections.ConfigDict) -> None:
+def off(config: ConfigDict) -> None:
     """Linear decay to zero."""
     config.optimizer.update(learning_rate=4e-3, decay_start=20, decay_end=BRANCH_STEPS)
     config.train.update(steps=BRANCH_STEPS, init_from="runs/photographs/common/model")
 
 
-def on(config: ml_collections.ConfigDict) -> None:
+def on(config: ConfigDict) -> None:
     off(config)
     config.loss.perceptual_weight = PERCEPTUAL_WEIGHT
 
 
-def get_config(name: str = "on") -> ml_collections.ConfigDict:
+def get_config(name: str = "on") -> ConfigDict:
     config = image_folder.get_config("tokenizer_64")
     fill = blocks.variant(name, {"common": common, "off": off, "on": on})
     small(config)

@@ -8,7 +8,7 @@ that reads it and holds the defaults.
 import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -27,6 +27,11 @@ from dar_jax.performance.config import BenchmarkConfig, CompileConfig
 from dar_jax.training.config import TrainConfig
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.tracking import WandbConfig
+
+if TYPE_CHECKING:
+    ConfigDict = Any  # ml_collections declares no keys, and takes any key for any type it may hold
+else:
+    ConfigDict = ml_collections.ConfigDict
 
 ROOT = "config"
 """What keys begin with on the command line."""
@@ -107,13 +112,16 @@ class Config:
                 yield field.name, getattr(self, field.name), field.metadata["but"]
 
 
-BLOCKS = {
-    field.name: field.type for field in dataclasses.fields(Config) if "bound" in field.metadata
+_TYPES = typing.get_type_hints(Config)
+BLOCKS: dict[str, type] = {
+    field.name: _TYPES[field.name]
+    for field in dataclasses.fields(Config)
+    if "bound" in field.metadata
 }
 """Class of every block that does not depend on the task, by name."""
 
 
-def build(config: ml_collections.ConfigDict) -> Config:
+def build(config: ConfigDict) -> Config:
     """Read a configuration.
 
     Raises:
@@ -167,9 +175,9 @@ def _names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def defaults() -> ml_collections.ConfigDict:
+def defaults() -> ConfigDict:
     """What every file of `configs/` begins with: the blocks that do not depend on the task."""
-    config = ml_collections.ConfigDict({"task": "", "seed": 0})
+    config: ConfigDict = ml_collections.ConfigDict({"task": "", "seed": 0})
     for name, cls in BLOCKS.items():
         config[name] = block(cls())
     del config.sample.options
@@ -178,7 +186,7 @@ def defaults() -> ml_collections.ConfigDict:
     return config
 
 
-def block(instance: Any) -> ml_collections.ConfigDict:
+def block(instance: Any) -> ConfigDict:
     """Return a config block with the fields of a dataclass instance.
 
     A field that is None knows its type, so that it can be set on the command line.

@@ -37,6 +37,7 @@ import logging as python_logging
 import pkgutil
 import sys
 import types
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -105,7 +106,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         _fail(error)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     """Print one line and exit with status 2."""
     message = str(error)
     if isinstance(error, flags.Error):

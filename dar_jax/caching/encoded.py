@@ -4,11 +4,11 @@ Training pictures are encoded in all views that training may have of them. Every
 own shards, each batch split over its devices.
 """
 
+import dataclasses
 import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import grain
 import jax
@@ -28,7 +28,8 @@ from dar_jax.parallel import sharding
 PREFETCHED_PICTURES = 64
 
 
-class Views(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Views:
     """`of` maps pixels [_, _, 3] of any size to `count` views of it, [count, size, size, 3]."""
 
     count: int
@@ -170,6 +171,6 @@ def _read(
     dataset = grain.MapDataset.range(pictures.start, pictures.stop).map(example)
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, PREFETCHED_PICTURES)))
     try:
-        yield from iterator
+        yield from iterator  # pyright: ignore[reportReturnType] - grain leaves None out
     finally:
         iterator.close()

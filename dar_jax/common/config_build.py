@@ -23,14 +23,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             the dataclass refuses.
     """
     types_by_name = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    fields = _fields(cls)
     arguments = {}
-    check_keys(values, names, where)
+    check_keys(values, [field.name for field in fields], where)
     for key in values:
         arguments[key] = read_value(types_by_name[key], values[key], f"{where}.{key}")
     required = {
         field.name
-        for field in dataclasses.fields(cls)
+        for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     missing = sorted(required - set(arguments))
@@ -40,6 +40,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(cls)
 
 
 def check_keys(values: Iterable[str], valid: Sequence[str], where: str) -> None:
@@ -80,7 +84,7 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
     if isinstance(annotation, types.UnionType) and value is None:
         return None
     annotation = without_none(annotation)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a block of keys, got {value!r}")
         return build(annotation, value, where)

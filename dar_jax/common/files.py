@@ -48,10 +48,17 @@ def read_regular(path: str | os.PathLike, max_bytes: int) -> bytes:
         return file.read()
 
 
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name, whole or not at all."""
+    with replacing(path) as temporary:
+        # Any name but `allow_pickle` is an array's, which NumPy's types cannot say.
+        np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+
+
 def write_safetensors(
     path: pathlib.Path,
     arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write arrays by name, whole or not at all, readable for those who can read other new files.
 

@@ -91,7 +91,7 @@ def _count(jaxpr: Jaxpr, reached: Sequence[bool]) -> Counted:
         cost, outputs = _count_equation(eqn, flags_of(eqn.invars))
         total += cost
         for var, output in zip(eqn.outvars, outputs, strict=True):
-            flags[var] = output and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+            flags[var] = output and jnp.issubdtype(_aval(var).dtype, jnp.inexact)
     return total, flags_of(jaxpr.outvars)
 
 
@@ -130,7 +130,7 @@ def _carries_of_scan(eqn: JaxprEqn, body: Jaxpr) -> slice:
     """
 
     def num_cut(atoms: Sequence[Any], rows: Sequence[Any]) -> int:
-        return sum(a.aval.ndim > row.aval.ndim for a, row in zip(atoms, rows, strict=True))
+        return sum(_aval(a).ndim > _aval(row).ndim for a, row in zip(atoms, rows, strict=True))
 
     stop = len(body.invars) - num_cut(eqn.invars, body.invars)
     return slice(stop - len(body.outvars) + num_cut(eqn.outvars, body.outvars), stop)
@@ -148,10 +148,15 @@ def _count_loop(body: Jaxpr, reached: list[bool], carries: slice) -> Counted:
         reached[carries] = after
 
 
+def _aval(atom: Any) -> Any:
+    """Shape and dtype of a value; JAX declares a base class that has none."""
+    return atom.aval
+
+
 def _product_flops(eqn: JaxprEqn) -> float:
     """FLOPs of a matrix product or a convolution."""
-    left, right = (var.aval.shape for var in eqn.invars)
-    num_outputs = math.prod(eqn.outvars[0].aval.shape)
+    left, right = (_aval(var).shape for var in eqn.invars)
+    num_outputs = math.prod(_aval(eqn.outvars[0]).shape)
     numbers = eqn.params["dimension_numbers"]
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = numbers

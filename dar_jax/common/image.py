@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dar_jax.common.typing import Array, Float, UInt8
+from dar_jax.common.typing import AnyArray, Array, Float, UInt8
 
 RGB = 3
 LEGIBLE_SIZE = 64
@@ -19,15 +19,15 @@ BICUBIC_A = -0.75
 
 
 def to_float(
-    pixels: UInt8[Array | np.ndarray, "*batch C"],
-) -> Float[Array | np.ndarray, "*batch C"]:
+    pixels: UInt8[AnyArray, "*batch C"],
+) -> Float[AnyArray, "*batch C"]:
     """Map uint8 0..255 to float32 [-1, 1]."""
     return pixels.astype(np.float32) / 127.5 - 1.0
 
 
 def to_pixels(
-    image: Float[Array | np.ndarray, "*batch C"],
-) -> UInt8[Array | np.ndarray, "*batch C"]:
+    image: Float[AnyArray, "*batch C"],
+) -> UInt8[AnyArray, "*batch C"]:
     """Map float to uint8 as the reference's sampling scripts do: trunc(clip(127.5 x + 128)).
 
     Like `to_float`, it computes where the image is: what is on the host stays there.

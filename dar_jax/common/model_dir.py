@@ -214,7 +214,7 @@ def _adapt(
 
 
 def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
         return tensor[index].astype(leaf.dtype, copy=False)
 
     if sharding is None:

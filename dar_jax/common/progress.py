@@ -36,9 +36,9 @@ class Progress:
         if total:
             logging.info("0 of %d %s: compiling what is new", total, what)
 
-    def _count_compilation(self, event: str, seconds: float, **_: Any) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
         if event in COMPILATION_EVENTS:
-            self._compilation += seconds
+            self._compilation += duration_secs
 
     def add(self, count: int, *, told: bool = False) -> None:
         """Count a batch; say so after the first, now and then, and at the end.

@@ -1,7 +1,8 @@
 """Array aliases. Axis letters: B batch, H W grid, C channels, N tokens, M keys, D width."""
 
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt8
 
 Params = dict[str, Any]
@@ -10,8 +11,12 @@ Params = dict[str, Any]
 PRNGKeys = Key[Array, " B"]
 """One typed key per image."""
 
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
+"""An array on a device or on the host; what is made of it is of the same kind."""
+
 __all__ = [
     "Any",
+    "AnyArray",
     "Array",
     "Bool",
     "Float",

@@ -50,11 +50,11 @@ def axes(pattern: str, **sizes: int) -> Transform:
 def split(sizes: Sequence[int], pattern: str = "o i -> i o") -> Transform:
     """Cut the reference's rows into pieces of `sizes`, then rearrange each by `pattern`."""
     piece = axes(pattern)
-    shapes = [[size] for size in sizes]
     rows_first = pattern.split("->")[0].replace("o", "*", 1).strip()
 
     def to_ours(array):
-        return tuple(piece.to_ours(rows)[0] for rows in einops.unpack(array, shapes, rows_first))
+        pieces = einops.unpack(array, [(size,) for size in sizes], rows_first)
+        return tuple(piece.to_ours(rows)[0] for rows in pieces)
 
     def to_reference(*leaves):
         return einops.pack([piece.to_reference(leaf) for leaf in leaves], rows_first)[0]

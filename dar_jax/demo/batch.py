@@ -150,7 +150,7 @@ class BatchGenerator:
         """
         self.check(request)
         started = time.monotonic()
-        labels = pad(np.int32(request.labels), self.batch_size)
+        labels = pad(np.asarray(request.labels, np.int32), self.batch_size)
         rng = jax.random.key(request.seed)
         for preview in self.pipeline.stream(labels, rng=rng, **self._options(request)):
             # Further work on the device would queue behind the next step.
@@ -166,13 +166,13 @@ class BatchGenerator:
             changes["temperature"] = float(request.temperature)
         options = {"sampling": dataclasses.replace(self.sampling, **changes)}
         if request.layout is not None:
-            options["prefix"] = self._prefix(request)
+            options["prefix"] = self._prefix(request.layout, request.num_kept)
         return options
 
-    def _prefix(self, request: Request) -> Int[np.ndarray, "B K"]:
-        batch = images.to_float(request.layout[None])
+    def _prefix(self, layout: UInt8[np.ndarray, "H W 3"], num_kept: int) -> Int[np.ndarray, "B K"]:
+        batch = images.to_float(layout[None])
         batch = pad(batch, whole_batch(self.pipeline, 1))
-        tokens = np.asarray(self.pipeline.tokenizer.encode(batch))[:1, : request.num_kept]
+        tokens = np.asarray(self.pipeline.autoencoder.encode(batch))[:1, :num_kept]
         return np.repeat(tokens, self.batch_size, axis=0)
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `demo`
 import numpy as np
 from absl import logging
 
@@ -134,7 +134,7 @@ class Page:
             defaults.temperature,
             step=0.05,
             label="Temperature",
-            visible="temperature" in self._generator.options,
+            visible=hasattr(self._generator.sampling, "temperature"),
         )
         self._seed = gr.Number(defaults.seed, label="Seed", precision=0)
         self._new_seed = gr.Button("New seed", size="sm")
@@ -224,17 +224,17 @@ class Page:
         yield {self._go: gr.Button(interactive=True), self._stop: gr.Button(interactive=False)}
 
     def _follow(self, ticket: Ticket, names: Sequence[str], history: History) -> Iterator[dict]:
-        last, facts, seconds = None, [], None
+        previews, facts = [], []
         try:
             for update in ticket.updates():
                 if isinstance(update, Waiting):
                     yield {self._status: html.status(0.0, _describe(update))}
                     continue
-                last, seconds = update, seconds or update.seconds
-                facts = self._facts(last, seconds)
+                previews.append(update)
+                facts = self._facts(update, previews[0].seconds)
                 yield {
-                    self._status: html.status(last.step / self._generator.num_steps, *facts),
-                    self._images: html.tiles(names, last.pixels),
+                    self._status: html.status(update.step / self._generator.num_steps, *facts),
+                    self._images: html.tiles(names, update.pixels),
                 }
         except ValueError as error:
             yield {self._status: html.problem(str(error))}
@@ -242,6 +242,7 @@ class Page:
         if ticket.cancelled:
             yield {self._status: html.status(0.0, "Cancelled.", *facts)}
             return
+        last = previews[-1]
         captions = [f"{name}, seed {ticket.request.seed}" for name in names]
         history = [*zip(last.pixels, captions, strict=True), *history][:GALLERY_SIZE]
         done = f"done in {last.seconds:.2f} s"

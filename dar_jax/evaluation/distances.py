@@ -19,6 +19,7 @@ floor.
 
 import functools
 import pathlib
+from typing import cast
 
 import jax
 import numpy as np
@@ -102,13 +103,13 @@ class Comparison:
             warn_of_few(self._extractor, count, f"{floor:.4g}")
             name = self._name("fid")
             return {
-                name: distance(pool[:count], known.pool),
+                name: distance(pool[:count], self._pool),
                 f"{name}_floor": floor,
                 f"{name}_images": count,
             }
         if len(pool) < self._extractor.dims["pool"]:
             warn_of_few(self._extractor, len(pool), self._describe_floor(images.size, len(pool)))
-        metrics = {"fid": distance(pool, known.pool)}
+        metrics = {"fid": distance(pool, self._pool)}
         if known.spatial is not None:
             metrics["sfid"] = distance(features["spatial"], known.spatial)
         return metrics
@@ -131,6 +132,11 @@ class Comparison:
                 logging.warning("The reference file lacks what %s need: left out", metrics)
         return known
 
+    @property
+    def _pool(self) -> Gaussian:
+        # A reference whose file does not have it has images to compute it from.
+        return cast(Gaussian, self._reference.pool)
+
     @functools.cache  # noqa: B019 - there are one or two of this class
     def _floor(self, size: tuple[int, int], count: int) -> tuple[float, int]:
         """Distance of `count` other real images, or fewer, to the reference; and their number."""
@@ -142,7 +148,7 @@ class Comparison:
                 f"config.data.image_size={self._data.image_size} to {size[0]}"
             )
         pool = self._store.features(images)["pool"]
-        return distance(pool, self._reference.pool), len(pool)
+        return distance(pool, self._pool), len(pool)
 
     def _describe_floor(self, size: tuple[int, int], count: int) -> str:
         """Inception's features want no floor but for a warning: not having one is no mistake."""

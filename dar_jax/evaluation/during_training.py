@@ -11,7 +11,7 @@ import jax
 from dar_jax.common.model_dir import CONFIG_NAME
 from dar_jax.common.typing import Any
 from dar_jax.evaluation.evaluators import evaluate_model
-from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation
+from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation, Metrics
 from dar_jax.parallel import distributed
 from dar_jax.parallel.sharding import MeshConfig
 
@@ -67,7 +67,7 @@ class TrainEvaluation:
         return {f"eval/{name}": value for name, value in _one_by_one(metrics)}
 
 
-def _one_by_one(metrics: dict[str, float | list]) -> list[tuple[str, float]]:
+def _one_by_one(metrics: Metrics) -> list[tuple[str, float]]:
     numbers = []
     for name, value in metrics.items():
         if not isinstance(value, list):

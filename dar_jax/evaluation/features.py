@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dar_jax.common import image as images
-from dar_jax.common.typing import Array, Float, Params, UInt8
+from dar_jax.common.typing import Any, Array, Float, Params, UInt8
 from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
 from dar_jax.models.frozen.pretrained import inception_params, lpips_params
@@ -47,7 +46,7 @@ class Network:
 
     model: FunctionalModel
     load: Callable[[str], Params]
-    apply: Callable[[nnx.Module, Array], dict[str, Array]]
+    apply: Callable[[Any, Array], dict[str, Array]]
 
 
 def _inception_features(module: Inception, pixels: UInt8[Array, "B H W 3"]) -> dict[str, Array]:
@@ -155,7 +154,7 @@ class FeatureExtractor:
 @functools.partial(jax.jit, static_argnames=("model", "apply"))
 def _compute(
     model: FunctionalModel,
-    apply: Callable[[nnx.Module, Array], dict[str, Array]],
+    apply: Callable[[Any, Array], dict[str, Array]],
     params: Params,
     pixels: UInt8[Array, "B H W 3"],
 ) -> dict[str, Float[Array, "B _"]]:

@@ -33,7 +33,7 @@ from dar_jax.data.pipeline import evaluation_tally
 from dar_jax.data.sources import Source, load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.npz_images import NpzImages
-from dar_jax.generation.image_set import PIXELS
+from dar_jax.generation.image_set import PIXELS, ImageSet
 from dar_jax.generation.resumable_arrays import Pieces
 
 NUM_THREADS = 8
@@ -47,6 +47,7 @@ class Images(Protocol):
     @property
     def identity(self) -> Mapping[str, Any]:
         """What they are, as JSON types: equal for equal images, whatever their number."""
+        ...
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,14 +56,17 @@ class Images(Protocol):
         Raises:
             ValueError: see `read`.
         """
+        ...
 
     def __len__(self) -> int: ...
+
     def read(self, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
         """Return the images `first` .. `stop - 1`.
 
         Raises:
             ValueError: one cannot be read, or is of another size.
         """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +87,23 @@ class SetImages:
     def identity(self) -> Mapping[str, Any]:
         return {**self.made_with, "array": self.name}
 
-    @functools.cached_property
+    @property
     def size(self) -> tuple[int, int]:
-        return self.read(0, 1).shape[1:3]
+        _, height, width, _ = self.read(0, 1).shape
+        return height, width
 
     def __len__(self) -> int:
         return self.pieces.count
 
     def read(self, first: int, stop: int) -> UInt8[np.ndarray, "n H W 3"]:
         return np.concatenate(list(self.pieces.rows(self.name, first, stop)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedImages(SetImages):
+    """Images of classes, whose labels the pieces know."""
+
+    pieces: ImageSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +137,7 @@ class SplitImages:
 
     @property
     def size(self) -> tuple[int, int]:
-        return (self.config.image_size,) * 2
+        return self.config.image_size, self.config.image_size
 
     @functools.cached_property
     def _source(self) -> Source:
@@ -178,14 +190,19 @@ class FolderImages:
     root: pathlib.Path
     paths: tuple[pathlib.Path, ...]
 
-    @functools.cached_property
+    @property
     def identity(self) -> Mapping[str, Any]:
         newest = max(path.stat().st_mtime_ns for path in self.paths)
         return {"folder": str(self.root.absolute()), "files": len(self.paths), "newest": newest}
 
-    @functools.cached_property
+    @property
     def size(self) -> tuple[int, int]:
-        return _decode(self.paths[0]).shape[:2]
+        return self._size
+
+    @functools.cached_property
+    def _size(self) -> tuple[int, int]:
+        height, width, _ = _decode(self.paths[0]).shape
+        return height, width
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -34,7 +34,7 @@ class NpzImages:
         self.path = pathlib.Path(path)
         try:
             self._file = zipfile.ZipFile(path).open(f"{ARRAY}.npy")  # noqa: SIM115 - read in parts
-            self.shape, is_fortran, dtype = _read_header(self._file)
+            self.shape, is_fortran, dtype = self._read_header()
         except KeyError as error:
             raise ValueError(f"{path} has no images: it lacks the array {ARRAY}") from error
         except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -53,7 +53,7 @@ class NpzImages:
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.shape[1:3]
+        return self.shape[1], self.shape[2]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -72,10 +72,9 @@ class NpzImages:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path} is damaged or cut short ({error})") from error
 
-
-def _read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the shape, whether it is in Fortran's order, and the dtype."""
-    version = np.lib.format.read_magic(file)
-    if version not in HEADERS:
-        raise ValueError(f"format {version} of {ARRAY} is unknown")
-    return HEADERS[version](file)
+    def _read_header(self) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Read the shape, whether it is in Fortran's order, and the dtype."""
+        version = np.lib.format.read_magic(self._file)
+        if version not in HEADERS:
+            raise ValueError(f"format {version} of {ARRAY} is unknown")
+        return HEADERS[version](self._file)

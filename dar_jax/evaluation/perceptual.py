@@ -69,5 +69,5 @@ def _distance(
     model: FunctionalModel[Lpips], params: Params, original: Array, other: Array
 ) -> Float[Array, " B"]:
     lpips = model.bind(params)
-    features = [lpips.features(images.to_float(pixels)) for pixels in (original, other)]
-    return perceptual_distance(*features, lpips.weights())
+    a, b = (lpips.features(images.to_float(pixels)) for pixels in (original, other))
+    return perceptual_distance(a, b, lpips.weights())

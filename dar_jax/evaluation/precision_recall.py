@@ -39,8 +39,8 @@ def precision_recall(
         )
     # Distances do not change, and squares lose less: |x|^2 - 2 x.y + |y|^2.
     centre = real.mean(axis=0, dtype=np.float64)
-    real, fake = (jnp.asarray(features - centre, jnp.float32) for features in (real, fake))
-    return _coverage(fake, real, k), _coverage(real, fake, k)
+    reals, fakes = (jnp.asarray(features - centre, jnp.float32) for features in (real, fake))
+    return _coverage(fakes, reals, k), _coverage(reals, fakes, k)
 
 
 def _coverage(queries: Float[Array, "N D"], points: Float[Array, "M D"], k: int) -> float:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dar_jax.common.files import replacing
+from dar_jax.common.files import write_npz
 from dar_jax.common.typing import Float
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.moments import Gaussian, Moments
@@ -103,8 +103,7 @@ class ReferenceStatistics:
                 arrays |= dict(zip(names, gaussian, strict=True))
         if self.features is not None:
             arrays[FEATURES] = self.features
-        with replacing(path) as temporary:
-            np.savez(temporary, **arrays)
+        write_npz(path, arrays)
 
 
 def has_images(path: str | os.PathLike) -> bool:

@@ -165,7 +165,7 @@ def integrate(
     table = coefficients(solver, len(times) - 1)
 
     def body(state: SolverState, inputs: Any) -> tuple[SolverState, Array]:
-        return step(velocity_fn, state, *inputs, constraint)
+        return step(velocity_fn, state, *inputs, constraint=constraint)
 
     state, previews = jax.lax.scan(body, start(x), _inputs(times, conditions, table))
     return Solution(state.x, previews)

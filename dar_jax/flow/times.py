@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.common.typing import Array, Float
+from dar_jax.common.typing import AnyArray, Array, Float
 
 LAST_NOISE = 0.04
 """Distance from the data at which a stochastic run takes its last step (reference: `last_step_size`
 of SiT)."""
 
 
-def shift_times(t: Array | np.ndarray, shift: float) -> Array | np.ndarray:
+def shift_times(t: AnyArray, shift: float) -> AnyArray:
     """Map t to t / (t + shift * (1 - t)): shift > 1 spends more time near the noise.
 
     0 and 1 are fixed points. The same map applies to training draws and to the sampling grid.

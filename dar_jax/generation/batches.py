@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -54,7 +54,8 @@ def load(config: SampleConfig, workdir: str, *, compute: Compute, mesh: MeshConf
     """
     path = model_path(config, workdir)
     check(config, path)
-    return load_model(path, compute=compute, mesh=mesh)
+    # `check` has seen that it draws images.
+    return cast(Pipeline, load_model(path, compute=compute, mesh=mesh))
 
 
 def check(
@@ -74,14 +75,15 @@ def check(
     """
     opened = open_model(path)
     kind, architecture = opened.kind, opened.architecture
-    if not kind.draws_images:
+    pipeline = kind.pipeline
+    if not issubclass(pipeline, Pipeline):
         raise ValueError(f"{path} holds {kind.noun}, which draws no images: {otherwise}")
-    if (config.prefix_image or config.inpaint_image) and not kind.pipeline.keeps_tokens:
+    if (config.prefix_image or config.inpaint_image) and not pipeline.keeps_tokens:
         raise ValueError(
             f"config.sample.prefix_image and inpaint_image need a model of tokens; {path} holds "
             f"{kind.noun}"
         )
-    config.sampling(kind.sampling).check(architecture)
+    config.sampling(pipeline.sampling_class).check(architecture)
     classes_of(architecture.num_classes, config)
 
 
@@ -151,10 +153,8 @@ def generate(
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
         rows = {name: pad(values[part], size) for name, values in per_image.items()}
-        stream = pipeline.stream(
-            pad(labels[part], size), **options(config, pipeline, first), **rows
-        )
-        steps = list(stream)
+        how = {**options(config, pipeline, first), **rows}
+        steps = list(pipeline.stream(pad(labels[part], size), **how))
         count = len(labels[part])
         previews = np.stack([images.to_pixels(step.images)[:count] for step in steps])
         yield Batch(labels[part], previews, _kept(pipeline, steps[-1], count))
@@ -184,6 +184,8 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
 
 def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:
     """The least batch size from `size` on that divides over the devices."""
+    if pipeline.mesh is None:
+        return size
     shards = math.prod(pipeline.mesh.shape[axis] for axis in BATCH_AXES)
     return math.ceil(size / shards) * shards
 

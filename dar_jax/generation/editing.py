@@ -19,7 +19,7 @@ from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.generation.batches import class_name, classes_of, generate, whole_batch
 from dar_jax.generation.config import SampleConfig
-from dar_jax.pipelines.dar import DarPipeline
+from dar_jax.pipelines.base import Pipeline
 
 SOURCE_PICTURE = re.compile(rf"({'|'.join(SPLITS)}):(\d+)")
 """Names a picture of the data source: `test:3`."""
@@ -30,7 +30,7 @@ GREY = 128
 
 
 def prefixes(
-    pipeline: DarPipeline, config: SampleConfig, data: DataConfig
+    pipeline: Pipeline, config: SampleConfig, data: DataConfig
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Draw a row per number of kept tokens: the reference, then every label or the variations.
 
@@ -49,8 +49,8 @@ def prefixes(
     picture = read_picture("config.sample.prefix_image", config.prefix_image, data)
     reference = center_crop(picture, pipeline.image_size)[None]
     batch = pad(images.to_float(reference), whole_batch(pipeline, 1))
-    tokens = np.asarray(pipeline.tokenizer.encode(batch))[:1]
-    labels = np.repeat(np.int32(classes), config.variations or 1)
+    tokens = np.asarray(pipeline.autoencoder.encode(batch))[:1]
+    labels = np.repeat(np.asarray(classes, np.int32), config.variations or 1)
     rows = []
     for count in config.prefix_tokens:
         logging.info("%d of %d tokens kept", count, tokens.shape[1])
@@ -66,7 +66,7 @@ def prefixes(
 
 
 def inpainting(
-    pipeline: DarPipeline, config: SampleConfig, data: DataConfig
+    pipeline: Pipeline, config: SampleConfig, data: DataConfig
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Draw a row per label: the picture, what is kept of it, and images that keep it.
 
@@ -79,7 +79,7 @@ def inpainting(
     redrawn = read_mask(config.inpaint_mask, picture, size, data)
     original = center_crop(picture, size)[None]
     kept = np.where(redrawn[..., None], np.uint8(GREY), original)
-    labels = np.repeat(np.int32(classes), config.images_per_class)
+    labels = np.repeat(np.asarray(classes, np.int32), config.images_per_class)
     per_image = dict(
         known=np.repeat(images.to_float(original), len(labels), axis=0),
         mask=np.repeat(~redrawn[None], len(labels), axis=0),

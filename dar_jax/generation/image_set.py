@@ -52,7 +52,7 @@ class ImageSet(Pieces):
 
     def labels_of(self, first: int, stop: int) -> Int[np.ndarray, " n"]:
         """Labels of the images `first` .. `stop - 1`."""
-        return np.int32(self.labels)[np.arange(first, stop) % len(self.labels)]
+        return np.asarray(self.labels, np.int32)[np.arange(first, stop) % len(self.labels)]
 
     def write(
         self, first: int, pixels: UInt8[np.ndarray, "n H W 3"], kept: Mapping[str, np.ndarray]

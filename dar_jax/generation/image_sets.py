@@ -39,7 +39,7 @@ def fill(
         labels = pad(image_set.labels_of(first, stop), size)
         how = options(config, pipeline, first)
         stream = pipeline.stream(labels, **how) if previews else [pipeline.generate(labels, **how)]
-        kept = {}
+        kept, number, last = {}, 0, None
         for number, last in enumerate(stream, 1):
             kept[PREVIEW.format(number)] = images.to_pixels(last.images)
         kept[PIXELS] = kept.pop(PREVIEW.format(number))

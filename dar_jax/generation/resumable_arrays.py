@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dar_jax.common.files import replacing
+from dar_jax.common.files import replacing, write_npz
 from dar_jax.common.typing import Bool, Shaped
 
 MANIFEST_NAME = "manifest.json"
@@ -90,8 +90,7 @@ class Pieces:
         """Write a piece: the rows from `first` on of every array."""
         (length,) = {len(rows) for rows in arrays.values()}
         name = f"{first:08d}-{first + length:08d}.npz"
-        with replacing(self.directory / name) as temporary:
-            np.savez(temporary, **arrays)
+        write_npz(self.directory / name, arrays)
 
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, as the first piece has them.

@@ -53,12 +53,18 @@ class TaskBlocks(Protocol):
         data: what it is trained on.
     """
 
-    task: str
-    model: Any
-    loss: Any
-    companions: Mapping[str, str]
-    compute: Compute
-    data: DataConfig
+    @property
+    def task(self) -> str: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def loss(self) -> Any: ...
+    @property
+    def companions(self) -> Mapping[str, str]: ...
+    @property
+    def compute(self) -> Compute: ...
+    @property
+    def data(self) -> DataConfig: ...
 
 
 def open_model(path: str | os.PathLike, kind: str | None = None) -> Opened:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.files import replacing
+from dar_jax.common.files import replacing, write_npz
 from dar_jax.common.progress import wait_for
 from dar_jax.common.typing import UInt8
 from dar_jax.config import Config
@@ -90,7 +90,7 @@ def draw_grid(
 ) -> tuple[dict[str, UInt8[np.ndarray, "_ _ 3"]], dict[str, np.ndarray]]:
     """Return the grid and the strip of previews, and the arrays that they show."""
     classes = classes_of(pipeline.num_classes, settings)
-    labels = np.repeat(np.int32(classes), settings.images_per_class)
+    labels = np.repeat(np.asarray(classes, np.int32), settings.images_per_class)
     batches = list(generate(pipeline, labels, settings))
     previews = np.concatenate([batch.previews for batch in batches], axis=1)
     kept = {
@@ -129,6 +129,5 @@ def write(
             Image.fromarray(picture).save(temporary)
         logging.info("Wrote %s", directory / name)
     if arrays is not None:
-        with replacing(directory / "samples.npz") as temporary:
-            np.savez(temporary, **arrays)
+        write_npz(directory / "samples.npz", arrays)
         logging.info("Wrote %s", directory / "samples.npz")

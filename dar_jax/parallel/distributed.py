@@ -83,7 +83,7 @@ def _in_cluster() -> bool:
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> None:
-    if None in (address, count, index):
+    if address is None or count is None or index is None:
         raise ValueError(
             "coordinator_address, num_processes and process_id belong together; "
             f"got {address}, {count}, {index}"

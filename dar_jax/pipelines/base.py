@@ -1,9 +1,10 @@
 """What pipelines of all kinds share: models on a mesh, their surface, keys of images, batches."""
 
 import abc
+import collections
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel, M
 from dar_jax.parallel.sharding import batch_sharding, check_batch_size, fsdp_sharding
+
+T = TypeVar("T")
 
 
 class ModelPipeline(Generic[M]):
@@ -58,11 +61,18 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
 
     Attributes:
         sampling_class: dataclass of how images are drawn; None if nothing is.
-        codebook_size: number of codes; None where latents are continuous.
     """
 
     sampling_class: type | None = None
-    codebook_size: int | None = None
+
+    @property
+    def codebook_size(self) -> int | None:
+        """Number of codes; None where latents are continuous."""
+        return None
+
+    @abc.abstractmethod
+    def encode(self, images: Array | np.ndarray) -> Array:
+        """Encode images [B, H, W, 3] in [-1, 1] to codes [B, N] or moments of latents."""
 
     @abc.abstractmethod
     def reconstruct(
@@ -85,8 +95,10 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
 class Preview(Protocol):
     """An image that is not finished: `step` steps are taken; `images` [B, H, W, 3] in [-1, 1]."""
 
-    step: int
-    images: Array
+    @property
+    def step(self) -> int: ...
+    @property
+    def images(self) -> Array: ...
 
 
 class Pipeline(abc.ABC):
@@ -100,7 +112,6 @@ class Pipeline(abc.ABC):
         kept_fields: fields of the last preview that are kept beside the images.
         keeps_tokens: whether `stream` takes `prefix`, `known` and `mask`: layout control and
             in-painting.
-        num_tokens: of an image; 0 if the model has none.
         prior: the model that draws tokens or latents.
         class_names: of the classes that have a name.
     """
@@ -108,11 +119,15 @@ class Pipeline(abc.ABC):
     sampling_class: type
     kept_fields: tuple[str, ...]
     keeps_tokens: bool = False
-    num_tokens: int = 0
 
     def __init__(self, prior: ModelPipeline, class_names: Sequence[str]):
         self.prior = prior
         self.class_names = tuple(class_names)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of an image; 0 if the model has none."""
+        return 0
 
     @property
     def num_classes(self) -> int:
@@ -168,6 +183,11 @@ class Pipeline(abc.ABC):
 def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
     """One key per image index, whatever the batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(num_images))
+
+
+def last_of(items: Iterable[T]) -> T:
+    """Return the last item, without holding those before it."""
+    return collections.deque(items, maxlen=1).pop()
 
 
 def require_rng(rng: PRNGKeyArray | None) -> PRNGKeyArray:

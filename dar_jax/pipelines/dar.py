@@ -22,6 +22,7 @@ from dar_jax.pipelines.base import (
     Pipeline,
     Reconstruction,
     image_keys,
+    last_of,
     require_rng,
 )
 from dar_jax.pipelines.dar_inputs import (
@@ -123,8 +124,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         check_indices(indices, config, num_groups)
         put = self.put
         if noise is None:
-            rngs = put(image_keys(require_rng(rng), len(indices)))
-            noise = sampler.initial_noise(rngs, (config.image_size,) * 2)
+            noise = self._noise(rng, len(indices))
         check_shape("noise", noise, (len(indices), "H", "W", 3))
         if start_image is not None:
             check_shape("start_image", start_image, noise.shape)
@@ -141,6 +141,10 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
             known=put(check_known(known, mask, noise.shape[:3])),
             microbatch=check_microbatch(microbatch, len(indices)),
         )
+
+    def _noise(self, rng: PRNGKeyArray | None, count: int) -> Float[Array, "B H W 3"]:
+        rngs = self.put(image_keys(require_rng(rng), count))
+        return sampler.initial_noise(rngs, (self.config.image_size,) * 2)
 
 
 class PriorPipeline(ModelPipeline[Llama]):
@@ -234,8 +238,7 @@ class DarPipeline(Pipeline):
 
     def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
         """Generate one image per label; the options are those of `stream`."""
-        for preview in self.stream(labels, **options):
-            last = preview
+        last = last_of(self.stream(labels, **options))
         return Generated(last.images, last.indices)
 
     def stream(

@@ -73,7 +73,7 @@ def check_steps(config: TokenizerConfig, num_steps: int, num_groups: int, start_
     return stop_step
 
 
-def check_known(known: Any, mask: Any, shape: tuple[int, int, int]) -> sampler.Known | None:
+def check_known(known: Any, mask: Any, shape: tuple[int, ...]) -> sampler.Known | None:
     """Return known images and the mask of their known pixels, if there are any.
 
     Args:

@@ -13,7 +13,7 @@ from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.options import TransDiffSampling
-from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, require_rng
+from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, last_of, require_rng
 from dar_jax.pipelines.kl_vae import KlVaePipeline
 
 
@@ -58,9 +58,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
             step_noise = jnp.asarray(step_noise)
             step_noise = step_noise[None] if step_noise.ndim == 5 else step_noise
             check_shape("step_noise", step_noise, (config.num_references, num_steps - 1, *latent))
-        for progress in self.run(labels, self.put(noise), step_noise, sampling):
-            latents = progress.latents
-        return latents
+        return last_of(self.run(labels, self.put(noise), step_noise, sampling)).latents
 
     def run(
         self,
@@ -80,9 +78,14 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         check_shape("labels", labels, ("B",))
         check_range("labels", labels, self.config.num_classes + 1)
         sampling.check(self.config)
-        labels = self.put(labels.astype(np.int32))
         return sampler.run(
-            self.model, self.sampling_params, labels, noise, step_noise, sampling, stops=stops
+            self.model,
+            self.sampling_params,
+            self.put(labels.astype(np.int32)),
+            noise,
+            step_noise,
+            sampling,
+            stops=stops,
         )
 
 
@@ -112,6 +115,7 @@ class TransDiffPipeline(Pipeline):
 
     sampling_class = TransDiffSampling
     kept_fields = ("latents",)
+    prior: LatentPipeline
 
     def __init__(
         self, prior: LatentPipeline, vae: KlVaePipeline, *, class_names: Sequence[str] = ()
@@ -131,8 +135,7 @@ class TransDiffPipeline(Pipeline):
         self, labels: Array | np.ndarray | Sequence[int], **options: Any
     ) -> GeneratedLatents:
         """Generate one image per label; the options are those of `stream`, without previews."""
-        for preview in self.stream(labels, **options, previews=False):
-            last = preview
+        last = last_of(self.stream(labels, **options, previews=False))
         return GeneratedLatents(last.images, last.latents)
 
     def stream(

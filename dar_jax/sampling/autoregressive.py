@@ -29,9 +29,11 @@ class DecodableModel(Protocol):
 
     def token_embed(self, tokens: Array) -> Array:
         """Embed tokens [B, N]."""
+        ...
 
     def extend(self, x: Array, caches: Any, position: Array, key_mask: Any) -> tuple[Array, Any]:
         """Run embedded tokens on top of caches; return the last one's logits, and the caches."""
+        ...
 
 
 class DecodingState(NamedTuple):
@@ -48,8 +50,8 @@ class DecodingState(NamedTuple):
     key_mask: Array | None
 
 
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
+STATIC = {"static": True}
+"""Marks fields that are no part of the tree."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,10 +66,10 @@ class Decoder:
         guided: every image has a conditional and an unconditional row.
     """
 
-    model: Any = _static()
-    num_condition: int = _static()
+    model: Any = dataclasses.field(metadata=STATIC)
+    num_condition: int = dataclasses.field(metadata=STATIC)
     sampling: SamplingConfig
-    guided: bool = _static()
+    guided: bool = dataclasses.field(metadata=STATIC)
 
     def draw(
         self, rngs: PRNGKeys, logits: Float[Array, "R V"], index: Int[Array, ""] | int, scale: Array

@@ -71,7 +71,7 @@ class Checkpoints:
         self._directory = directory
         self._config = json.loads(json.dumps(config))
         self._defaults = json.loads(json.dumps(dict(defaults)))
-        policies = [checkpoint_managers.LatestN(keep)]
+        policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         kept = checkpoint_managers.AnyPreservationPolicy(policies)
@@ -156,7 +156,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
             interval=ocp.args.JsonRestore(),
         )
-        restored = self._manager.restore(step, args=args)
+        restored: Any = self._manager.restore(step, args=args)
         iterator.set_state(restored.data)
         return restored.state, restored.interval["metrics"]
 
@@ -178,7 +178,8 @@ class Checkpoints:
 
     def _check_config(self) -> None:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        saved = tree.flatten(self._manager.restore(self.latest_step, args=args).config)
+        restored: Any = self._manager.restore(self.latest_step, args=args)
+        saved = tree.flatten(restored.config)
         wanted, defaults = tree.flatten(self._config), tree.flatten(self._defaults)
         for name in sorted(saved.keys() | wanted.keys()):
             old, new = saved.get(name, defaults.get(name, ABSENT)), wanted.get(name, ABSENT)

@@ -71,9 +71,9 @@ class Interval:
     def __init__(self, batch_size: int, flops_per_image: float, devices: Sequence[Any]):
         """Remember what `performance` needs besides the time."""
         self._work = (batch_size, flops_per_image, devices)
-        self._metrics = None
+        self._metrics: clu_metrics.Collection | None = None
         self._earlier = []
-        self._start = None
+        self._start: tuple[int, float] | None = None
 
     def save(self) -> list[Any]:
         """Return, as JSON types, the metrics of an interval that is not over."""
@@ -103,7 +103,10 @@ class Interval:
         """Return the averages under their logged names and begin anew.
 
         Means of nothing (NaN), such as the loss of a time group that was not drawn, are left out.
+        Where nothing was added there are none.
         """
+        if self._metrics is None or self._start is None:
+            return {}
         averages = {f"train/{name}": float(v) for name, v in self._metrics.compute().items()}
         values = {name: value for name, value in averages.items() if not np.isnan(value)}
         start_step, start_time = self._start

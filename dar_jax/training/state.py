@@ -73,14 +73,14 @@ def _creator(task: Task, config: OptimizerConfig):
     def create(rng: PRNGKeyArray, params: Params | None = None) -> TrainState:
         init_rng, step_rng = jax.random.split(rng)
         given = tree.flatten(params or {})
-        params = jax.tree_util.tree_map_with_path(
+        start = jax.tree_util.tree_map_with_path(
             lambda path, leaf: given.get(sharding.leaf_name(path), leaf), task.init(init_rng)
         )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema_params=params if config.ema_decay else None,
-            opt_state=make_optimizer(config).init(params),
+            params=start,
+            ema_params=start if config.ema_decay else None,
+            opt_state=make_optimizer(config).init(start),
             rng=step_rng,
         )
 

@@ -11,7 +11,7 @@ import functools
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import jax
 from absl import logging
@@ -24,7 +24,13 @@ from dar_jax.evaluation.config import EvaluateConfig
 from dar_jax.evaluation.distances import Comparison
 from dar_jax.evaluation.feature_store import FeatureStore, digest
 from dar_jax.evaluation.features import FeatureExtractor
-from dar_jax.evaluation.image_sources import SetImages, SplitImages, open_images, read_all
+from dar_jax.evaluation.image_sources import (
+    GeneratedImages,
+    Images,
+    SplitImages,
+    open_images,
+    read_all,
+)
 from dar_jax.evaluation.perceptual import LpipsMetric
 from dar_jax.generation.batches import check, classes_of, identity, load_model
 from dar_jax.generation.config import SampleConfig
@@ -38,18 +44,23 @@ from dar_jax.pipelines.base import Autoencoder, Pipeline
 DIRECTORY_NAME = "evaluation"
 """Subdirectory of the workdir."""
 
-Metrics = dict[str, float | int | list]
+Metrics = Mapping[str, float | int | list]
 
 
 @runtime_checkable
 class EvaluationBlocks(Protocol):
     """What an evaluation reads: fields of `dar_jax.config.Config`."""
 
-    evaluate: EvaluateConfig
-    sample: SampleConfig
-    data: DataConfig
-    compute: Compute
-    mesh: MeshConfig
+    @property
+    def evaluate(self) -> EvaluateConfig: ...
+    @property
+    def sample(self) -> SampleConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def compute(self) -> Compute: ...
+    @property
+    def mesh(self) -> MeshConfig: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +83,11 @@ class Subject:
         if isinstance(self.pipeline, Autoencoder):
             return self.pipeline
         return self.pipeline.autoencoder
+
+    @property
+    def generator(self) -> Pipeline:
+        """The model itself, where `Evaluation.load` has seen that it draws images."""
+        return cast(Pipeline, self.pipeline)
 
 
 class Evaluation:
@@ -129,7 +145,7 @@ class Evaluation:
         Raises:
             ValueError: they cannot be read, or are of another size than the reference's.
         """
-        return below("generation", self._comparison.metrics(open_images(self.settings.images)))
+        return below("generation", self._compare(open_images(self.settings.images)))
 
     def load(self, path: str) -> Subject:
         """Load a model directory.
@@ -158,7 +174,7 @@ class Evaluation:
         """What the metrics depend on, for the record."""
         settings = {"seed": self.sampling.seed, "model": subject.fingerprint}
         if self.settings.generates:
-            options = self.sampling.sampling(subject.pipeline.sampling_class)
+            options = self.sampling.sampling(subject.generator.sampling_class)
             settings = {"num_generated": self.settings.num_images, **settings}
         else:
             options = self.sampling.reconstruction(subject.autoencoder.sampling_class)
@@ -174,20 +190,23 @@ class Evaluation:
 
     def generated(
         self, subject: Subject, sampling: SampleConfig, *, previews: bool = False
-    ) -> SetImages:
+    ) -> GeneratedImages:
         """Make the images of a model that are not there yet."""
-        pipeline = subject.pipeline
+        pipeline = subject.generator
         made_with = {**identity(sampling, pipeline, subject.fingerprint), "previews": previews}
         labels = classes_of(pipeline.num_classes, sampling, most=None)
         path = self.path("images", {**made_with, "labels": labels})
         image_set = ImageSet(path, self.settings.num_images, labels)
         image_set.bind(made_with)
         fill(image_set, pipeline, sampling, previews=previews)
-        return SetImages(image_set, {**made_with, "labels": labels})
+        return GeneratedImages(image_set, {**made_with, "labels": labels})
 
-    def judge(self, images: SetImages) -> Metrics:
+    def _compare(self, images: Images) -> dict[str, float | int]:
+        return {} if self._comparison is None else self._comparison.metrics(images)
+
+    def judge(self, images: GeneratedImages) -> Metrics:
         """Compare generated images with the reference, and their classes with their labels."""
-        metrics = {} if self._comparison is None else self._comparison.metrics(images)
+        metrics = self._compare(images)
         if self.classifier is not None:
             labels = images.pieces.labels_of(0, len(images))
             metrics["accuracy"] = self.classifier.accuracy(read_all(images), labels)
