@@ -27,14 +27,16 @@ from dar_jax.common.image import RGB
 from dar_jax.common.typing import Array, Float
 from dar_jax.nn.attention import Attention
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.layers import FRAMEWORK_INIT, linear
+from dar_jax.nn.layers import FRAMEWORK_INIT, framework_bias, linear
 from dar_jax.nn.layout import in_parts
+from dar_jax.nn.linear import Conv, Linear
 from dar_jax.nn.stack import rematerialised
 
 LATENT_SCALE = 0.2325
 """1 / deviation of the released VAE's latents over ImageNet, as MAR and TransDiff fix it."""
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 GROUP_NORM_EPSILON = 1e-6
+KERNEL_SIZE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,20 +347,21 @@ def _conv(
     padding: tuple[tuple[int, int], ...] = ((1, 1), (1, 1)),
     compute: Compute,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
-    return nnx.Conv(
+) -> Conv:
+    return Conv(
         dim,
         out_dim,
-        kernel_size=(3, 3),
-        strides=stride,
+        kernel_size=KERNEL_SIZE,
+        stride=stride,
         padding=padding,
         kernel_init=FRAMEWORK_INIT,
+        bias_init=framework_bias(dim * KERNEL_SIZE**2),
         dtype=compute.jnp_dtype,
         rngs=rngs,
     )
 
 
-def _pointwise(dim: int, out_dim: int, *, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
+def _pointwise(dim: int, out_dim: int, *, compute: Compute, rngs: nnx.Rngs) -> Linear:
     return linear(dim, out_dim, kernel_init=FRAMEWORK_INIT, compute=compute, rngs=rngs)
 
 

@@ -18,14 +18,17 @@ from flax import nnx
 from dar_jax.common.typing import Array, Float
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.embeddings import timestep_features
+from dar_jax.nn.layers import framework_bias, linear
+from dar_jax.nn.linear import Conv
 
+KERNEL_SIZE = 4
 TIME_FEATURES = 256
 NUM_GROUPS = 16
 GROUP_NORM_EPSILON = 1e-5
 LEAK = 0.2
 MAX_WIDTH_FACTOR = 8
 CONV_INIT = nnx.initializers.normal(0.02)
-TIME_INIT = nnx.initializers.truncated_normal(0.01)
+TIME_INIT = nnx.initializers.normal(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,8 @@ class ModulatedNorm(nnx.Module):
             dtype=compute.jnp_dtype,
             rngs=rngs,
         )
-        self.modulation = nnx.Linear(
-            TIME_FEATURES, 2 * dim, kernel_init=TIME_INIT, dtype=compute.jnp_dtype, rngs=rngs
+        self.modulation = linear(
+            TIME_FEATURES, 2 * dim, kernel_init=TIME_INIT, compute=compute, rngs=rngs
         )
 
     def __call__(
@@ -131,15 +134,16 @@ def _conv(
     use_bias: bool = True,
     compute: Compute,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
-    return nnx.Conv(
+) -> Conv:
+    return Conv(
         dim,
         out_dim,
-        kernel_size=(4, 4),
-        strides=stride,
-        padding=1,
+        kernel_size=KERNEL_SIZE,
+        stride=stride,
+        padding=((1, 1), (1, 1)),
         use_bias=use_bias,
         kernel_init=CONV_INIT,
+        bias_init=framework_bias(dim * KERNEL_SIZE**2),
         dtype=compute.jnp_dtype,
         rngs=rngs,
     )

@@ -38,7 +38,7 @@ from dar_jax.parallel.workdir import open_workdir
 from dar_jax.performance.config import LOCAL
 from dar_jax.performance.hlo import Collective, HloProgram
 from dar_jax.performance.programs import Program, train_program
-from dar_jax.training.step import gather_dtype
+from dar_jax.training.step import mesh_options
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
 REPORT_NAME = "compile.json"
@@ -102,7 +102,7 @@ def programs_of(config: Config, mesh: sharding.Mesh) -> Iterator[Program]:
         mesh,
         batch_size=config.data.batch_size,
         accumulation=config.train.accumulation,
-        gather_dtype=gather_dtype(config.mesh, config.compute),
+        **mesh_options(config.mesh, config.compute),
     )
     images = config.compile.images_per_device * mesh.size
     yield from find_kind(config.task, "config.task").programs(task, mesh, images)

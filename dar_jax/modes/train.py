@@ -195,7 +195,7 @@ def _loop(
         run.config.optimizer,
         shardings,
         accumulation=config.accumulation,
-        gather_dtype=step_lib.gather_dtype(run.config.mesh, run.config.compute),
+        **step_lib.mesh_options(run.config.mesh, run.config.compute),
     )
     frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")

@@ -10,6 +10,7 @@ from flax import nnx
 from dar_jax.common.typing import Array, Bool, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import affine_layer_norm, block_init, dropout, linear, split_rng
+from dar_jax.nn.linear import Linear
 from dar_jax.nn.rope import Rope, apply_rope
 
 
@@ -89,7 +90,7 @@ class Attention(nnx.Module):
         self.weight_dropout = weight_dropout
         self.out_dropout = out_dropout
 
-        def projection(heads_in: int, heads_out: int, init=qkv_init or kernel_init) -> nnx.Linear:
+        def projection(heads_in: int, heads_out: int, init=qkv_init or kernel_init) -> Linear:
             return linear(
                 heads_in * head_dim,
                 heads_out * head_dim,
@@ -103,8 +104,8 @@ class Attention(nnx.Module):
         self.k = projection(num_heads, self.num_kv_heads)
         self.v = projection(num_heads, self.num_kv_heads)
         self.out = projection(num_heads, num_heads, kernel_init)
-        self.q_norm = affine_layer_norm(head_dim, compute=compute, rngs=rngs) if qk_norm else None
-        self.k_norm = affine_layer_norm(head_dim, compute=compute, rngs=rngs) if qk_norm else None
+        self.q_norm = affine_layer_norm(head_dim, rngs=rngs) if qk_norm else None
+        self.k_norm = affine_layer_norm(head_dim, rngs=rngs) if qk_norm else None
 
     def __call__(
         self,
@@ -156,9 +157,10 @@ class Attention(nnx.Module):
         return dropout(out, self.out_dropout, rng_out)
 
     def _heads(self, x: Array, heads: int, norm, rope: Rope | None) -> Array:
+        dtype = x.dtype
         x = einops.rearrange(x, "b n (heads d) -> b n heads d", heads=heads)
         if norm is not None:
             x = norm(x)
         if rope is not None:
             x = apply_rope(x, rope)
-        return einops.rearrange(x, "b n heads d -> b heads n d")
+        return einops.rearrange(x, "b n heads d -> b heads n d").astype(dtype)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 DTYPES = ("float32", "bfloat16")
+RESIDUAL_DTYPES = ("float32", "compute")
 REMAT_POLICIES = ("none", "blocks", "dots")
 
 
@@ -15,6 +16,10 @@ class Compute:
     Attributes:
         dtype: of matrix multiplications and activations; parameters stay float32, and norms,
             softmax, losses and the flow state are float32 in any case.
+        residual_dtype: of the residual stream of transformers: `float32`, as the references' is
+            under autocast, or that of `compute`, which keeps half the bytes and rounds after every
+            branch, so that errors of gradients grow with the depth. The stream of D-AR's flow
+            decoder has the compute dtype in any case, as in the reference.
         remat: what the backward pass recomputes: `none`, whole `blocks`, or all but `dots`
             (matrix products are kept).
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
@@ -25,6 +30,7 @@ class Compute:
     """
 
     dtype: str = "float32"
+    residual_dtype: str = "float32"
     remat: str = "none"
     loss_chunks: int = 1
     unroll: bool = False
@@ -33,6 +39,11 @@ class Compute:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if self.residual_dtype not in RESIDUAL_DTYPES:
+            raise ValueError(
+                f"residual_dtype {self.residual_dtype!r} must be one of "
+                f"{', '.join(RESIDUAL_DTYPES)}"
+            )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
         if self.loss_chunks < 1:
@@ -41,3 +52,7 @@ class Compute:
     @property
     def jnp_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+    @property
+    def residual_jnp_dtype(self) -> jnp.dtype:
+        return self.jnp_dtype if self.residual_dtype == "compute" else jnp.dtype(jnp.float32)

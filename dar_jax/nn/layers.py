@@ -1,5 +1,6 @@
 """Norms, MLPs and dropout."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ from jax.typing import DTypeLike
 
 from dar_jax.common.typing import Array, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.linear import Linear
 
 LAYER_NORM_EPSILON = 1e-6
 REFERENCE_STD, REFERENCE_WIDTH = 0.02, 768
@@ -16,17 +18,31 @@ XAVIER_INIT = nnx.initializers.xavier_uniform()
 FUSED_QKV_INIT = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 """Xavier's for queries, keys and values drawn as one matrix [3 D, D]."""
 FRAMEWORK_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""PyTorch's default for linear layers, U(+-1/sqrt(fan_in)), where the reference leaves it."""
+"""PyTorch's default for linear layers, U(+-1/sqrt(fan_in)), where the reference leaves it. Of a
+`linear` it draws the bias too."""
 
 
 def block_init(rng: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Draw a kernel [in, out]: truncated normal with the reference's std of 0.02 at its width, 768.
+    """Draw a kernel [in, out]: normal with the reference's std of 0.02 at its width, 768.
+
+    The reference truncates at 2, not at two standard deviations, which is at a hundred of them.
 
     The std grows as the width falls, so that narrow models start with outputs of the same size;
     at 0.02, a block of width 128 would start a dozen times weaker.
     """
     stddev = REFERENCE_STD * (REFERENCE_WIDTH / min(shape)) ** 0.5
-    return nnx.initializers.truncated_normal(stddev)(rng, shape, dtype)
+    return nnx.initializers.normal(stddev)(rng, shape, dtype)
+
+
+@functools.cache  # modules with the same initialiser are equal
+def framework_bias(fan_in: int) -> Callable[..., Array]:
+    """Return PyTorch's default initialiser of biases, U(+-1/sqrt(fan_in))."""
+    limit = fan_in**-0.5
+
+    def init(rng: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        return jax.random.uniform(rng, shape, dtype, minval=-limit, maxval=limit)
+
+    return init
 
 
 def linear(
@@ -37,40 +53,55 @@ def linear(
     rngs: nnx.Rngs,
     use_bias: bool = True,
     kernel_init: Callable = block_init,
-) -> nnx.Linear:
-    """A linear layer in the compute dtype; the bias starts at zero."""
-    return nnx.Linear(
+    result_dtype: DTypeLike | None = None,
+) -> Linear:
+    """A linear layer in the compute dtype; the bias starts at zero, or as the framework's.
+
+    Its result has the compute dtype too, or another one that is not rounded to it first.
+    """
+    from_framework = kernel_init is FRAMEWORK_INIT
+    return Linear(
         in_features,
         out_features,
         use_bias=use_bias,
-        dtype=compute.jnp_dtype,
         kernel_init=kernel_init,
+        bias_init=framework_bias(in_features) if from_framework else nnx.initializers.zeros,
+        dtype=compute.jnp_dtype,
+        result_dtype=result_dtype,
         rngs=rngs,
     )
 
 
-def affine_layer_norm(dim: int, *, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm with scale and bias; statistics in float32."""
+def affine_layer_norm(dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm with scale and bias, float32 whatever comes in; see `layer_norm`."""
     return nnx.LayerNorm(
         dim,
         epsilon=LAYER_NORM_EPSILON,
-        dtype=compute.jnp_dtype,
+        dtype=jnp.float32,
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses what parity needs
         rngs=rngs,
     )
 
 
 def layer_norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """Parameter-free layer norm, computed in float32."""
+    """Parameter-free layer norm, float32 whatever comes in.
+
+    What follows is scaled, shifted or rotated in float32 and rounded once, by a linear layer.
+    """
     centred = x.astype(jnp.float32)
     centred -= jnp.mean(centred, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
+    return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
 
 
-def rms_norm(dim: int, *, epsilon: float, compute: Compute, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Root-mean-square norm with scale; statistics in float32."""
-    return nnx.RMSNorm(dim, epsilon=epsilon, dtype=compute.jnp_dtype, rngs=rngs)
+def rms_norm(dim: int, *, epsilon: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Root-mean-square norm with scale, float32 whatever comes in."""
+    return nnx.RMSNorm(dim, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+
+
+def silu(x: Array) -> Array:
+    """SiLU, computed in float32 and rounded once, as PyTorch does."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
@@ -94,7 +125,7 @@ class Mlp(nnx.Module):
         hidden_dim: int,
         *,
         out_dim: int | None = None,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = silu,
         kernel_init: Callable = block_init,
         dropout_rate: float = 0.0,
         compute: Compute,
@@ -125,7 +156,7 @@ class SwiGlu(nnx.Module):
         rngs: nnx.Rngs,
         kernel_init: Callable = block_init,
     ):
-        def projection(features_in: int, features_out: int) -> nnx.Linear:
+        def projection(features_in: int, features_out: int) -> Linear:
             return linear(
                 features_in,
                 features_out,
@@ -140,4 +171,4 @@ class SwiGlu(nnx.Module):
         self.down = projection(hidden_dim, dim)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(silu(self.gate(x)) * self.up(x))

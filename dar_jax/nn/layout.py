@@ -1,4 +1,4 @@
-"""Keeping batches split over devices, and cutting them to save memory.
+"""Keeping batches split over devices, cutting them to save memory, and summing their gradients.
 
 Where weights are split over the same devices as the batch (FSDP), XLA may well choose to split the
 widths of activations instead, and to gather whole batches on every device: it did for the D-AR
@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 
 import einops
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dar_jax.common.typing import Array, Float
 
 _BATCH_SHARDING = contextvars.ContextVar("batch_sharding", default=None)
+_GRADIENT_DTYPE = contextvars.ContextVar("gradient_dtype", default=None)
 
 
 @contextlib.contextmanager
@@ -37,6 +40,21 @@ def keep_batch_split(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *free))
     return jax.lax.with_sharding_constraint(x, where)
+
+
+@contextlib.contextmanager
+def gradients_summed_in(dtype: DTypeLike) -> Iterator[None]:
+    """Trace with the gradients of kernels and biases summed over the batch in `dtype`."""
+    token = _GRADIENT_DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _GRADIENT_DTYPE.reset(token)
+
+
+def gradient_dtype() -> jnp.dtype:
+    """Return the dtype that gradients are summed in: float32 unless something else is asked for."""
+    return jnp.dtype(_GRADIENT_DTYPE.get() or jnp.float32)
 
 
 def in_parts(function: Callable[..., Array], microbatch: int | None) -> Callable[..., Array]:

@@ -1,9 +1,9 @@
 """Pre-norm transformer blocks: D-AR's with layer scale, and the plain one of TransDiff."""
 
 import dataclasses
-import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dar_jax.common.typing import Any, Array, Bool, Float, PRNGKeyArray
@@ -13,7 +13,11 @@ from dar_jax.nn.layers import FUSED_QKV_INIT, XAVIER_INIT, Mlp, affine_layer_nor
 from dar_jax.nn.rope import Rope
 
 MLP_RATIO = 4
-EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def exact_gelu(x: Array) -> Array:
+    """GELU by the error function, computed in float32 and rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 class TransformerBlock(nnx.Module):
@@ -23,9 +27,9 @@ class TransformerBlock(nnx.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, *, compute: Compute, rngs: nnx.Rngs):
-        self.norm1 = affine_layer_norm(dim, compute=compute, rngs=rngs)
+        self.norm1 = affine_layer_norm(dim, rngs=rngs)
         self.attention = Attention(dim, num_heads, qk_norm=True, compute=compute, rngs=rngs)
-        self.norm2 = affine_layer_norm(dim, compute=compute, rngs=rngs)
+        self.norm2 = affine_layer_norm(dim, rngs=rngs)
         self.mlp = Mlp(dim, MLP_RATIO * dim, compute=compute, rngs=rngs)
         self.gate1 = nnx.Param(nnx.initializers.zeros(rngs.params(), (dim,)))
         self.gate2 = nnx.Param(nnx.initializers.zeros(rngs.params(), (dim,)))
@@ -38,8 +42,8 @@ class TransformerBlock(nnx.Module):
         mask: Bool[Array, "N N"] | None = None,
     ) -> Float[Array, "B N D"]:
         attended = self.attention(self.norm1(x), query_rope=rope, key_rope=rope, mask=mask)
-        x = x + self.gate1.astype(x.dtype) * attended
-        return x + self.gate2.astype(x.dtype) * self.mlp(self.norm2(x))
+        x = x + (self.gate1[...] * attended).astype(x.dtype)
+        return x + (self.gate2[...] * self.mlp(self.norm2(x))).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ class BranchConfig:
         return Mlp(
             self.dim,
             MLP_RATIO * self.dim,
-            activation=EXACT_GELU,
+            activation=exact_gelu,
             kernel_init=XAVIER_INIT,
             dropout_rate=self.dropout,
             **options,
@@ -87,9 +91,9 @@ class PlainBlock(nnx.Module):
 
     def __init__(self, config: BranchConfig, *, compute: Compute, rngs: nnx.Rngs):
         options = dict(compute=compute, rngs=rngs)
-        self.norm1 = affine_layer_norm(config.dim, **options)
+        self.norm1 = affine_layer_norm(config.dim, rngs=rngs)
         self.attention = config.attention(**options)
-        self.norm2 = affine_layer_norm(config.dim, **options)
+        self.norm2 = affine_layer_norm(config.dim, rngs=rngs)
         self.mlp = config.mlp(**options)
 
     def __call__(

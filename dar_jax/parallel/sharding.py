@@ -42,6 +42,7 @@ MAX_FSDP = 32
 than a tile of a TPU's memory (D-AR-XL: 5 of 1280 rows, a tile has 8). Its compiler then gathers by
 summing up whole arrays that are zero but for one part, which is twice the bytes."""
 GATHERS = ("layer", "step")
+REDUCE_DTYPES = ("float32", "bfloat16")
 MIN_SHARDED_SIZE = 2**14
 """Arrays with fewer elements (64 KiB of float32) stay replicated: gathering them costs more
 latency than their copies cost memory."""
@@ -63,8 +64,15 @@ class MeshConfig:
     """What `fsdp` splits is gathered for each `layer`, forwards and backwards, or once a `step` in
     the compute dtype, which sends half and holds all weights and their gradients at a time. With
     accumulation that is once per microbatch."""
+    reduce_dtype: str = "float32"
+    """Gradients are summed over devices in float32, as the references' are; in bfloat16 they send
+    half, and a sum over 256 devices is 1.5 to 2 % off instead of 0.1 %."""
 
     def __post_init__(self):
+        if self.reduce_dtype not in REDUCE_DTYPES:
+            raise ValueError(
+                f"mesh.reduce_dtype {self.reduce_dtype!r} must be one of {', '.join(REDUCE_DTYPES)}"
+            )
         if self.gather not in GATHERS:
             raise ValueError(f"mesh.gather {self.gather!r} must be one of {', '.join(GATHERS)}")
 

@@ -49,14 +49,14 @@ def train_program(
     *,
     batch_size: int,
     accumulation: int,
-    gather_dtype: Any,
+    **options: Any,
 ) -> Program:
-    """The train step; see `training.step.make_train_step` for the arguments."""
+    """The train step; see `training.step.make_train_step` for the options."""
     step_lib.check_accumulation(batch_size, accumulation, mesh)
     state = state_lib.abstract_state(task, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = step_lib.make_train_step(
-        task, optimizer, shardings, accumulation=accumulation, gather_dtype=gather_dtype
+        task, optimizer, shardings, accumulation=accumulation, **options
     )
     frozen = task.abstract_frozen()
     arguments = (

@@ -21,6 +21,7 @@ from dar_jax.pipelines.base import (
     ModelPipeline,
     Pipeline,
     Reconstruction,
+    cast_kernels,
     image_keys,
     last_of,
     require_rng,
@@ -154,9 +155,8 @@ class PriorPipeline(ModelPipeline[Llama]):
 
     @functools.cached_property
     def sampling_params(self) -> Params:
-        """Per-layer parameters in the compute dtype, made once: what decoding reads."""
-        cast = jax.tree.map(lambda leaf: leaf.astype(self.model.compute.dtype), self.params)
-        return unstack(cast)
+        """Per-layer parameters, matrices in the compute dtype, made once: what decoding reads."""
+        return unstack(cast_kernels(self.params, self.model.compute.jnp_dtype))
 
     def logits(
         self, labels: Array | np.ndarray, indices: Int[Array | np.ndarray, "B n"]

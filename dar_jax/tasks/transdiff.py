@@ -10,6 +10,8 @@ s, noise ~ N(0, I);  t = logit_normal_times(s)              `copies` times per i
 x_t = t latent + (1 - t) noise
 loss = mean((velocity(x_t, t, z) - (latent - noise))^2) + diversity_weight * diversity(z)
 
+The diversity is that of z before the positions are added to it.
+
 With references (MRAR) a sample is four images of one class; image k is conditioned on the k images
 before it, and the loss is the mean of all four. The encoder runs once for all of them, the decoder
 sees every image with the first tokens of z only.
@@ -69,8 +71,7 @@ class TransDiffLossConfig:
     Attributes:
         copies: noisy copies of every image in a step (`diffusion_batch_mul`).
         num_levels: times are quantised to so many levels; 0 leaves them continuous.
-        diversity_weight: of the mean cosine between the condition tokens of an image; the reference
-            has the term, and never turns it on.
+        diversity_weight: of `diversity`; the reference has the term, and never turns it on.
     """
 
     copies: int = 4
@@ -118,12 +119,13 @@ def image_losses(
 
 
 def diversity(condition: Float[Array, "B M D"]) -> Float[Array, ""]:
-    """Mean cosine of all pairs of condition tokens of an image, averaged over the batch."""
+    """Mean cosine of all pairs of condition tokens of an image, averaged over the batch.
+
+    A token and itself are a pair too, as in the reference.
+    """
     tokens = condition.astype(jnp.float32)
     tokens /= jnp.linalg.norm(tokens, axis=-1, keepdims=True)
-    num_tokens = tokens.shape[1]
-    cosines = jnp.einsum("bnd,bmd->b", tokens, tokens) - num_tokens
-    return jnp.mean(cosines) / (num_tokens * (num_tokens - 1))
+    return jnp.mean(jnp.square(jnp.mean(tokens, axis=1)).sum(axis=-1))
 
 
 class TransDiffTask(ModelTask):
@@ -182,13 +184,13 @@ class TransDiffTask(ModelTask):
         model, config = self.model.bind(params), self.loss_config
         draws = jax.random.uniform(rng_label, batch["label"].shape)
         labels = model.drop_labels(batch["label"], draws)
-        condition = model.condition(labels, latents[:, :-1], rng=rng_encoder)
+        tokens = model.encoder(labels, latents[:, :-1], rng=rng_encoder)
 
         shape = (*latents.shape[:2], config.copies)
         rng_times, rng_noise = jax.random.split(rng_flow)
         losses = image_losses(
             model,
-            condition,
+            model.encoder.place(tokens),
             latents,
             jax.random.normal(rng_times, shape),
             jax.random.normal(rng_noise, (*shape, *latents.shape[2:])),
@@ -198,7 +200,7 @@ class TransDiffTask(ModelTask):
         terms = {"flow_loss": jnp.mean(losses)}
         loss = terms["flow_loss"]
         if config.diversity_weight:
-            terms["diversity_loss"] = diversity(condition)
+            terms["diversity_loss"] = diversity(tokens)
             loss += config.diversity_weight * terms["diversity_loss"]
         return loss, {**terms, **self._by_image(losses)}
 

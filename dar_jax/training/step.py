@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from dar_jax.common.flops import training_flops
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
-from dar_jax.nn.layout import batch_split
+from dar_jax.nn.layout import batch_split, gradients_summed_in
+from dar_jax.nn.linear import keep_parts
 from dar_jax.parallel import sharding
 from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.tasks.base import Task
@@ -39,6 +40,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     gather_dtype: Any = None,
+    reduce_dtype: Any = jnp.float32,
 ) -> TrainStep:
     """Return the jitted step `(state, batch, frozen) -> (state, metrics collection)`.
 
@@ -50,10 +52,12 @@ def make_train_step(
             float32. Losses that are means over the batch give the step of the whole batch; each
             microbatch draws its own randomness.
         gather_dtype: of weights that are gathered once a step; None gathers layer by layer.
+        reduce_dtype: of the gradients of kernels and biases while they are summed over devices.
 
     The state is donated: its buffers are reused and must not be read afterwards.
     """
-    grad_fn = functools.partial(gradient, task, shardings.params, gather_dtype=gather_dtype)
+    dtypes = {"gather_dtype": gather_dtype, "reduce_dtype": reduce_dtype}
+    grad_fn = functools.partial(gradient, task, shardings.params, **dtypes)
     step = functools.partial(train_step, task, config, grad_fn, accumulation=accumulation)
     out_shardings = (shardings, sharding.replicated(shardings.step.mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
@@ -105,6 +109,7 @@ def gradient(
     rng: PRNGKeyArray,
     *,
     gather_dtype: Any,
+    reduce_dtype: Any,
 ) -> Gradient:
     """Differentiate the loss of a microbatch.
 
@@ -117,14 +122,17 @@ def gradient(
         batch: the microbatch.
         rng: of what the loss draws.
         gather_dtype: see `make_train_step`.
+        reduce_dtype: likewise.
     """
     mesh = step_mesh(shardings)
 
     def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
         whole = sharding.gather(params, mesh, stacked_dtype=gather_dtype)
+        if reduce_dtype == jnp.float32:
+            whole = keep_parts(whole, params)
         return task.loss(whole, {**batch, "step": step}, rng, sharding.gather(frozen, mesh))
 
-    with batch_split(sharding.batch_sharding(mesh)):
+    with batch_split(sharding.batch_sharding(mesh)), gradients_summed_in(reduce_dtype):
         (loss, outputs), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     # Scatters each gradient as it is made; whole, they would fill the memory.
     grads = jax.lax.with_sharding_constraint(grads, shardings)
@@ -187,9 +195,12 @@ def step_mesh(shardings: Params) -> Mesh:
     return jax.tree.leaves(shardings)[0].mesh
 
 
-def gather_dtype(mesh: MeshConfig, compute: Compute) -> Any:
-    """The argument of `make_train_step` of this name, from the configuration."""
-    return compute.jnp_dtype if mesh.gather == "step" else None
+def mesh_options(mesh: MeshConfig, compute: Compute) -> dict[str, Any]:
+    """`gather_dtype` and `reduce_dtype` of `make_train_step`, from the configuration."""
+    return {
+        "gather_dtype": compute.jnp_dtype if mesh.gather == "step" else None,
+        "reduce_dtype": jnp.dtype(mesh.reduce_dtype),
+    }
 
 
 def check_accumulation(batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -41,9 +41,9 @@ def vae(tmp_path_factory):
 
 @pytest.fixture
 def make_task(vae):
-    def make(config=MODEL):
+    def make(config=MODEL, **loss):
         size = config.latent_size * VAE.stride
-        loss = TransDiffLossConfig(copies=2)
+        loss = TransDiffLossConfig(copies=2, **loss)
         return TransDiffTask(
             config, loss, frozen_model("kl_vae", vae, Compute()), Compute(), image_size=size
         )
@@ -245,9 +245,19 @@ def test_other_differences_are_refused(make_task, tmp_path):
         model_dir.load_params(tmp_path / "old", like, adapters=task.adapters())
 
 
-def test_diversity_is_the_mean_cosine_of_different_tokens():
+def test_diversity_is_the_mean_cosine_of_all_pairs_of_tokens():
     tokens = jnp.array([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]])
-    assert diversity(tokens) == pytest.approx(2 / 6)
+    assert diversity(tokens) == pytest.approx((3 + 2) / 9)  # three of them with themselves
+
+
+def test_diversity_does_not_see_the_positions(make_task):
+    """The same vector everywhere has diversity 1, whatever is added to it afterwards."""
+    task = make_task(diversity_weight=1.0)
+    params = random_params(jax.eval_shape(task.init, jax.random.key(0)))
+    norm = params["encoder"]["norm"]
+    norm.update(scale=jnp.zeros_like(norm["scale"]), bias=jnp.ones_like(norm["bias"]))
+    _, outputs = task.loss(params, pixels_of(MODEL), jax.random.key(0), task.frozen())
+    assert float(outputs["diversity_loss"]) == pytest.approx(1.0)
 
 
 def test_pictures_show_every_pass(make_task):

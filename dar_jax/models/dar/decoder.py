@@ -9,7 +9,6 @@ import dataclasses
 from typing import NamedTuple
 
 import einops
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,7 +18,8 @@ from dar_jax.nn.adaln import modulate
 from dar_jax.nn.attention import Attention
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.embeddings import timestep_features
-from dar_jax.nn.layers import FRAMEWORK_INIT, Mlp, layer_norm, linear
+from dar_jax.nn.layers import FRAMEWORK_INIT, Mlp, layer_norm, linear, silu
+from dar_jax.nn.linear import Linear
 from dar_jax.nn.patch import patchify, unpatchify
 from dar_jax.nn.rope import Rope, rope_2d
 from dar_jax.nn.stack import Stack
@@ -110,7 +110,7 @@ class FlowDecoderBlock(nnx.Module):
             rope: of the image tokens.
         """
         attended = self.attend_condition(x, condition, rope)
-        modulation = self.modulation(jax.nn.silu(self.embed_time(time)[:, None] + attended))
+        modulation = self.modulation(silu(self.embed_time(time)[:, None] + attended))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(
             modulation, NUM_MODULATIONS, axis=-1
         )
@@ -138,7 +138,7 @@ class ModulatedHead(nnx.Module):
         self.out = linear(dim, out_dim, kernel_init=ZERO_INIT, compute=compute, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N D"], time: Float[Array, "B D"]) -> Array:
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(time))[:, None], 2, axis=-1)
+        shift, scale = jnp.split(self.modulation(silu(time))[:, None], 2, axis=-1)
         return self.out(modulate(layer_norm(x), shift, scale))
 
 
@@ -168,7 +168,7 @@ class AlignmentHead(nnx.Module):
         x = einops.rearrange(x, "b (h w) d -> b h w d", h=grid[0])
         x = x[:, : rows * stride, : columns * stride]
         x = einops.reduce(x, "b (h s1) (w s2) d -> b (h w) d", "mean", s1=stride, s2=stride)
-        return self.layer3(jax.nn.silu(self.layer2(jax.nn.silu(self.layer1(x)))))
+        return self.layer3(silu(self.layer2(silu(self.layer1(x)))))
 
 
 class FlowDecoder(nnx.Module):
@@ -180,14 +180,18 @@ class FlowDecoder(nnx.Module):
         self.config = config
         dim, pixels = config.dim, RGB * config.patch_size**2
 
-        def framework_linear(features_in: int, features_out: int) -> nnx.Linear:
+        def framework_linear(features_in: int, features_out: int) -> Linear:
             return linear(
                 features_in, features_out, kernel_init=FRAMEWORK_INIT, compute=compute, rngs=rngs
             )
 
         self.condition_projection = framework_linear(condition_dim, dim)
         self.patch_embed = framework_linear(pixels, dim)
-        self.time_embed = Mlp(dim, dim, compute=compute, rngs=rngs) if config.shared_time else None
+        self.time_embed = (
+            Mlp(dim, dim, kernel_init=FRAMEWORK_INIT, compute=compute, rngs=rngs)
+            if config.shared_time
+            else None
+        )
         self.stack = Stack(
             lambda block_rngs: FlowDecoderBlock(config, compute=compute, rngs=block_rngs),
             config.depth,

@@ -19,6 +19,10 @@ from dar_jax.nn.rope import append_identity, rope_2d
 from dar_jax.nn.stack import Stack
 from dar_jax.nn.transformer import TransformerBlock
 
+LOW_RANK_INIT = nnx.initializers.truncated_normal(1.0)
+FULL_RANK_INIT = nnx.initializers.normal(0.02)
+"""Of the query table; the low-rank one is cut at two standard deviations, as in the reference."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -55,6 +59,7 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
+        self.residual_dtype = compute.residual_jnp_dtype
         self.num_tokens = num_tokens
         self.patch_embed = linear(
             RGB * config.patch_size**2,
@@ -64,8 +69,8 @@ class Encoder(nnx.Module):
             rngs=rngs,
         )
         rank = config.query_rank or config.dim
-        table = nnx.initializers.normal(1.0)(rngs.params(), (max_tokens, rank))
-        self.query_table = nnx.Param(table)
+        table_init = LOW_RANK_INIT if config.query_rank else FULL_RANK_INIT
+        self.query_table = nnx.Param(table_init(rngs.params(), (max_tokens, rank)))
         self.query_projection = (
             linear(rank, config.dim, kernel_init=FRAMEWORK_INIT, compute=compute, rngs=rngs)
             if config.query_rank
@@ -102,7 +107,7 @@ class Encoder(nnx.Module):
         """Return [normalised patches, queries]; the queries are not normalised."""
         patches = layer_norm(self.patch_embed(patchify(image, self.config.patch_size)))
         queries = jnp.broadcast_to(self.queries(), (len(image), *self.queries().shape))
-        return jnp.concatenate([patches, queries.astype(patches.dtype)], axis=1)
+        return jnp.concatenate([patches, queries], axis=1).astype(self.residual_dtype)
 
     def queries(self) -> Float[Array, "N D"]:
         """Return the learned queries."""

@@ -104,7 +104,7 @@ class LlamaBlock(nnx.Module):
     """`x += attention(norm(x)); x += swiglu(norm(x))`."""
 
     def __init__(self, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
-        norm = dict(epsilon=config.norm_epsilon, compute=compute, rngs=rngs)
+        norm = dict(epsilon=config.norm_epsilon, rngs=rngs)
         self.residual_dropout = config.residual_dropout
         self.attention_norm = rms_norm(config.dim, **norm)
         self.attention = Attention(
@@ -179,7 +179,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, compute: Compute | None = None):
         self.compute = compute = compute or Compute()
         self.config = config
-        table = dict(dtype=compute.jnp_dtype, embedding_init=INIT, rngs=rngs)
+        table = dict(dtype=jnp.float32, embedding_init=INIT, rngs=rngs)
         if config.caption_dim is None:
             self.condition_embed = nnx.Embed(config.num_classes + 1, config.dim, **table)
         else:
@@ -191,14 +191,14 @@ class Llama(nnx.Module):
             compute=compute,
             rngs=rngs,
         )
-        self.norm = rms_norm(config.dim, epsilon=config.norm_epsilon, compute=compute, rngs=rngs)
-        self.output = nnx.Linear(
+        self.norm = rms_norm(config.dim, epsilon=config.norm_epsilon, rngs=rngs)
+        self.output = linear(
             config.dim,
             config.vocab_size,
             use_bias=False,
-            dtype=compute.jnp_dtype,
-            preferred_element_type=jnp.float32,
             kernel_init=nnx.initializers.zeros,
+            result_dtype=jnp.float32,
+            compute=compute,
             rngs=rngs,
         )
 
@@ -208,7 +208,7 @@ class Llama(nnx.Module):
         """Embed labels [B] in 0 .. num_classes (the null class), or captions [B, T, F]."""
         if self.config.caption_dim is None:
             return self.condition_embed(condition)[:, None]
-        return self.condition_embed(condition)
+        return self.condition_embed(condition).astype(jnp.float32)
 
     def null_condition(self, batch_size: int) -> Array:
         """Return `batch_size` null labels, or null captions."""
@@ -253,13 +253,14 @@ class Llama(nnx.Module):
         rng_tokens, rng_blocks = (None, None) if rng is None else jax.random.split(rng)
         x = jnp.concatenate([self.embed_condition(condition), self.token_embed(indices)], axis=1)
         x = dropout(x, self.config.token_dropout, rng_tokens)
+        x = x.astype(self.compute.residual_jnp_dtype)
         length = x.shape[1]
         mask = causal_mask(length, length) if mask is None else mask[:, None]
         return self.norm(self.stack(x, self.rope()[:length], mask, rng=rng_blocks))
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the float32 logits of normalised positions."""
-        return keep_batch_split(self.output(hidden).astype(jnp.float32))
+        return keep_batch_split(self.output(hidden))
 
     def rope(self) -> Rope:
         """Table of all positions of the sequence."""
@@ -294,7 +295,7 @@ class Llama(nnx.Module):
         rope = Rope(
             *(jax.lax.dynamic_slice_in_dim(table, position, num_new) for table in self.rope())
         )
-        extended = []
+        extended, x = [], x.astype(self.compute.residual_jnp_dtype)
         for block, cache in zip(self.stack.blocks, caches, strict=True):
             x, cache = block.extend(x, cache, position, rope, mask)
             extended.append(cache)

@@ -156,6 +156,7 @@ class ConditionLayers(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
+        self.residual_dtype = compute.residual_jnp_dtype
         self.from_code = linear(
             code_dim,
             config.dim,
@@ -180,8 +181,8 @@ class ConditionLayers(nnx.Module):
 
     def embed(self, codes: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
         """Project the codes and add the positions."""
-        tokens = self.from_code(codes)
-        return tokens + self.position_table[: codes.shape[1]].astype(tokens.dtype)
+        tokens = self.from_code(codes) + self.position_table[: codes.shape[1]]
+        return tokens.astype(self.residual_dtype)
 
 
 def window_start(u: Float[Array, " B"], config: TokenizerConfig) -> Int[Array, " B"]:

@@ -71,16 +71,16 @@ class Dinov2Block(nnx.Module):
     def __init__(self, config: Dinov2Config, *, compute: Compute, rngs: nnx.Rngs):
         dim = config.dim
         gelu = functools.partial(jax.nn.gelu, approximate=False)
-        self.norm1 = affine_layer_norm(dim, compute=compute, rngs=rngs)
+        self.norm1 = affine_layer_norm(dim, rngs=rngs)
         self.attention = Attention(dim, config.num_heads, compute=compute, rngs=rngs)
         self.scale1 = nnx.Param(jnp.ones(dim))
-        self.norm2 = affine_layer_norm(dim, compute=compute, rngs=rngs)
+        self.norm2 = affine_layer_norm(dim, rngs=rngs)
         self.mlp = Mlp(dim, MLP_RATIO * dim, activation=gelu, compute=compute, rngs=rngs)
         self.scale2 = nnx.Param(jnp.ones(dim))
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        x = x + self.scale1.astype(x.dtype) * self.attention(self.norm1(x))
-        return x + self.scale2.astype(x.dtype) * self.mlp(self.norm2(x))
+        x = x + (self.scale1[...] * self.attention(self.norm1(x))).astype(x.dtype)
+        return x + (self.scale2[...] * self.mlp(self.norm2(x))).astype(x.dtype)
 
 
 class Dinov2(nnx.Module):
@@ -88,6 +88,7 @@ class Dinov2(nnx.Module):
 
     def __init__(self, config: Dinov2Config, *, compute: Compute, rngs: nnx.Rngs):
         self.config = config
+        self.residual_dtype = compute.residual_jnp_dtype
         self.patch_embed = linear(3 * config.patch_size**2, config.dim, compute=compute, rngs=rngs)
         self.class_token = nnx.Param(TABLE_INIT(rngs.params(), (config.dim,)))
         table = TABLE_INIT(rngs.params(), (1 + config.num_patches, config.dim))
@@ -98,12 +99,11 @@ class Dinov2(nnx.Module):
             compute=compute,
             rngs=rngs,
         )
-        self.norm = affine_layer_norm(config.dim, compute=compute, rngs=rngs)
+        self.norm = affine_layer_norm(config.dim, rngs=rngs)
 
     def __call__(self, image: Float[Array, "B 224 224 3"]) -> Float[Array, "B N D"]:
         """Normalised patch features of preprocessed images, row by row."""
         patches = self.patch_embed(patchify(image, self.config.patch_size))
         first = jnp.broadcast_to(self.class_token[...], (len(image), 1, self.config.dim))
-        x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
-        x = x + self.position_table[...].astype(x.dtype)
-        return self.norm(self.stack(x))[:, 1:]
+        x = jnp.concatenate([first, patches], axis=1) + self.position_table[...]
+        return self.norm(self.stack(x.astype(self.residual_dtype)))[:, 1:]

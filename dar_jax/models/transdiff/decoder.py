@@ -11,7 +11,6 @@ here that follows the compute dtype.
 """
 
 import einops
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -26,6 +25,7 @@ from dar_jax.nn.layers import (
     affine_layer_norm,
     layer_norm,
     linear,
+    silu,
     split_rng,
 )
 from dar_jax.nn.patch import patchify, unpatchify
@@ -47,11 +47,11 @@ class DecoderBlock(nnx.Module):
     def __init__(self, branches: BranchConfig, *, compute: Compute, rngs: nnx.Rngs):
         options = dict(compute=compute, rngs=rngs)
         self.modulation_table = _modulation_table(NUM_MODULATIONS, branches.dim, rngs)
-        self.norm1 = affine_layer_norm(branches.dim, **options)
+        self.norm1 = affine_layer_norm(branches.dim, rngs=rngs)
         self.attention = branches.attention(**options)
-        self.norm2 = affine_layer_norm(branches.dim, **options)
+        self.norm2 = affine_layer_norm(branches.dim, rngs=rngs)
         self.cross_attention = branches.attention(qkv_init=XAVIER_INIT, **options)
-        self.norm3 = affine_layer_norm(branches.dim, **options)
+        self.norm3 = affine_layer_norm(branches.dim, rngs=rngs)
         self.mlp = branches.mlp(**options)
 
     def __call__(
@@ -73,18 +73,19 @@ class DecoderBlock(nnx.Module):
             rng: turns dropout on.
         """
         rng_self, rng_cross, rng_mlp = split_rng(rng, 3)
-        modulation = modulation + self.modulation_table.astype(modulation.dtype)
+        modulation = modulation + self.modulation_table[...]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(
             modulation, NUM_MODULATIONS, axis=1
         )
         h = modulate(self.norm1(x), shift_a, scale_a)
-        x = x + gate_a * self.attention(h, rng=rng_self)
+        x = x + (gate_a * self.attention(h, rng=rng_self)).astype(x.dtype)
         # The copies of an image share its condition, so they attend to it as one long sequence.
         h = einops.rearrange(self.norm2(x), "(b c) n d -> b (c n) d", b=len(cache.keys))
         queries = self.cross_attention.queries(h)
         attended = self.cross_attention.attend(queries, cache, mask, rng_cross)
         x = x + einops.rearrange(attended, "b (c n) d -> (b c) n d", n=x.shape[1])
-        return x + gate_m * self.mlp(modulate(self.norm3(x), shift_m, scale_m), rng=rng_mlp)
+        h = modulate(self.norm3(x), shift_m, scale_m)
+        return x + (gate_m * self.mlp(h, rng=rng_mlp)).astype(x.dtype)
 
 
 class FinalLayer(nnx.Module):
@@ -97,7 +98,7 @@ class FinalLayer(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "R N D"], time: Float[Array, "R D"]) -> Array:
-        modulation = time[:, None] + self.modulation_table.astype(time.dtype)
+        modulation = time[:, None] + self.modulation_table[...]
         shift, scale = jnp.split(modulation, 2, axis=1)
         return self.out(modulate(layer_norm(x), shift, scale))
 
@@ -117,6 +118,7 @@ class DiffusionDecoder(nnx.Module):
     ):
         dim, options = branches.dim, dict(compute=compute, rngs=rngs)
         self.latent_size = latent_size
+        self.residual_dtype = compute.residual_jnp_dtype
         self.position_table = nnx.Param(EMBEDDING_INIT(rngs.params(), (latent_size**2, dim)))
         self.token_embed = linear(channels, dim, kernel_init=XAVIER_INIT, **options)
         self.condition_projection = linear(dim, dim, kernel_init=XAVIER_INIT, **options)
@@ -163,13 +165,13 @@ class DiffusionDecoder(nnx.Module):
 
     def embed(self, x_t: Float[Array, "R h w C"]) -> Float[Array, "R N D"]:
         """Embed every latent pixel as a token."""
-        tokens = self.token_embed(patchify(x_t, 1))
-        return tokens + self.position_table.astype(tokens.dtype)
+        tokens = self.token_embed(patchify(x_t, 1)) + self.position_table[...]
+        return tokens.astype(self.residual_dtype)
 
     def embed_time(
         self, noise_time: Float[Array, " R"]
     ) -> tuple[Float[Array, "R D"], Float[Array, "R six D"]]:
         """Return the embedding of times counted from the data, and the modulation of the blocks."""
         time = self.time_embed(timestep_features(noise_time, TIME_FEATURES))
-        modulation = self.modulation(jax.nn.silu(time))
+        modulation = self.modulation(silu(time))
         return time, einops.rearrange(modulation, "b (six d) -> b six d", six=NUM_MODULATIONS)

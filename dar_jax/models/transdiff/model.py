@@ -118,14 +118,14 @@ class Encoder(nnx.Module):
         self.position_table = table(config.buffer_size + config.condition_tokens)
         self.condition_position_table = table(config.condition_tokens)
         self.reference_projection = linear(patch_dim, dim, kernel_init=XAVIER_INIT, **options)
-        self.input_norm = affine_layer_norm(dim, **options)
+        self.input_norm = affine_layer_norm(dim, rngs=rngs)
         self.stack = Stack(
             lambda block_rngs: PlainBlock(config.branches, compute=compute, rngs=block_rngs),
             config.encoder_depth,
             **options,
         )
-        self.norm = affine_layer_norm(dim, **options)
-        self.dtype = compute.jnp_dtype
+        self.norm = affine_layer_norm(dim, rngs=rngs)
+        self.residual_dtype = compute.residual_jnp_dtype
 
     def __call__(
         self,
@@ -134,7 +134,7 @@ class Encoder(nnx.Module):
         *,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B M D"]:
-        """Return the condition tokens of the images 0 .. k.
+        """Return the condition tokens of the images 0 .. k, to which `place` adds the positions.
 
         Args:
             labels: in 0 .. num_classes (the null class).
@@ -143,8 +143,11 @@ class Encoder(nnx.Module):
         """
         mask = None if self.config.num_references == 1 else self.mask(references.shape[1])
         tokens = self.stack(self.embed(labels, references), mask, rng=rng)
-        tokens = self.norm(tokens[:, self.config.buffer_size :])
-        return tokens + self._first(self.condition_position_table, tokens.shape[1])
+        return self.norm(tokens[:, self.config.buffer_size :])
+
+    def place(self, tokens: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+        """Add the positions to condition tokens."""
+        return tokens + self.condition_position_table[: tokens.shape[1]]
 
     def embed(
         self, labels: Int[Array, " B"], references: Float[Array, "B k h w C"]
@@ -153,26 +156,23 @@ class Encoder(nnx.Module):
         config, batch_size = self.config, len(labels)
         classes = jnp.concatenate([self.class_table[...], self.null_class[...]])[labels]
         parts = [
-            jnp.repeat(classes.astype(self.dtype)[:, None], config.buffer_size, axis=1),
+            jnp.repeat(classes[:, None], config.buffer_size, axis=1),
             jnp.broadcast_to(
-                self.mask_token.astype(self.dtype),
-                (batch_size, config.tokens_per_image, config.dim),
+                self.mask_token[...], (batch_size, config.tokens_per_image, config.dim)
             ),
         ]
         for reference in jnp.unstack(references, axis=1):
             patches = patchify(reference, config.reference_patch_size)
             parts.append(self.reference_projection(patches))
         tokens = jnp.concatenate(parts, axis=1)
-        return self.input_norm(tokens + self._first(self.position_table, tokens.shape[1]))
+        tokens = self.input_norm(tokens + self.position_table[: tokens.shape[1]])
+        return tokens.astype(self.residual_dtype)
 
     def mask(self, num_references: int) -> Bool[Array, "N N"]:
         """True where a token may attend: to its own block and the earlier ones."""
         sizes = [self.config.buffer_size] + [self.config.tokens_per_image] * (1 + num_references)
         block = jnp.repeat(jnp.arange(len(sizes)), jnp.array(sizes), total_repeat_length=sum(sizes))
         return block[:, None] >= block
-
-    def _first(self, table: nnx.Param, length: int) -> Float[Array, "N D"]:
-        return table[:length].astype(self.dtype)
 
 
 class TransDiff(nnx.Module):
@@ -207,7 +207,7 @@ class TransDiff(nnx.Module):
         if references is None:
             shape = (len(labels), 0, config.latent_size, config.latent_size, config.channels)
             references = jnp.zeros(shape)
-        return self.encoder(labels, references, rng=rng)
+        return self.encoder.place(self.encoder(labels, references, rng=rng))
 
     def prefix_mask(self, copies: int) -> Bool[Array, "S M"]:
         """Mask of the cross-attention where all images of a class are trained on at once.

@@ -103,14 +103,14 @@ def training(folder):
 
 @functools.partial(jax.jit, static_argnames="model")
 def encoder_parts(model, params, labels, uncond, probe):
-    encoder = model.bind(params).encoder
-    none = jnp.zeros((1, 0, 1, 1, 1))
+    module = model.bind(params)
+    encoder, none = module.encoder, jnp.zeros((1, 0, 1, 1, 1))
     embedded = encoder.embed(labels[:1], none)
     return dict(
         enc_in_ln_b0=embedded,
         enc_block0_b0=encoder.stack(embedded, None, stop=1),
-        enc_z=encoder(labels, jnp.zeros((len(labels), 0, 1, 1, 1))),
-        enc_z_uncond=encoder(uncond, none),
+        enc_z=module.condition(labels),
+        enc_z_uncond=module.condition(uncond),
         eps_probe_z_proj_ln=encoder.input_norm(probe),
         eps_probe_encoder_norm=encoder.norm(probe),
         eps_probe_encoder_block=encoder.stack(probe, None, stop=1),
