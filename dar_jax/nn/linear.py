@@ -118,7 +118,9 @@ class Conv(nnx.Module):
 def _parts(kernel: nnx.Param) -> tuple[Array, Array]:
     """Return what is read and what gets the gradient."""
     value = kernel.get_value()
-    return (value.whole, value.part) if isinstance(value, Gathered) else (value, value)
+    if isinstance(value, Gathered):
+        return value.whole, value.part
+    return (jnp.asarray(value),) * 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
