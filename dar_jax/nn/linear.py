@@ -79,7 +79,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         """Apply to the last axis."""
         whole, part = _parts(self.kernel)
-        bias = None if self.bias is None else self.bias.get_value()
+        bias = None if self.bias is None else jnp.asarray(self.bias[...])
         dtypes = Dtypes(self.dtype, self.result_dtype, gradient_dtype(), part.dtype)
         return _affine(dtypes, x.astype(self.dtype), whole, part, bias)
 
@@ -109,7 +109,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         whole, part = _parts(self.kernel)
-        bias = None if self.bias is None else self.bias.get_value()
+        bias = None if self.bias is None else jnp.asarray(self.bias[...])
         dtypes = Dtypes(self.dtype, self.dtype, gradient_dtype(), part.dtype)
         shape = (self.stride, self.padding)
         return _convolve(dtypes, shape, x.astype(self.dtype), whole, part, bias)
