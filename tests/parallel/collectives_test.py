@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel import sharding
 from dar_jax.parallel.sharding import MeshConfig
+from dar_jax.tasks.base import FrozenModel
 from dar_jax.tasks.dar_prior import DarPriorTask
 from dar_jax.tasks.kl_vae import KlVaeLossConfig, KlVaeTask
 from dar_jax.training.optimizer import OptimizerConfig
@@ -64,11 +67,11 @@ def placed(tree, shardings):
 
 
 def prior_task():
+    tokenizer = FunctionalModel(Tokenizer, TOKENIZER)
     return DarPriorTask(
         LlamaConfig(**{**vars(PRIOR), "num_layers": 2}),
-        "none",
+        FrozenModel(tokenizer, tokenizer.abstract_params()),
         COMPUTE,
-        shape_of_tokenizer=TOKENIZER,
         from_codes=True,
     )
 
