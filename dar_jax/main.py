@@ -15,8 +15,8 @@ Modes:
     benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl
     cache     a data set in the form that training reads fastest -> WORKDIR
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
-    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16, which
-              needs not be at hand ("local": the devices that are) -> WORKDIR/compile.json
+    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16, without
+              the chips ("local": the devices at hand) -> WORKDIR/compile.json
     demo      WORKDIR/model -> a page on which images grow while their tokens are generated, at
               http://127.0.0.1:7860; config.demo.host and .port change that
 

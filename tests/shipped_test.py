@@ -11,10 +11,11 @@ import pytest
 from configs import mnist
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
+from dar_jax.config import build as read_config
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.evaluation.classifier import Classifier
 from dar_jax.generation import batches
+from dar_jax.generation.config import SampleConfig
 from dar_jax.kinds.loading import from_pretrained
 from tests.architecture_test import ROOT
 
@@ -40,9 +41,7 @@ def test_model_that_is_not_shipped_is_one_line():
 
 
 def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_path):
-    settings = build(
-        batches.SampleConfig, mnist.get_config("dar").sample.to_dict(), "config.sample"
-    )
+    settings = read_config(mnist.get_config("dar")).sample
     for name, expected in (
         ("untouched", ADDRESS),
         ("samples", ADDRESS),
@@ -52,9 +51,9 @@ def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_p
         if name != "untouched":
             (tmp_path / name / name).mkdir(parents=True)
         assert batches.model_path(settings, str(tmp_path / name)) == expected
-    unnamed = batches.SampleConfig()
+    unnamed = SampleConfig()
     assert batches.model_path(unnamed, str(tmp_path)) == f"{tmp_path}/model"
-    named = batches.SampleConfig(model="own", untrained_model=ADDRESS)
+    named = SampleConfig(model="own", untrained_model=ADDRESS)
     assert batches.model_path(named, str(tmp_path)) == "own"
 
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import numpy as np
 
-from dar_jax.caching.encoded import Encoder, Views, write_encoded
+from dar_jax.caching.encoded import FrozenEncoder, Views, write_encoded
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.typing import Array, Int, Params, UInt8
@@ -56,7 +56,7 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
             "cannot be cached; use 0"
         )
     model = open_tokenizer(tokenizer, data.image_size)
-    encoder = Encoder(model, tokenizer, _encode, rows_per_device=CROPS_PER_DEVICE)
+    encoder = FrozenEncoder(model, tokenizer, _encode, rows_per_device=CROPS_PER_DEVICE)
     sources = {split: load_source(data, split) for split in SPLITS}
     contents = {
         FORM.model: model_dir.fingerprint(tokenizer),
@@ -101,7 +101,7 @@ def open_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer
     """Read the tokenizer's architecture.
 
     Raises:
-        ValueError: it cannot be read, is no tokenizer, does not take images of this size, or its
+        ValueError: it cannot be read, is not a tokenizer, does not take images of this size, or its
             codes do not fit into 16 bits.
     """
     config = open_model(directory, DarTokenizer.name).architecture

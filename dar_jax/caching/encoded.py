@@ -36,7 +36,7 @@ class Views:
     of: Callable[[np.ndarray], np.ndarray]
 
 
-class Encoder:
+class FrozenEncoder:
     """A frozen model on the devices of this process."""
 
     def __init__(
@@ -102,7 +102,7 @@ def write_encoded(
     *,
     form: Form,
     sources: Mapping[str, Source],
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     views: Mapping[str, Views],
     pictures_per_shard: int,
 ) -> None:

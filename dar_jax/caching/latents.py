@@ -8,7 +8,7 @@ import functools
 import jax
 import numpy as np
 
-from dar_jax.caching.encoded import Encoder, Views, write_encoded
+from dar_jax.caching.encoded import FrozenEncoder, Views, write_encoded
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.typing import Array, Float, Params, UInt8
@@ -45,7 +45,7 @@ def write_latents(data: DataConfig, vae: str, workdir: str, *, pictures_per_shar
     grid = config.latent_grid(data.image_size, data.image_size)
     model = FunctionalModel(KlVae, config, Compute())
     rows = max(1, PIXELS_PER_DEVICE // data.image_size**2)
-    encoder = Encoder(model, directory, _encode, rows_per_device=rows)
+    encoder = FrozenEncoder(model, directory, _encode, rows_per_device=rows)
     views = Views(2, functools.partial(both_ways, size=data.image_size))
     write_encoded(
         data,

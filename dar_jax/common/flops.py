@@ -12,7 +12,7 @@ one more for each operand whose gradient is wanted, because the parameters reach
 
 So a layer on activations costs 3 products, the first layer on data 2, a frozen network behind the
 model 2, one that sees only data 1. Integers and `stop_gradient` end what the parameters reach.
-What rematerialisation computes a second time is no part of it: these are FLOPs that the model
+What rematerialisation computes a second time is not part of it: these are FLOPs that the model
 needs, not those that a program spends.
 
 Deviation: a product that the loss does not depend on, or not smoothly, such as the distances

@@ -50,7 +50,7 @@ class Progress:
         self._done += count
         now = time.monotonic()
         if self._clock is None:
-            # Compilation is no part of the rate.
+            # Compilation is not part of the rate.
             self._clock = (self._done, now)
             jax.monitoring.unregister_event_duration_listener(self._count_compilation)
             logging.info(

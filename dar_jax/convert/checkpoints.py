@@ -59,7 +59,7 @@ def read_checkpoint(source: str) -> Checkpoint:
     """
     path = pathlib.Path(hub.download_file(source) if hub.is_address(source) else source)
     if not path.is_file():
-        raise ValueError(f"{path} is no file; pass a checkpoint's path or hf://owner/name/file")
+        raise ValueError(f"{path} is not a file; pass a checkpoint's path or hf://owner/name/file")
     if path.suffix == SAFETENSORS_SUFFIX:
         checkpoint = Checkpoint(_read_safetensors(path))
     elif path.suffix in TORCH_SUFFIXES:
@@ -124,7 +124,7 @@ def _unpickle(path: pathlib.Path) -> dict[str, Any]:
         loaded = _plain(loaded)
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(
-            f"{path} is no readable checkpoint: it is damaged, cut short, or was not written by "
+            f"{path} is not a readable checkpoint: it is damaged, cut short, or was not written by "
             f"torch.save of torch 1.6 or later ({type(error).__name__})"
         ) from error
     if refused:

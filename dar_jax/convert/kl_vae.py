@@ -47,7 +47,7 @@ def params(state_dict: Mapping[str, Any], config: KlVaeConfig) -> Params:
 
 
 def unused_keys(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of what is no part of the model: a training loss."""
+    """Names of what is not part of the model: a training loss."""
     return tuple(name for name in names if not name.startswith(PARTS))
 
 

@@ -251,12 +251,12 @@ def existing_directory(config: DataConfig) -> pathlib.Path:
     """Return `config.path`.
 
     Raises:
-        ValueError: it is no directory.
+        ValueError: it is not a directory.
     """
     path = pathlib.Path(config.path)
     if not config.path or not path.is_dir():
         raise ValueError(
-            f"data.path={config.path!r} is no directory; source {config.source!r} needs "
+            f"data.path={config.path!r} is not a directory; source {config.source!r} needs "
             "--config.data.path=DIR"
         )
     return path

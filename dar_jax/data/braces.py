@@ -44,6 +44,6 @@ def _choices(inside: str, pattern: str) -> Iterator[str]:
         return (f"{number:0{width}d}" for number in range(first, last + 1))
     if "," not in inside:
         raise ValueError(
-            f"{{{inside}}} of {pattern!r} is no range {{000..146}} and no list {{a,b}}"
+            f"{{{inside}}} of {pattern!r} is not a range {{000..146}} and no list {{a,b}}"
         )
     return iter(inside.split(","))

@@ -15,7 +15,7 @@ FORM = encoded.Form("codes", "codes", np.dtype("<u2"), "tokenizer", KEYS)
 MAX_CODEBOOK_SIZE = 2 ** (8 * FORM.dtype.itemsize)
 
 
-def load_codes(config: DataConfig, split: str) -> encoded.RecordedSource:
+def load_codes(config: DataConfig, split: str) -> encoded.CachedSource:
     """Open a split of the cache in `config.path`: `codes` uint16 [crops, N].
 
     Raises:

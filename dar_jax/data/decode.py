@@ -39,7 +39,7 @@ FLOAT_SUFFIXES = (".pfm",)
 """Of maps of depth or flow, which a reader of pictures can open but which are none."""
 
 MAX_FILE_BYTES = 2**30
-"""A larger file is no picture."""
+"""A larger file is not a picture."""
 MAX_ASPECT = 64
 """A picture whose sides differ more is refused: scaled to a shorter side it would be enormous."""
 MAX_16_BIT = 65535
@@ -143,7 +143,7 @@ def check_header(data: bytes, name: str) -> None:
     """Check all that can be told of an image file without decoding it.
 
     Raises:
-        UnreadablePictureError: it is no picture, or too large or too thin.
+        UnreadablePictureError: it is not a picture, or too large or too thin.
     """
     with _opened(data, name, None, None):
         pass
@@ -181,7 +181,7 @@ def encode_png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    # What Pillow cannot parse of a sound picture's EXIF data is no reason to lose the picture.
+    # What Pillow cannot parse of a sound picture's EXIF data is not a reason to lose the picture.
     with contextlib.suppress(*CORRUPT):
         ImageOps.exif_transpose(image, in_place=True)
 

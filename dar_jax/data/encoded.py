@@ -46,7 +46,7 @@ class Form:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RecordedSource:
+class CachedSource:
     """Records of one split; `data.base.Source` with `form.name` for `pixels`.
 
     Attributes:
@@ -79,8 +79,8 @@ class RecordedSource:
         view_bytes = self.form.dtype.itemsize * math.prod(self.shape)
         if label >= self.num_classes or (len(record) - LABEL.size) % view_bytes:
             raise ValueError(
-                f"record {index} of the {self.form.kind} is no label of {self.num_classes} classes "
-                f"and arrays of {self.shape}: write the cache again with --mode=cache"
+                f"record {index} of the {self.form.kind} is not a label of {self.num_classes} "
+                f"classes and arrays of {self.shape}: write the cache again with --mode=cache"
             )
         array = np.frombuffer(record, self.form.dtype, offset=LABEL.size)
         array = array.astype(self.form.dtype.newbyteorder("=")).reshape(-1, *self.shape)
@@ -107,7 +107,7 @@ def read_contents(directory: str | os.PathLike, form: Form) -> dict[str, Any]:
 
 def open_split(
     directory: str | os.PathLike, split: str, form: Form, shape: Sequence[int]
-) -> RecordedSource:
+) -> CachedSource:
     """Open a split of a cache.
 
     Raises:
@@ -115,7 +115,7 @@ def open_split(
     """
     sidecar = read_contents(directory, form)
     records = shards.open_shards(directory, split, sidecar["counts"][split])
-    return RecordedSource(records, form, tuple(shape), tuple(sidecar["class_names"]))
+    return CachedSource(records, form, tuple(shape), tuple(sidecar["class_names"]))
 
 
 def check_model(directory: str, form: Form, model: str | os.PathLike) -> None:

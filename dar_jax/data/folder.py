@@ -157,7 +157,7 @@ def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...], title: pathlib.P
         logging.warning("Ignoring %d pictures of %s in no class folder", len(found[""]), root)
     empty = [name for name in subfolders(root) if name not in found]
     if empty:
-        logging.warning("%s: %s without pictures is no class", root, listed(empty))
+        logging.warning("%s: %s without pictures is not a class", root, listed(empty))
     if len(names) == 1:
         (name,) = names
         if all(len(pathlib.PurePath(path).parts) > 2 for path in found[name]):

@@ -93,7 +93,7 @@ class LatentFolder:
         raise ValueError(f"source 'latent_folder' holds no pictures (asked for {index})")
 
 
-def load_latents(config: DataConfig, split: str) -> encoded.RecordedSource:
+def load_latents(config: DataConfig, split: str) -> encoded.CachedSource:
     """Open a split of the cache in `config.path`.
 
     Raises:

@@ -89,7 +89,7 @@ class Listing:
 def list_files(root: pathlib.Path, suffixes: tuple[str, ...]) -> Listing:
     """Find the files below `root` whose names end with one of the suffixes, in any case.
 
-    Hidden files and folders are left out, and what is no regular file. A link that leads nowhere
+    Hidden files and folders are left out, and what is not a regular file. A link that leads nowhere
     is listed: its file may come back.
 
     Raises:
@@ -133,7 +133,7 @@ def subfolders(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 def _folders(root: pathlib.Path, leaving: Leaving) -> Iterator[tuple[str, list[os.DirEntry]]]:
-    """Yield each folder, relative to `root`, and what in it is no folder, sorted by name."""
+    """Yield each folder, relative to `root`, and what in it is not a folder, sorted by name."""
     home = os.path.realpath(root)
     followed: set[str] = set()
     # A folder and, if it was reached by a link, where it really is.

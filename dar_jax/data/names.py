@@ -122,7 +122,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    # Python reads a byte that is no UTF-8 as this range of lone surrogates.
+    # Python reads a byte that is not an UTF-8 as this range of lone surrogates.
     return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
 
 

@@ -66,12 +66,12 @@ class GroupSource:
         return {MEMBERS: members, "label": np.int32(labels[0])}
 
     def read(self, index: int) -> EncodedPicture:
-        """Refuse: a group is no picture.
+        """Refuse: a group is not a picture.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"group {index} of references is no picture")
+        raise ValueError(f"group {index} of references is not a picture")
 
 
 def group(source: Source, config: DataConfig, seed: int) -> Source:
@@ -186,7 +186,7 @@ def _parse(line: str, where: str, size: int) -> tuple[str, list[str]]:
     try:
         content = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
+        raise ValueError(f"{where} is not a JSON: {error}") from error
     fits = isinstance(content, dict) and isinstance(content.get("cate"), str)
     files = content.get("files") if fits else None
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):

@@ -258,7 +258,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         sidecar = parse_json(read_regular(path, MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path.parent} is no complete cache ({SIDECAR_NAME}: {error}); write one with "
+            f"{path.parent} is not a complete cache ({SIDECAR_NAME}: {error}); write one with "
             "--mode=cache"
         ) from error
     if not isinstance(sidecar, dict):

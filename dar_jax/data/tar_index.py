@@ -92,8 +92,8 @@ def index_tar(path: pathlib.Path) -> TarIndex:
     """Read the headers of a tar.
 
     Raises:
-        ValueError: it is no tar, cut short, damaged or too large to unpack, or has two files of one
-            name.
+        ValueError: it is not a tar, cut short, damaged or too large to unpack, or has two files of
+            one name.
     """
     logging.info("Reading the headers of %s", path)
     remarks = []
@@ -105,7 +105,7 @@ def index_tar(path: pathlib.Path) -> TarIndex:
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         raise ValueError(
-            f"{path} is no tar that pictures can be read from ({reason}): it must be complete"
+            f"{path} is not a tar that pictures can be read from ({reason}): it must be complete"
         ) from error
     leaving = Leaving()
     pictures: dict[str, Member] = {}

@@ -34,7 +34,7 @@ MAX_LABEL_BYTES = 2**20
 MAX_NAME = 200
 """Characters of a class's name; a longer text is a caption or something else."""
 MAX_LABEL = 10**6
-"""No data set has more classes; a larger number is no label."""
+"""No data set has more classes; a larger number is not a label."""
 MAX_DIGITS = 20
 NUMBER = re.compile(r"[+-]?[0-9]+")
 
@@ -150,7 +150,7 @@ def _json_label(member: Member, tar: io.BufferedIOBase) -> int | str | None:
     try:
         content = parse_json(_content(member, tar))
     except ValueError as error:
-        raise ValueError(f"{_where(member)} is no JSON: {error}") from error
+        raise ValueError(f"{_where(member)} is not a JSON: {error}") from error
     if not isinstance(content, dict):
         return None
     value: Any = next((content[key] for key in LABEL_KEYS if key in content), None)

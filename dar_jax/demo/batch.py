@@ -55,7 +55,7 @@ class Request:
     num_kept: int = 0
 
 
-class Preview(NamedTuple):
+class PixelPreview(NamedTuple):
     """The images of a request after some of the tokens.
 
     Attributes:
@@ -142,7 +142,7 @@ class BatchGenerator:
             choices = ", ".join(map(str, self.kept_choices))
             raise ValueError(f"{request.num_kept} tokens of the layout: choose one of {choices}")
 
-    def stream(self, request: Request) -> Generator[Preview, None, None]:
+    def stream(self, request: Request) -> Generator[PixelPreview, None, None]:
         """Yield the previews of a request; the last one holds the images.
 
         Raises:
@@ -156,7 +156,7 @@ class BatchGenerator:
             # Further work on the device would queue behind the next step.
             pixels = images.to_pixels(np.asarray(preview.images))[: len(request.labels)]
             num_tokens = getattr(preview, "num_tokens", 0)
-            yield Preview(preview.step, num_tokens, time.monotonic() - started, pixels)
+            yield PixelPreview(preview.step, num_tokens, time.monotonic() - started, pixels)
 
     def _options(self, request: Request) -> dict[str, Any]:
         # Without guidance it is another program; so little of it is not seen.
@@ -180,7 +180,7 @@ def read_upload(path: str, size: int, max_bytes: int) -> UInt8[np.ndarray, "H W 
     """Read an uploaded picture and crop its middle to `size` pixels a side.
 
     Raises:
-        ValueError: the file is too large, or is no picture that can be read.
+        ValueError: the file is too large, or is not a picture that can be read.
     """
     file = pathlib.Path(path)
     num_bytes = file.stat().st_size

@@ -17,7 +17,7 @@ from dar_jax.demo.batch import (
     MAX_GUIDANCE,
     MAX_TEMPERATURE,
     BatchGenerator,
-    Preview,
+    PixelPreview,
     Request,
     read_upload,
 )
@@ -252,7 +252,7 @@ class Page:
             self._gallery: history,
         }
 
-    def _facts(self, preview: Preview, first_seconds: float) -> list[str]:
+    def _facts(self, preview: PixelPreview, first_seconds: float) -> list[str]:
         num_tokens = self._generator.num_tokens
         tokens = [f"{preview.num_tokens} of {num_tokens} tokens"] if num_tokens else []
         return [

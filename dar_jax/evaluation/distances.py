@@ -69,7 +69,7 @@ class Comparison:
         path = pathlib.Path(reference)
         if path.suffix != ".npz" or not path.is_file():
             raise ValueError(
-                f"reference={reference!r} is no .npz file, nor one of {', '.join(SPLITS)}"
+                f"reference={reference!r} is not an .npz file, nor one of {', '.join(SPLITS)}"
             )
         self._known = ReferenceStatistics.load(path, store.extractor)
         if self._known.features is None and has_images(path):

@@ -38,7 +38,7 @@ class NpzImages:
         except KeyError as error:
             raise ValueError(f"{path} has no images: it lacks the array {ARRAY}") from error
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no readable .npz ({error})") from error
+            raise ValueError(f"{path} is not a readable .npz ({error})") from error
         if dtype != np.uint8 or is_fortran or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(
                 f"{path}: {ARRAY} is {dtype} {self.shape}, expected uint8 (N, height, width, 3)"

@@ -119,7 +119,9 @@ def _read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], set[st
         with np.load(path) as arrays:
             return {name: arrays[name] for name in wanted & set(arrays)}, set(arrays)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz of reference statistics ({error})") from error
+        raise ValueError(
+            f"{path} is not a readable .npz of reference statistics ({error})"
+        ) from error
 
 
 def _gaussian(

@@ -115,12 +115,12 @@ def classes_of(
     """The labels that the config lists, or the first `most` classes.
 
     Raises:
-        ValueError: a label is no class of the model.
+        ValueError: a label is not a class of the model.
     """
     wrong = [label for label in config.labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(
-            f"config.sample.labels: {wrong[0]} is no class, expected 0..{num_classes - 1}"
+            f"config.sample.labels: {wrong[0]} is not a class, expected 0..{num_classes - 1}"
         )
     return config.labels or tuple(range(num_classes))[:most]
 
@@ -146,7 +146,7 @@ def generate(
         **per_image: further arguments of `Pipeline.stream` with one row per label.
 
     Raises:
-        ValueError: a label is no class.
+        ValueError: a label is not a class.
     """
     progress = Progress(len(labels))
     size = whole_batch(pipeline, min(config.batch_size, len(labels)))

@@ -96,7 +96,7 @@ class Pieces:
         """Names of the arrays, as the first piece has them.
 
         Raises:
-            ValueError: there is no piece.
+            ValueError: there is not a piece.
         """
         for _, _, path in self._pieces():
             with np.load(path) as arrays:

@@ -35,7 +35,7 @@ class Kind(abc.ABC, Generic[C]):
         module: class of the module.
         architecture: dataclass of its config, the block `model`.
         released: the published architecture, if this is what another kind needs: for compiling
-            that one where there is no model yet.
+            that one where there is not a model yet.
         loss: dataclass of the block `loss`; None if there is nothing to choose.
         pipeline: class of what `from_pretrained` returns.
         companions: kinds of the frozen models that this one needs, by the name of the config key

@@ -102,7 +102,9 @@ def _decode_program(
     config, model = model.config, model.unstacked()
     stop = config.num_tokens
     start = stop - stop // tokenizer.num_groups
-    decoder = autoregressive.Decoder(model, config.condition_tokens, SamplingConfig(), guided=True)
+    decoder = autoregressive.TokenDecoder(
+        model, config.condition_tokens, SamplingConfig(), guided=True
+    )
 
     def state_before() -> autoregressive.DecodingState:
         caches = model.bind(model.init(jax.random.key(0))).empty_caches(2 * images)

@@ -145,7 +145,7 @@ def build_task(config: TaskBlocks, *, with_weights: bool = True) -> Task:
     Args:
         config: its blocks.
         with_weights: read the frozen models' weights. Without them their architectures are read, or
-            the released ones taken where there is no model yet, and nothing but shapes is known:
+            the released ones taken where there is not a model yet, and nothing but shapes is known:
             for compiling.
 
     Raises:
@@ -196,7 +196,7 @@ def frozen_model(
 
 
 def _architecture(kind: Kind, path: str) -> Any:
-    """Return the architecture of a model, or the released one where there is no model yet."""
+    """Return the architecture of a model, or the released one where there is not a model yet."""
     if model_dir.locate(path).exists():
         return open_model(path, kind.name).architecture
     logging.info("%s does not exist: taking the released architecture of %s", path, kind.noun)

@@ -1,30 +1,17 @@
 """Adversarial losses on patch logits.
 
-    discriminator:  hinge     (mean(relu(1 - real)) + mean(relu(1 + fake))) / 2
-                    logistic  (mean(softplus(-real)) + mean(softplus(fake))) / 2
-    generator:      hinge     -mean(fake)
-                    logistic  mean(softplus(-fake))     (non-saturating, Goodfellow et al. 2014)
+    discriminator  (mean(softplus(-real)) + mean(softplus(fake))) / 2
+    generator      mean(softplus(-fake))     (non-saturating, Goodfellow et al. 2014)
 
-The reference lists the logistic discriminator loss twice, as "vanilla" (softplus) and as
-"non-saturating" (binary cross-entropy with logits): they are the same function.
+The reference lists the discriminator's loss twice, as "vanilla" (softplus) and as "non-saturating"
+(binary cross-entropy with logits): they are the same function. Its hinge losses, which no recipe
+takes, are left out.
 """
 
 import jax
 import jax.numpy as jnp
 
 from dar_jax.common.typing import Array, Float
-
-
-def hinge_discriminator_loss(
-    real: Float[Array, "*batch"], fake: Float[Array, "*batch"]
-) -> Float[Array, ""]:
-    """Push real logits above 1 and generated logits below -1."""
-    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
-
-
-def hinge_generator_loss(fake: Float[Array, "*batch"]) -> Float[Array, ""]:
-    """Raise the logits of generated images."""
-    return -jnp.mean(fake)
 
 
 def logistic_discriminator_loss(

@@ -140,10 +140,10 @@ class KlVae(nnx.Module):
     def __init__(self, config: KlVaeConfig, *, compute: Compute, rngs: nnx.Rngs):
         self.config = config
         channels = config.latent_channels
-        self.encoder = Encoder(config, compute=compute, rngs=rngs)
+        self.encoder = VaeEncoder(config, compute=compute, rngs=rngs)
         self.to_moments = _pointwise(2 * channels, 2 * channels, compute=compute, rngs=rngs)
         self.from_latent = _pointwise(channels, channels, compute=compute, rngs=rngs)
-        self.decoder = Decoder(config, compute=compute, rngs=rngs)
+        self.decoder = VaeDecoder(config, compute=compute, rngs=rngs)
 
     def encode(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C2"]:
         """Return the moments of images in [-1, 1]: means, then log-variances before clamping.
@@ -171,7 +171,7 @@ class KlVae(nnx.Module):
         return in_parts(decode, microbatch)(latent)
 
 
-class Encoder(nnx.Module):
+class VaeEncoder(nnx.Module):
     """[B, H, W, 3] to [B, h, w, 2 C]."""
 
     def __init__(self, config: KlVaeConfig, *, compute: Compute, rngs: nnx.Rngs):
@@ -208,7 +208,7 @@ class Encoder(nnx.Module):
         return x
 
 
-class Decoder(nnx.Module):
+class VaeDecoder(nnx.Module):
     """[B, h, w, C] to [B, H, W, 3]; `levels[l]` has the width of the encoder's, 0 runs last."""
 
     def __init__(self, config: KlVaeConfig, *, compute: Compute, rngs: nnx.Rngs):

@@ -42,7 +42,7 @@ def sample(config: Config, workdir: str) -> None:
     - none of them: `grid.png`, `previews.png` and `samples.npz`.
 
     Raises:
-        ValueError: a model, picture or directory cannot be used, or a label is no class.
+        ValueError: a model, picture or directory cannot be used, or a label is not a class.
     """
     settings, data = config.sample, config.data
     pipeline = load(settings, workdir, compute=config.compute, mesh=config.mesh)
@@ -65,7 +65,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     """Make the images that `samples/set` still lacks, then one file of them all.
 
     Raises:
-        ValueError: a label is no class, or the directory holds images of other settings.
+        ValueError: a label is not a class, or the directory holds images of other settings.
     """
     classes = classes_of(pipeline.num_classes, settings, most=None)
     directory = open_workdir(workdir) / DIRECTORY_NAME

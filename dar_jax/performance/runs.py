@@ -225,7 +225,7 @@ class TransDiffRuns(Runs):
         noise: jax.Array,
         rngs: jax.Array,
         solver: TransDiffSampling,
-    ) -> list[sampler.Progress]:
+    ) -> list[sampler.LatentPreview]:
         """All steps of all passes."""
         prior = self.pipeline.prior
         model, params = prior.model, prior.sampling_params

@@ -254,7 +254,7 @@ class DarPipeline(Pipeline):
         microbatch: int | None = None,
         first_index: int = 0,
         **options: Any,
-    ) -> Iterator[sampler.Preview]:
+    ) -> Iterator[sampler.DarPreview]:
         """Return the previews after every group of tokens; the last one is the image.
 
         By the time a preview is handed out, the next group is being decoded. Read it with

@@ -14,7 +14,7 @@ def check_labels(labels: Any, config: LlamaConfig) -> np.ndarray | Array:
     """Return labels (or captions) as an array.
 
     Raises:
-        ValueError: another shape, or a label that is no class.
+        ValueError: another shape, or a label that is not a class.
     """
     labels = labels if isinstance(labels, Array) else np.asarray(labels)
     if config.caption_dim is None:

@@ -68,11 +68,11 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         sampling: TransDiffSampling,
         *,
         stops: Sequence[int] = (),
-    ) -> Iterator[sampler.Progress]:
+    ) -> Iterator[sampler.LatentPreview]:
         """Check the labels, then run `models.transdiff.sampler.run`.
 
         Raises:
-            ValueError: a label is no class, or the guidance scales do not fit the model.
+            ValueError: a label is not a class, or the guidance scales do not fit the model.
         """
         labels = np.asarray(labels)
         check_shape("labels", labels, ("B",))
@@ -186,7 +186,7 @@ class TransDiffPipeline(Pipeline):
 
     def _decode(
         self,
-        run: Iterator[sampler.Progress],
+        run: Iterator[sampler.LatentPreview],
         num_steps: int,
         *,
         previews: bool,

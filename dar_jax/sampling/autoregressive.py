@@ -27,6 +27,9 @@ SLOT_AXIS = 2
 class DecodableModel(Protocol):
     """Hashable; `bind(params)` gives a module with these methods."""
 
+    def empty_caches(self, batch_size: int) -> Any:
+        """Make caches of no slots for so many rows."""
+
     def token_embed(self, tokens: Array) -> Array:
         """Embed tokens [B, N]."""
         ...
@@ -56,7 +59,7 @@ STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class TokenDecoder:
     """What stays fixed while decoding: a tree whose only leaf is the temperature of `sampling`.
 
     Attributes:
@@ -88,7 +91,7 @@ class Decoder:
 
 @jax.jit
 def prefill(
-    decoder: Decoder,
+    decoder: TokenDecoder,
     params: Params,
     condition: Float[Array, "R T D"],
     prefix: Int[Array, "B K"],
@@ -119,7 +122,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("start", "stop"))
 def decode(
-    decoder: Decoder,
+    decoder: TokenDecoder,
     params: Params,
     state: DecodingState,
     rngs: PRNGKeys,
@@ -148,7 +151,7 @@ def decode(
 
 
 def generate(
-    decoder: Decoder,
+    decoder: TokenDecoder,
     params: Params,
     condition: Float[Array, "R T D"],
     prefix: Int[Array, "B K"],
@@ -186,7 +189,9 @@ def generate(
         yield tokens[:, :stop]
 
 
-def without_guidance(decoder: Decoder, state: DecodingState) -> tuple[Decoder, DecodingState]:
+def without_guidance(
+    decoder: TokenDecoder, state: DecodingState
+) -> tuple[TokenDecoder, DecodingState]:
     """Drop the unconditional rows."""
     caches, key_mask = jax.tree.map(lambda rows: rows[::2], (state.caches, state.key_mask))
     return dataclasses.replace(decoder, guided=False), DecodingState(state.token, caches, key_mask)

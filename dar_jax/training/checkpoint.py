@@ -91,7 +91,7 @@ class Checkpoints:
             with contextlib.suppress(*SAVE_ERRORS):
                 self._manager.wait_until_finished()
         if self.latest_step is None:
-            return "there is no checkpoint yet"
+            return "there is not a checkpoint yet"
         return f"the last good checkpoint is {self._directory / str(self.latest_step)}"
 
     def save(

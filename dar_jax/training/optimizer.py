@@ -70,7 +70,7 @@ class OptimizerConfig:
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r} is no regular expression: {error}"
+                    f"{name} {getattr(self, name)!r} is not a regular expression: {error}"
                 ) from error
         if self.decay_end and not self.warmup_steps <= self.decay_start < self.decay_end:
             raise ValueError(

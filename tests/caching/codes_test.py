@@ -232,6 +232,6 @@ def test_record_keeps_all_16_bits(tmp_path):
     path = tmp_path / "one.array_record"
     shards.write_shard(path, [codes.FORM.pack(values, label=3)])
     records = grain.sources.ArrayRecordDataSource([str(path)])
-    source = encoded.RecordedSource(records, codes.FORM, (3,), class_names=("a", "b", "c", "d"))
+    source = encoded.CachedSource(records, codes.FORM, (3,), class_names=("a", "b", "c", "d"))
     np.testing.assert_array_equal(source[0]["codes"], values)
     assert source[0]["label"] == 3

@@ -61,8 +61,8 @@ def test_truncated_safetensors_are_refused(tmp_path, kept):
 def test_missing_file_directory_and_unknown_suffix_are_refused(tmp_path):
     (tmp_path / "weights.h5").write_bytes(b"")
     for source, message in (
-        (tmp_path / "none.pt", r"none\.pt is no file"),
-        (tmp_path, "is no file"),
+        (tmp_path / "none.pt", r"none\.pt is not a file"),
+        (tmp_path, "is not a file"),
         (tmp_path / "weights.h5", r"suffixes \.pt, \.pth, \.ckpt, \.safetensors"),
     ):
         with pytest.raises(ValueError, match=message):

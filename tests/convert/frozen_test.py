@@ -10,6 +10,7 @@ import safetensors.numpy
 from configs import imagenet_tokenizer
 from dar_jax.config import build as read_config
 from dar_jax.convert import dinov2, frozen, inception, lpips, rules
+from dar_jax.convert.config import ConvertConfig
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES, Dinov2
 from dar_jax.models.frozen.inception import Inception, InceptionConfig
@@ -69,7 +70,7 @@ def test_inception_is_found_by_evaluation(tmp_path, monkeypatch):
 
 def test_unknown_network_and_missing_heads_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="net='vgg' must be one of dinov2, lpips_vgg16"):
-        mode.ConvertConfig(net="vgg")
+        ConvertConfig(net="vgg")
     with pytest.raises(ValueError, match=r"missing lin0\.model\.1\.weight") as caught:
         convert(tmp_path, "lpips_alexnet", {"features.0.bias": np.zeros(64, np.float32)})
     assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()

@@ -57,7 +57,7 @@ def test_folder_that_cannot_be_used(name, tmp_path):
 @pytest.mark.parametrize("path", ["", "missing"])
 def test_missing_directory_names_the_option(source, path, tmp_path):
     line = refusal(source, tmp_path / path if path else "")
-    assert "is no directory" in line and "--config.data.path=DIR" in line
+    assert "is not a directory" in line and "--config.data.path=DIR" in line
 
 
 def test_pictures_of_one_class_are_used_with_a_warning(tmp_path, caplog):

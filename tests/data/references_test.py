@@ -142,7 +142,7 @@ def test_missing_or_broken_index_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="cannot read data.references='nowhere'"):
         pipeline.train_iterator(with_index(data, "nowhere"), seed=0)
     (tmp_path / "index.txt").write_text("ant 00.png\n")
-    with pytest.raises(ValueError, match="line 1 is no JSON"):
+    with pytest.raises(ValueError, match="line 1 is not a JSON"):
         pipeline.train_iterator(with_index(data, tmp_path / "index.txt"), seed=0)
     with pytest.raises(ValueError, match="references='x' needs num_references=4"):
         dataclasses.replace(data, references="x")

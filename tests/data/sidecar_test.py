@@ -127,7 +127,7 @@ def test_record_of_another_length_or_label_is_named(name, tmp_path):
     right = form.pack(np.zeros((2, *shape)), 1)
     wrong = (b"", right[:4], right[:-1], form.pack(np.zeros(shape), 2))
     opened = write_records(tmp_path, [right, *wrong])
-    source = encoded.RecordedSource(opened, form, shape, ("a", "b"))
+    source = encoded.CachedSource(opened, form, shape, ("a", "b"))
     assert source[0][form.name].shape == (2, *shape)
     for index in range(1, 5):
         assert f"record {index} of the {name}" in refusal(source.__getitem__, index)

@@ -217,7 +217,7 @@ def test_bad_labels_are_refused(name, tmp_path):
         (b'{"label": [1]}', "has the label [1]"),
         (b'{"label": true}', "has the label True"),
         (b'{"label": 1.5}', "has the label 1.5"),
-        (b"{", "is no JSON"),
+        (b"{", "is not a JSON"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"label": 10000000000}', "no label in"),
         (b"{}", "has no class"),

@@ -133,7 +133,7 @@ def test_images_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("reference", ["none.npz", "validation", ""])
 def test_other_references_are_refused(tmp_path, reference):
-    with pytest.raises(ValueError, match="is no .npz file, nor one of train, test"):
+    with pytest.raises(ValueError, match="is not an .npz file, nor one of train, test"):
         compare(tmp_path, LinearExtractor(), reference)
 
 

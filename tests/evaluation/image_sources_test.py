@@ -89,7 +89,7 @@ def test_unreadable_pictures_of_a_split_have_stand_ins_with_their_labels(tmp_pat
 
 @pytest.mark.parametrize("name", ["none", "none.npz", "notes.txt"])
 def test_other_things_are_no_images(folder, name):
-    with pytest.raises(ValueError, match=f"{name} (is neither|is no readable)"):
+    with pytest.raises(ValueError, match=f"{name} (is neither|is not a readable)"):
         open_images(str(folder / name))
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no pictures"):

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from dar_jax.evaluation.reconstruction import psnr
 
-from dar_jax.evaluation import reconstruction
+from dar_jax.evaluation import perceptual
+from dar_jax.evaluation.perceptual import psnr
 from dar_jax.models.frozen.lpips import Lpips, LpipsConfig, StageConfig
 from dar_jax.nn.functional_model import FunctionalModel
 
@@ -27,10 +27,10 @@ def test_psnr_of_identical_images_is_finite():
 def test_lpips_is_the_mean_over_all_pairs_whatever_the_batches(monkeypatch):
     small = LpipsConfig((StageConfig((4,)), StageConfig((6,), pool=2)))
     params = FunctionalModel(Lpips, small).init(jax.random.key(0))
-    monkeypatch.setitem(reconstruction.NETWORKS, "alexnet", small)
-    monkeypatch.setattr(reconstruction, "lpips_params", lambda *_: params)
-    monkeypatch.setattr(reconstruction, "BATCH_SIZE", 2)
-    metric = reconstruction.LpipsMetric()
+    monkeypatch.setitem(perceptual.NETWORKS, "alexnet", small)
+    monkeypatch.setattr(perceptual, "lpips_params", lambda *_: params)
+    monkeypatch.setattr(perceptual, "BATCH_SIZE", 2)
+    metric = perceptual.LpipsMetric()
     pixels, other = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
     single = [metric(pixels[i : i + 1], other[i : i + 1]) for i in range(5)]
     assert metric(pixels, other) == pytest.approx(np.mean(single), rel=1e-5)

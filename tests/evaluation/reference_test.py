@@ -122,7 +122,7 @@ def test_unreadable_files_are_one_line(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     for read in (load, NpzImages):
-        with pytest.raises(ValueError, match=r"a\.npz is no readable \.npz") as caught:
+        with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 

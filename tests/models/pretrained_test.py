@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dar_jax.evaluation.reconstruction import LpipsMetric
 from PIL import Image
 
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.convert import lpips as convert_lpips
 from dar_jax.convert import rules
+from dar_jax.evaluation.perceptual import LpipsMetric
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.frozen import pretrained
 from dar_jax.models.frozen.dinov2 import SIZES

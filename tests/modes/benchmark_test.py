@@ -61,7 +61,7 @@ def mrar_config(tmp_path_factory):
 
 
 def draw(config):
-    return benchmark.load(benchmark.BenchmarkConfig(), config, benchmark.Compute())
+    return benchmark.load(read_config(config))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def drawn(config, mrar_config):
 
 @pytest.fixture
 def without_drawing(drawn, monkeypatch):
-    monkeypatch.setattr(benchmark, "load", lambda _, config, *rest: drawn[config.task])
+    monkeypatch.setattr(benchmark, "load", lambda config: drawn[config.task])
 
 
 def changed(config, **settings):

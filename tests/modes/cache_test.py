@@ -115,7 +115,7 @@ def test_shard_that_is_broken_is_named(config, tmp_path, damage):
 
 
 def test_directory_that_is_no_cache_is_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="is no complete cache .*--mode=cache"):
+    with pytest.raises(ValueError, match="is not a complete cache .*--mode=cache"):
         records(tmp_path)
     (tmp_path / "dataset.json").write_text('{"kind": "codes", "complete": true}')
     with pytest.raises(ValueError, match="holds 'codes', expected 'images'"):

@@ -133,14 +133,14 @@ def test_allowed_classes_cannot_be_called_with_arguments(tmp_path):
     """Only the plain construction of the allow-list is of use; everything else fails inside."""
     attack = Run(argparse.Namespace, "positional")
     torch.save({"ema": tensors(), "args": attack}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="is no readable checkpoint"):
+    with pytest.raises(ValueError, match="is not a readable checkpoint"):
         read_checkpoint(str(tmp_path / "bad.pt"))
 
 
 def test_plain_pickle_is_not_run(tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / "bad.pt").write_bytes(pickle.dumps({"ema": Run(os.mkdir, str(marker))}))
-    with pytest.raises(ValueError, match="is no readable checkpoint"):
+    with pytest.raises(ValueError, match="is not a readable checkpoint"):
         read_checkpoint(str(tmp_path / "bad.pt"))
     assert not marker.exists()
 
@@ -149,7 +149,7 @@ def test_plain_pickle_is_not_run(tmp_path):
 def test_truncated_file_is_one_line(official, kept):
     content = official.read_bytes()
     official.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"tokenizer\.pt is no readable checkpoint") as caught:
+    with pytest.raises(ValueError, match=r"tokenizer\.pt is not a readable checkpoint") as caught:
         read_checkpoint(str(official))
     assert "\n" not in str(caught.value)
 

@@ -264,7 +264,7 @@ MISTAKES = {
     "no prefix": (dict(prefix_image="test:0", prefix_tokens=()), "numbers in 0..7"),
     "variations of what": (dict(variations=3), "variations=3 needs prefix_image"),
     "two labels": (dict(prefix_image="test:0", prefix_tokens=(4,), variations=3), "one class"),
-    "label": (dict(num_images=4, labels=(3, 10)), "10 is no class, expected 0..9"),
+    "label": (dict(num_images=4, labels=(3, 10)), "10 is not a class, expected 0..9"),
     "label in a figure": (dict(prefix_image="test:0", prefix_tokens=(4,), labels=(-1,)), "-1"),
     "label is a word": (dict(labels=("cat",)), "labels: expected int, got 'cat'"),
     "no mask": (dict(inpaint_image="test:0"), "inpaint_mask=FILE need each other"),

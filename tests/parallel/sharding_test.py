@@ -13,7 +13,7 @@ from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn import layout
 from dar_jax.parallel import sharding
 from dar_jax.parallel.sharding import MeshConfig
-from dar_jax.performance.hlo import Program
+from dar_jax.performance.hlo import HloProgram
 
 
 def test_one_axis_takes_the_devices_the_others_leave():
@@ -232,7 +232,7 @@ def test_blocks_are_gathered_in_each_pass_or_once(stacked_dtype, gathers):
             return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, kernels)[0])
 
     gradient = jax.jit(jax.grad(loss), in_shardings=(where, batch.sharding), out_shardings=where)
-    collectives = Program(gradient.lower(params, batch).compile().as_text(), 8).collectives()
+    collectives = HloProgram(gradient.lower(params, batch).compile().as_text(), 8).collectives()
     received = sum(each.bytes for each in collectives if each.kind == "all-gather")
     assert received == gathers * kernel.size * 4 * 7 / 8
 

@@ -123,7 +123,7 @@ def test_samples_need_noise_of_their_shape(load, unchecked):
 
 
 MISTAKES = {
-    "class": (dict(labels=(3,)), "labels: 3 is no class"),
+    "class": (dict(labels=(3,)), "labels: 3 is not a class"),
     "weak guidance": (dict(guidance_scale=(0.5,)), "guidance_scale=(0.5,) must be at least 1"),
     "scales": (dict(guidance_scale=(1.5, 2.0)), "must be one scale or 4, one for each pass"),
     "noise scale": (dict(noise_scale=-0.1), "noise_scale=-0.1 must be in 0..2"),

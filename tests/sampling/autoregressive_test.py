@@ -14,7 +14,7 @@ from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
-from dar_jax.sampling.autoregressive import Decoder
+from dar_jax.sampling.autoregressive import TokenDecoder
 from dar_jax.sampling.logits import SamplingConfig
 from tests.golden import models
 
@@ -103,7 +103,7 @@ def test_guidance_of_one_equals_no_guidance():
     scales[-1] = 2.0  # keeps the unconditional rows to the end
     results = []
     for guided in (False, True):
-        decoder = Decoder(model, config.condition_tokens, SAMPLING, guided)
+        decoder = TokenDecoder(model, config.condition_tokens, SAMPLING, guided)
         rows = sampler.embed_rows(model, params, condition, guided=guided)
         assert len(rows) == (6 if guided else 3)
         (tokens,) = autoregressive.generate(
@@ -203,7 +203,7 @@ def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
     )
     model = FunctionalModel(Llama, config)
     params = jax.eval_shape(lambda: unstack(model.init(jax.random.key(0))))
-    decoder = Decoder(model.unstacked(), 1, SAMPLING, guided=True)
+    decoder = TokenDecoder(model.unstacked(), 1, SAMPLING, guided=True)
 
     def shapes():
         rngs = jax.random.split(jax.random.key(0), 2)

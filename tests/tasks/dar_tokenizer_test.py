@@ -57,7 +57,8 @@ def test_entropy_weight_adds_the_entropy_term(params, batch):
     loss, outputs = task.loss(params, batch, jax.random.key(2), {})
     plain = sum(outputs[name] for name in ("flow_loss", "codebook_loss", "commitment_loss"))
     assert loss == pytest.approx(float(plain + weight * outputs["entropy_loss"]), rel=1e-6)
-    assert set(task.metrics()) - {"entropy_loss"} <= set(task.metrics())
+    without = DarTokenizerTask(CONFIG, TokenizerLossConfig(entropy_weight=0.0), Compute())
+    assert set(task.metrics()) - set(without.metrics()) == {"entropy_loss"}
 
 
 def test_bfloat16_compute_stays_close_and_returns_float32(task, params, batch):

@@ -55,7 +55,7 @@ def test_parameters_can_be_exempt_from_weight_decay():
 
 
 def test_pattern_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"trained 'decoder\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"trained 'decoder\(' is not a regular expression"):
         OptimizerConfig(trained="decoder(")
 
 

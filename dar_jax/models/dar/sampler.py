@@ -35,7 +35,7 @@ GROUP_SIZE = 32
 """Tokens that one compiled program decodes where no tokenizer says otherwise."""
 
 
-class Preview(NamedTuple):
+class DarPreview(NamedTuple):
     """An image after some of the tokens.
 
     Attributes:
@@ -198,7 +198,9 @@ def generate_indices(
     """
     scales = sampling.scales(model.config.num_tokens)
     guided = bool(np.any(scales != 1))
-    decoder = autoregressive.Decoder(model, model.config.condition_tokens, sampling.tokens, guided)
+    decoder = autoregressive.TokenDecoder(
+        model, model.config.condition_tokens, sampling.tokens, guided
+    )
     if prefix is None:
         prefix = jnp.zeros((len(condition), 0), jnp.int32)
     if key_mask is not None:
@@ -246,7 +248,7 @@ def stream(
     key_mask: Array | None = None,
     known: Known | None = None,
     microbatch: int | None = None,
-) -> Iterator[Preview]:
+) -> Iterator[DarPreview]:
     """Return the previews after every group of tokens; the last one is the image.
 
     By the time a preview is handed out, the work for the next one is under way.
@@ -286,7 +288,7 @@ def _previews(
     noise: Float[Array, "B H W 3"],
     sampling: DarSampling,
     flow_step: Callable[..., tuple[solvers.SolverState, Array]],
-) -> Iterator[Preview]:
+) -> Iterator[DarPreview]:
     """Take the steps whose windows are complete after each group of tokens."""
     num_steps = sampling.steps(config)
     coefficients = solvers.coefficients(sampling.solver, num_steps)
@@ -303,7 +305,7 @@ def _previews(
             )
             step += 1
         if image is not None:
-            yield Preview(step, num_tokens, image, indices)
+            yield DarPreview(step, num_tokens, image, indices)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))

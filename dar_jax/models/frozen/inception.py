@@ -45,7 +45,7 @@ class ConvConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BranchConfig:
+class InceptionBranch:
     """A pooling (or none) and convolutions one after the other.
 
     Attributes:
@@ -62,7 +62,7 @@ class BlockConfig:
     """Branches whose outputs are joined, in this order."""
 
     name: str
-    branches: tuple[BranchConfig, ...]
+    branches: tuple[InceptionBranch, ...]
 
 
 def _average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -80,12 +80,12 @@ def _halve(x: Float[Array, "B H W C"]) -> Float[Array, "B _ _ C"]:
 POOLS = {"": lambda x: x, "average": _average_pool, "max": _max_pool, "halve": _halve}
 
 
-def _chain(*convs: ConvConfig) -> BranchConfig:
-    return BranchConfig(tuple((conv,) for conv in convs))
+def _chain(*convs: ConvConfig) -> InceptionBranch:
+    return InceptionBranch(tuple((conv,) for conv in convs))
 
 
-def _pooled(width: int, pool: str = "average") -> BranchConfig:
-    return BranchConfig(((ConvConfig("branch_pool", width),),), pool)
+def _pooled(width: int, pool: str = "average") -> InceptionBranch:
+    return InceptionBranch(((ConvConfig("branch_pool", width),),), pool)
 
 
 def _strided(name: str, width: int) -> ConvConfig:
@@ -143,8 +143,8 @@ def _block_8(name: str, pool: str) -> BlockConfig:
         name,
         (
             _chain(ConvConfig("branch1x1", 320)),
-            BranchConfig(((ConvConfig("branch3x3_1", 384),), strips("branch3x3_2"))),
-            BranchConfig((*double, strips("branch3x3dbl_3"))),
+            InceptionBranch(((ConvConfig("branch3x3_1", 384),), strips("branch3x3_2"))),
+            InceptionBranch((*double, strips("branch3x3dbl_3"))),
             _pooled(192, pool),
         ),
     )
@@ -159,7 +159,7 @@ TO_17 = BlockConfig(
             ConvConfig("branch3x3dbl_2", 96, (3, 3)),
             _strided("branch3x3dbl_3", 96),
         ),
-        BranchConfig(pool="halve"),
+        InceptionBranch(pool="halve"),
     ),
 )
 TO_8 = BlockConfig(
@@ -172,7 +172,7 @@ TO_8 = BlockConfig(
             ConvConfig("branch7x7x3_3", 192, (7, 1)),
             _strided("branch7x7x3_4", 192),
         ),
-        BranchConfig(pool="halve"),
+        InceptionBranch(pool="halve"),
     ),
 )
 
@@ -271,7 +271,7 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B _ _ _"]:
         return jnp.concatenate([self._run(branch, x) for branch in self.config.branches], axis=-1)
 
-    def _run(self, branch: BranchConfig, x: Array) -> Array:
+    def _run(self, branch: InceptionBranch, x: Array) -> Array:
         x = POOLS[branch.pool](x)
         for step in branch.steps:
             x = jnp.concatenate([getattr(self, conv.name)(x) for conv in step], axis=-1)

@@ -113,7 +113,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, Any]:
         with open(path, "rb") as file:
             return _ArraysOnly(file).load()
     except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(f"{path} is no pickle of NumPy arrays ({error})") from error
+        raise ValueError(f"{path} is not a pickle of NumPy arrays ({error})") from error
 
 
 class _ArraysOnly(pickle.Unpickler):

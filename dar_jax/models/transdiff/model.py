@@ -99,7 +99,7 @@ MRAR = dict(num_references=4, reference_patch_size=2)
 AT_512_PIXELS = dict(latent_size=32)
 
 
-class Encoder(nnx.Module):
+class ConditionEncoder(nnx.Module):
     """Class and references to condition tokens."""
 
     def __init__(self, config: TransDiffConfig, *, compute: Compute, rngs: nnx.Rngs):
@@ -181,7 +181,7 @@ class TransDiff(nnx.Module):
     def __init__(self, config: TransDiffConfig, *, rngs: nnx.Rngs, compute: Compute | None = None):
         compute = compute or Compute()
         self.config = config
-        self.encoder = Encoder(config, compute=compute, rngs=rngs)
+        self.encoder = ConditionEncoder(config, compute=compute, rngs=rngs)
         self.decoder = DiffusionDecoder(
             config.branches,
             config.decoder_depth,
@@ -202,7 +202,7 @@ class TransDiff(nnx.Module):
         *,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B M D"]:
-        """Return the condition tokens of the images 0 .. k of every class; see `Encoder`."""
+        """Return the condition tokens of the images 0 .. k of every class."""
         config = self.config
         if references is None:
             shape = (len(labels), 0, config.latent_size, config.latent_size, config.channels)

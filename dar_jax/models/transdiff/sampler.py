@@ -57,7 +57,7 @@ def steps_per_preview(config: TransDiffConfig, num_steps: int) -> int:
     return num_steps if config.num_references > 1 else math.ceil(num_steps / NUM_PREVIEWS)
 
 
-class Progress(NamedTuple):
+class LatentPreview(NamedTuple):
     """Latents on their way.
 
     Attributes:
@@ -88,7 +88,7 @@ def run(
     config: TransDiffSampling,
     *,
     stops: Sequence[int] = (),
-) -> Iterator[Progress]:
+) -> Iterator[LatentPreview]:
     """Yield the latents at the steps `stops` of every pass and at its end.
 
     Args:
@@ -121,7 +121,7 @@ def denoise(
     *,
     step_pass: int = 0,
     stops: Sequence[int] = (),
-) -> Iterator[Progress]:
+) -> Iterator[LatentPreview]:
     """Yield the latents of one pass, whose condition has these keys and values; see `run`."""
     times, coefficients = config.grid, config.coefficients
     ends = (*(stop for stop in stops if 0 < stop < config.num_steps), config.num_steps)
@@ -140,7 +140,7 @@ def denoise(
             interval=config.guided_times,
         )
         start = stop
-        yield Progress(step_pass, stop, state.x if stop == config.num_steps else latents)
+        yield LatentPreview(step_pass, stop, state.x if stop == config.num_steps else latents)
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "microbatch"))

@@ -97,7 +97,7 @@ def test_gradient_of_the_prior_is_as_exact_as_the_reference(num_layers):
 
 
 def test_gradient_of_the_tokenizer_is_as_exact_as_the_reference():
-    """Codes are given: a close call that falls otherwise is no error of the arithmetic."""
+    """Codes are given: a close call that falls otherwise is not an error of the arithmetic."""
     model = FunctionalModel(Tokenizer, TOKENIZER, COMPUTE)
     rng = np.random.default_rng(1)
     shape = (BATCH_SIZE, TOKENIZER.image_size, TOKENIZER.image_size, 3)

@@ -253,7 +253,7 @@ def check_trajectory(golden, folder):
             config.coefficients.select(slice(i, i + 1)),
             step_noise[min(i, len(step_noise) - 1)][None],
             scale=run["cfg"],
-            interval=config.guidance_times,
+            interval=config.guided_times,
         )
     golden.check("sample_x_steps", np.stack(states))
     golden.check("sample_time_inputs", 1000 * (1 - config.grid[:-1]))
