@@ -97,7 +97,7 @@ class Config:
         return values
 
     def bound_defaults(self) -> dict[str, Any]:
-        """Of the same, the defaults: what a checkpoint holds to that is older than a key."""
+        """Defaults of `bound`: what a checkpoint holds to that is older than a key."""
         return {
             name: config_build.defaults_of(type(block)) for name, block, _ in self._bound_blocks()
         }

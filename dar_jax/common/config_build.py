@@ -15,7 +15,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
     Args:
         cls: a dataclass; fields that are dataclasses themselves are built from nested mappings.
-        values: a mapping such as a `ConfigDict` block or parsed JSON. Lists become tuples.
+        values: a mapping such as a block of a config or parsed JSON. Lists become tuples.
         where: name of the block in error messages, e.g. `"config.model"`.
 
     Raises:

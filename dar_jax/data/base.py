@@ -20,7 +20,7 @@ SPLIT_SEED = 0
 MAX_READERS = 1_024
 """Threads or processes that read; more only exhaust the machine."""
 MAX_JSON_BYTES = 2**28
-"""Of a file that describes data; more is something else."""
+"""Largest file that describes data; a larger one is something else."""
 
 READING_KEYS = ("path", "num_threads", "num_workers", "max_corrupt_fraction")
 """Keys of `DataConfig` that say how the data are read, not which they are."""

@@ -36,7 +36,7 @@ PLUGIN_SUFFIXES = {
     ".jxl": "pillow-jxl-plugin",
 }
 FLOAT_SUFFIXES = (".pfm",)
-"""Of maps of depth or flow, which a reader of pictures can open but which are none."""
+"""Suffixes of maps of depth or flow, which open like pictures but are not pictures."""
 
 MAX_FILE_BYTES = 2**30
 """A larger file is not a picture."""

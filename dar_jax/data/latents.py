@@ -57,7 +57,7 @@ class LatentFolder:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the pictures that the latents were made of."""
+        """Names of the pictures that the latents were made from."""
         return tuple(path.removesuffix(SUFFIX) for path in self.files.paths)
 
     @property

@@ -26,7 +26,7 @@ from dar_jax.data.decode import UnreadablePictureError
 MEMBERS = "members"
 """Entry of an example that holds the examples of its pictures."""
 GROUP_SIZE = 4
-"""Of the published index: three references and the image that they lead to."""
+"""Group size of the published index: three references and the image that they lead to."""
 ROUNDS = 4
 """Groups that every picture is in, each time with others."""
 

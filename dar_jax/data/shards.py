@@ -64,7 +64,7 @@ KEYS = {
         ),
     ),
 }
-"""Of every sidecar of a complete cache."""
+"""Keys of every sidecar of a complete cache."""
 MAX_SHOWN = 40
 """Characters of a wrong value that are shown."""
 WRITER_OPTIONS = "group_size:1"

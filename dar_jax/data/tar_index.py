@@ -32,7 +32,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LABEL_SUFFIXES = (".cls", ".json", ".txt")
 """Files that say the class of the picture of the same name, the first that does being taken."""
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-"""Of compressed files, by their first bytes."""
+"""Kinds of compressed files, by their first bytes."""
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
 MAX_UNPACKED = 2**32
 CHUNK = 2**24

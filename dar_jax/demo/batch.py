@@ -29,9 +29,9 @@ MAX_GUIDANCE = 20.0
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**31 - 1
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Of uploaded pictures; some of the others that Pillow knows start programs."""
+"""Formats of uploaded pictures; some of the others that Pillow knows start programs."""
 MAX_PIXELS = 50_000_000
-"""Of an uploaded picture: a small file may hold a picture that fills the memory."""
+"""Size of an uploaded picture: a small file may hold a picture that fills the memory."""
 
 
 @dataclasses.dataclass(frozen=True)

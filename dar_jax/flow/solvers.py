@@ -46,7 +46,7 @@ StepNoise = Callable[[Array], Array]
 
 
 class Coefficients(NamedTuple):
-    """Of one step, or of all: float32 scalars, or arrays [steps]; see the module's docstring."""
+    """Coefficients of one step, float32 scalars, or of all, arrays [steps]; see above."""
 
     current: Array | np.ndarray
     previous: Array | np.ndarray

@@ -33,7 +33,7 @@ class Pieces:
     count: int
 
     piece_name = re.compile(r"(\d{8})-(\d{8})\.npz")
-    """Of a file, with the first row and the one after the last."""
+    """Name of a file, with its first row and the one after its last."""
 
     def bind(self, settings: Mapping[str, Any]) -> None:
         """Make the directory for rows of these settings, or check that it holds such rows.

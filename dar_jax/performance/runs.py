@@ -124,7 +124,7 @@ class Runs(abc.ABC):
 
 
 class DarRuns(Runs):
-    """Of D-AR."""
+    """Timed runs of D-AR."""
 
     @staticmethod
     def bounds_of(pipeline: DarPipeline, sampling: DarSampling, speed: DeviceSpeed) -> DarBounds:
@@ -170,7 +170,7 @@ class DarRuns(Runs):
 
 
 class TransDiffRuns(Runs):
-    """Of TransDiff."""
+    """Timed runs of TransDiff."""
 
     @staticmethod
     def bounds_of(

@@ -77,7 +77,7 @@ class TransDiffSampling:
 
     @property
     def coefficients(self) -> solvers.Coefficients:
-        """Of all steps."""
+        """Coefficients of all steps."""
         if self.solver == solvers.EULER_MARUYAMA:
             return solvers.euler_maruyama(
                 self.grid, drift_scale=self.drift_scale, noise_scale=self.noise_scale

@@ -30,7 +30,7 @@ from dar_jax.nn.functional_model import FunctionalModel
 INITIAL_STREAM, STEP_STREAM = 0, 1
 """Folded into an image's key for its initial noise and for that of its steps."""
 NUM_PREVIEWS = 4
-"""Of a one-step model, its image included, where their number is left open."""
+"""Previews of a one-step model, its image included, where their number is left open."""
 
 
 def check_vae(config: TransDiffConfig, vae: KlVaeConfig, where: str) -> None:
