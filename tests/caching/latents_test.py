@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 def make_config(folder, vae, **data):
     config = mnist.get_config("transdiff")
     config.vae = str(vae)
-    config.data.update(source="folder", path=str(folder), image_size=SIZE, batch_size=12)
+    config.data.update(source="folder", path=str(folder), image_size=SIZE, batch_size=12, padding=0)
     config.data.update(**{"test_fraction": 0.1, "num_threads": 2, **data})
     config.cache.update(kind="latents", pictures_per_shard=10)
     return config

@@ -277,7 +277,8 @@ def test_compressed_tars_that_are_too_large_or_damaged_are_refused(tmp_path, mon
     write_tar(tmp_path / "cut/a.tar.gz", records(8), "w:gz")
     data = (tmp_path / "cut/a.tar.gz").read_bytes()
     (tmp_path / "cut/a.tar.gz").write_bytes(data[: len(data) // 2])
-    assert "not a tar that pictures can be read from" in refusal(open_split, "tar", tmp_path / "cut")
+    said = refusal(open_split, "tar", tmp_path / "cut")
+    assert "not a tar that pictures can be read from" in said
     monkeypatch.setattr(tar_index, "MAX_UNPACKED", 2**20)
     (tmp_path / "bomb").mkdir()
     (tmp_path / "bomb/a.tgz").write_bytes(gzip.compress(bytes(2**21)))

@@ -7,6 +7,7 @@ ordered sequence in which later tokens only refine earlier ones.
 
 import dataclasses
 
+import einops
 import jax.numpy as jnp
 from flax import nnx
 
@@ -106,7 +107,7 @@ class Encoder(nnx.Module):
     def embed(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
         """Return [normalised patches, queries]; the queries are not normalised."""
         patches = layer_norm(self.patch_embed(patchify(image, self.config.patch_size)))
-        queries = jnp.broadcast_to(self.queries(), (len(image), *self.queries().shape))
+        queries = einops.repeat(self.queries(), "n d -> b n d", b=len(image))
         return jnp.concatenate([patches, queries], axis=1).astype(self.residual_dtype)
 
     def queries(self) -> Float[Array, "N D"]:
