@@ -14,6 +14,7 @@ from dar_jax.convert.checkpoints import Checkpoint
 from dar_jax.data import codes, encoded
 from dar_jax.data.base import DataConfig
 from dar_jax.kinds.base import Kind
+from dar_jax.kinds.dar_runs import DarRuns
 from dar_jax.kinds.dar_tokenizer import DarTokenizer, flow_program
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -22,7 +23,6 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel import sharding
 from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
-from dar_jax.performance.runs import DarRuns
 from dar_jax.pipelines.base import ModelPipeline
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline
 from dar_jax.sampling import autoregressive

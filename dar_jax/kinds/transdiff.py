@@ -16,6 +16,7 @@ from dar_jax.data.base import DataConfig
 from dar_jax.flow import solvers
 from dar_jax.kinds.base import Kind
 from dar_jax.kinds.kl_vae import KlVaeKind
+from dar_jax.kinds.transdiff_runs import TransDiffRuns
 from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
@@ -23,7 +24,6 @@ from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
-from dar_jax.performance.runs import TransDiffRuns
 from dar_jax.pipelines.base import ModelPipeline
 from dar_jax.pipelines.transdiff import LatentPipeline, TransDiffPipeline
 from dar_jax.tasks.base import FrozenModel

@@ -1,9 +1,8 @@
 """`--mode=benchmark`: speed of sampling on one device, each figure beside its bound.
 
-The bound is what the device could do at best, see `performance.bounds`; its memory bandwidth and
-matrix FLOP/s are measured in the same run. What is timed, of either family, is in
-`performance.runs`; everything is compiled and run once before, and a figure is the median of the
-repeats.
+The bound is what the device could do at best, see `performance.runs`; its memory bandwidth and
+matrix FLOP/s are measured in the same run. Everything is compiled and run once before, and a figure
+is the median of the repeats.
 """
 
 import dataclasses
@@ -23,7 +22,6 @@ from dar_jax.generation.batches import check
 from dar_jax.kinds import KINDS, find_kind
 from dar_jax.kinds.loading import from_pretrained, random_pipeline
 from dar_jax.performance import device_speed
-from dar_jax.performance.bounds import Bounds
 from dar_jax.performance.config import BenchmarkConfig
 from dar_jax.performance.device_speed import DeviceSpeed
 from dar_jax.performance.rows import Row, table
@@ -112,19 +110,20 @@ def measure(
         sampling: how images are drawn, but for the guidance scale.
         speed: of the device.
     """
+    microbatch, scales = settings.microbatch or None, settings.guidance_scales
     runs_class = runs_of(pipeline)
-    bounds = runs_class.bounds_of(pipeline, sampling, speed)
-    scales = settings.guidance_scales
-    left = {
-        size: sum(sum(bounds.phases(size, scale).values()) for scale in (*scales, None))
+    runs_of_size = {
+        size: runs_class(pipeline, sampling, speed, size, microbatch, settings.repeats)
         for size in settings.batch_sizes
     }
+    left = {
+        size: sum(sum(runs.bounds(scale).values()) for scale in (*scales, None))
+        for size, runs in runs_of_size.items()
+    }
     start, done = time.monotonic(), 0.0
-    for batch_size in settings.batch_sizes:
-        microbatch = settings.microbatch or None
-        runs = runs_class(pipeline, bounds, sampling, batch_size, microbatch, settings.repeats)
+    for batch_size, runs in runs_of_size.items():
         try:
-            check_memory(bounds, batch_size, guided=max(scales) > 1)
+            check_memory(runs.cache_bytes(max(scales)))
             for row in runs.rows(scales):
                 yield row
                 left[batch_size] -= row.bound_seconds
@@ -144,9 +143,9 @@ def runs_of(pipeline: Pipeline) -> type[Runs]:
     return next(kind.runs for kind in KINDS.values() if kind.pipeline is type(pipeline))
 
 
-def check_memory(bounds: Bounds, batch_size: int, *, guided: bool) -> None:
-    """Raise MemoryError if the caches alone are more than there is."""
-    needed, present = bounds.memory_bytes(batch_size, guided), memory_bytes()
+def check_memory(needed: int) -> None:
+    """Raise MemoryError if caches of so many bytes are more than there is."""
+    present = memory_bytes()
     if needed > present:
         raise MemoryError(f"caches of {needed / GIGA:.1f} GB, memory of {present / GIGA:.1f} GB")
 

@@ -35,7 +35,7 @@ class DeviceSpeed:
     product_bandwidth: float
     flops: float
 
-    def seconds(self, num_bytes: int, num_flops: int) -> float:
+    def seconds(self, num_bytes: int, num_flops: float) -> float:
         """Least time to move the bytes and do the FLOPs, one hidden behind the other."""
         return max(num_bytes / self.bandwidth, num_flops / self.flops)
 

@@ -12,7 +12,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        phase: what is timed; see `performance.bounds`.
+        phase: what is timed; see `performance.runs`.
         batch_size: images at a time.
         guidance_scale: None where there is none.
         seconds: median time of a batch.

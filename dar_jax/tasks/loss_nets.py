@@ -34,7 +34,7 @@ from dar_jax.losses.distortion import psnr
 from dar_jax.losses.perceptual import perceptual_distance
 from dar_jax.models.dar.decoder import FEATURE_GRID
 from dar_jax.models.dar.tokenizer import TokenizerConfig
-from dar_jax.models.frozen import dinov2, lpips, pretrained, work
+from dar_jax.models.frozen import dinov2, lpips, pretrained
 from dar_jax.models.patchgan import PatchGan, PatchGanConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
@@ -117,15 +117,6 @@ class LossNets:
         """Shapes and dtypes of `frozen`; nothing is loaded."""
         nets = {"lpips": self.lpips, "dinov2": self.dinov2}
         return {name: net.abstract_params() for name, net in nets.items() if net is not None}
-
-    def flops(self, image_size: int) -> int:
-        """FLOPs of the frozen networks for one training image."""
-        flops = 0
-        if self.lpips is not None:
-            flops += work.lpips_train_flops(self.lpips.config, image_size)
-        if self.dinov2 is not None:
-            flops += work.dinov2_flops(self.dinov2.config)
-        return flops
 
     def init_discriminator(self, rng: PRNGKeyArray) -> Params:
         return self.discriminator.init(rng)

@@ -14,13 +14,40 @@ from configs import imagenet_dar, imagenet_tokenizer, mnist
 from dar_jax.common.model_dir import save_model
 from dar_jax.config import build as read_config
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
+from dar_jax.kinds.transdiff_runs import TransDiffRuns
 from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.modes import benchmark
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.performance import device_speed, runs
+from dar_jax.performance import device_speed
+from dar_jax.performance.runs import SEED
+from dar_jax.pipelines.dar import PriorPipeline
 from tests import tiny_transdiff
 
 IMAGES = {"end to end", "first preview", "streaming"}
+FIELDS = {
+    *("phase", "batch_size", "guidance_scale", "seconds", "bound_seconds", "images_per_second"),
+    *("bound_images_per_second", "fraction_of_bound", "device", "platform", "cpu_count", "jax"),
+    *("dtype", "weights", "repeats", "bandwidth", "product_bandwidth", "matmul_flops", "solver"),
+    *("num_steps", "dim"),
+}
+"""Names in every line, whatever is timed."""
+DAR_FIELDS = {
+    *("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "num_layers"),
+}
+TRANSDIFF_FIELDS = {
+    *("guidance_times", "drift_scale", "noise_scale", "encoder_depth", "decoder_depth"),
+    *("latent_size", "num_references"),
+}
+DETAILS = {
+    "tokens": {"ms_per_token", "tokens_per_second"},
+    "flow": {"seconds_per_step"},
+    "encoder": {"ms_per_pass"},
+    "denoising": {"ms_per_step"},
+    "decode": set(),
+    "end to end": set(),
+    "first preview": {"ms"},
+    "streaming": {"without_previews", "overhead"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +113,7 @@ def read(directory):
     return [json.loads(line) for line in (directory / "benchmark.jsonl").read_text().splitlines()]
 
 
-def check_lines(lines, scales, guided, unguided):
+def check_lines(lines, scales, guided, unguided, fields):
     """Every phase at all scales, and one that has none; every figure beside its bound."""
     expected = {
         *((phase, 2, scale) for phase in guided | IMAGES for scale in scales),
@@ -96,6 +123,7 @@ def check_lines(lines, scales, guided, unguided):
     assert len(found) == len(expected)
     assert set(found) == expected
     for line in lines:
+        assert set(line) == FIELDS | fields | DETAILS[line["phase"]]
         numbers = [value for value in line.values() if isinstance(value, int | float)]
         assert all(map(math.isfinite, numbers))
         assert line["fraction_of_bound"] == line["bound_seconds"] / line["seconds"] > 0
@@ -110,7 +138,7 @@ def test_benchmark_writes_every_measurement_beside_its_bound(config, tmp_path, c
     with caplog.at_level("INFO", logger="absl"):
         benchmark.benchmark(read_config(config), str(tmp_path / "new"))
     lines = read(tmp_path / "new")
-    check_lines(lines, (2.0, 1.0), {"tokens"}, "flow")
+    check_lines(lines, (2.0, 1.0), {"tokens"}, "flow", DAR_FIELDS)
     for line in lines:
         assert (line["num_layers"], line["solver"]) == (1, "euler")
         if line["phase"] == "tokens":
@@ -126,7 +154,7 @@ def test_benchmark_of_transdiff_has_its_own_phases(mrar_config, tmp_path, caplog
     with caplog.at_level("INFO", logger="absl"):
         benchmark.benchmark(read_config(mrar_config), str(tmp_path))
     lines = read(tmp_path)
-    check_lines(lines, (2.0,), {"encoder", "denoising"}, "decode")
+    check_lines(lines, (2.0,), {"encoder", "denoising"}, "decode", TRANSDIFF_FIELDS)
     bounds = {line["phase"]: line["bound_seconds"] for line in lines}
     for line in lines:
         assert (line["num_steps"], line["num_references"]) == (3, 4)
@@ -142,12 +170,11 @@ def test_parts_of_transdiff_are_what_sampling_runs(drawn):
     pipeline, _ = drawn["transdiff"]
     sampling = TransDiffSampling(num_steps=3, drift_scale=0.9)
     speed = device_speed.DeviceSpeed(1.0, 1.0, 1.0)
-    bounds = runs.TransDiffRuns.bounds_of(pipeline, sampling, speed)
-    timed = runs.TransDiffRuns(pipeline, bounds, sampling, 2, None, 1)
+    timed = TransDiffRuns(pipeline, sampling, speed, 2, None, 1)
     encoder, denoising = timed.parts(2.0)
     assert [cache.keys.shape[-2] for cache in encoder.run()] == [4, 8, 12, 16]
     first = denoising.run()[0]
-    rng = jax.random.key(runs.SEED)
+    rng = jax.random.key(SEED)
     expected = pipeline.stream([0, 1], rng=rng, sampling=sampling, guidance_scale=2.0)
     np.testing.assert_allclose(first.latents, next(expected).latents, rtol=1e-5, atol=1e-5)
 
@@ -166,20 +193,20 @@ def test_batch_that_needs_more_memory_than_there_is_is_skipped(
 
 @pytest.mark.usefixtures("without_drawing")
 def test_batch_that_exhausts_the_device_is_skipped(config, tmp_path, monkeypatch):
-    def exhausted(self, scale):
+    def exhausted(*_, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setattr(runs.DarRuns, "tokens", exhausted)
+    monkeypatch.setattr(PriorPipeline, "generate_indices", exhausted)
     with pytest.raises(ValueError, match=r"batch_sizes=\(1, 2\): none fits"):
         benchmark.benchmark(read_config(config), str(tmp_path))
 
 
 @pytest.mark.usefixtures("without_drawing")
 def test_other_failures_are_not_hidden(config, tmp_path, monkeypatch):
-    def broken(self, scale):
+    def broken(*_, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
-    monkeypatch.setattr(runs.DarRuns, "tokens", broken)
+    monkeypatch.setattr(PriorPipeline, "generate_indices", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
         benchmark.benchmark(read_config(config), str(tmp_path))
 

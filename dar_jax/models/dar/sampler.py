@@ -81,7 +81,7 @@ def steps_of_groups(config: TokenizerConfig, num_steps: int, num_groups: int) ->
     """
     if not 1 <= num_groups <= config.num_groups:
         raise ValueError(f"num_groups={num_groups} must be in 1..{config.num_groups}")
-    known = _boundaries(config)[num_groups - 1]
+    known = group_boundaries(config)[num_groups - 1]
     complete = sum(start + config.window <= known for start in step_starts(config, num_steps))
     if complete == 0:
         raise ValueError(
@@ -263,7 +263,7 @@ def stream(
         rngs,
         sampling,
         prefix=prefix,
-        boundaries=_boundaries(config),
+        boundaries=group_boundaries(config),
         key_mask=key_mask,
     )
     noise = initial_noise(rngs, (config.image_size,) * 2)
@@ -346,7 +346,7 @@ def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> No
             )
 
 
-def _boundaries(config: TokenizerConfig) -> tuple[int, ...]:
+def group_boundaries(config: TokenizerConfig) -> tuple[int, ...]:
     """Number of tokens after each group; all N after the last."""
     return tuple(config.num_tokens * (g + 1) // config.num_groups for g in range(config.num_groups))
 

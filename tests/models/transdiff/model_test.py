@@ -1,4 +1,4 @@
-"""TransDiff's sizes, masks, prefixes, cached keys and values, work; and what it refuses."""
+"""TransDiff's sizes, masks, prefixes, cached keys and values; and what it refuses."""
 
 import dataclasses
 
@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.common.flops import traced_flops
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.rules import reference_shapes
-from dar_jax.models.dar.work import attention_flops
-from dar_jax.models.transdiff import work
 from dar_jax.models.transdiff.model import (
     AT_512_PIXELS,
     MRAR,
@@ -30,10 +27,6 @@ ONE_STEP = {"b": 289_959_184, "l": 682_519_568, "h": 1_327_891_216}
 WITH_REFERENCES = {"b": 290_044_432, "l": 682_633_232, "h": 1_328_033_296}
 LARGE = {"b": 290_549_008, "l": 683_306_000, "h": 1_328_874_256}
 TENSORS = {"b": 589, "l": 777, "h": 965}
-SAMPLING_TERAFLOPS = {"b": 12.8, "l": 29.7, "h": 57.4}
-"""100 guided steps whose keys and values of the condition are made anew in every step."""
-MRAR_TERAFLOPS = {"b": 44, "l": 103, "h": 200}
-"""Keys and values made once per pass."""
 ROUNDING = 1e-4  # the same sums in other orders; outputs reach 50
 
 
@@ -45,56 +38,6 @@ def test_released_sizes(size):
         assert num_parameters(params) == counts[size]
         names = reference_shapes(convert.transdiff_rules(config), params)
         assert len(names) == TENSORS[size]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_work_of_sampling(size):
-    config = TransDiffConfig(**SIZES[size])
-    again = 2 * 99 * work.keys_values_flops(config, config.condition_tokens)
-    flops = work.sampling_flops(config)
-    assert (flops + again) / 1e12 == pytest.approx(SAMPLING_TERAFLOPS[size], rel=0.01)
-    assert again / (flops + again) == pytest.approx(0.11, abs=0.01)
-    mrar = TransDiffConfig(**SIZES[size], **MRAR)
-    total = work.sampling_flops(mrar) / 1e12
-    assert total == pytest.approx(MRAR_TERAFLOPS[size], rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("config", "num_references"),
-    [(TransDiffConfig(**SIZES["l"]), 0), (TINY, 0), (TINY, 3)],
-    ids=["one step", "class", "references"],
-)
-def test_work_is_that_of_the_traced_model(config, num_references):
-    model, rows = FunctionalModel(TransDiff, config), 2
-    params = model.abstract_params()
-    latent = (config.latent_size, config.latent_size, config.channels)
-    tokens = (1 + num_references) * config.tokens_per_image
-
-    def flops(function, *shapes):
-        return traced_flops(jax.make_jaxpr(function)(params, *shapes)) / rows
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-    found = flops(
-        lambda p, *a: model.bind(p).condition(*a),
-        array(dtype=jnp.int32),
-        array(num_references, *latent),
-    )
-    # A trace does not see what the mask leaves out: every block's pairs with later ones.
-    blocks = [config.buffer_size] + [config.tokens_per_image] * (1 + num_references)
-    masked = sum(size * sum(blocks[i + 1 :]) for i, size in enumerate(blocks))
-    masked *= config.num_references > 1
-    hidden = config.encoder_depth * attention_flops(masked, config.dim)
-    assert found == work.encode_flops(config, num_references) + hidden
-
-    condition = array(tokens, config.dim)
-    keys_values = lambda p, z: model.bind(p).decoder.keys_values(z)  # noqa: E731
-    assert flops(keys_values, condition) == work.keys_values_flops(config, tokens)
-    caches = jax.eval_shape(keys_values, params, condition)
-    velocity = lambda p, *a: model.bind(p).decoder.velocity(*a)  # noqa: E731
-    found = flops(velocity, array(*latent), array(), caches)
-    assert found == work.step_flops(config, tokens)
 
 
 def model_and_params(config):
