@@ -14,11 +14,13 @@ from clu import metrics
 from flax import nnx
 
 from dar_jax.common import image as images
+from dar_jax.common.flops import flops
 from dar_jax.kinds.base import Kind
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.performance.runs import Part, Runs, Work
 from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys
 from dar_jax.tasks.base import ModelTask, picture_batch
 
@@ -158,6 +160,30 @@ def draw(model, params, labels, rngs, scale, temperature):
     return tokens.T
 
 
+class BigramRuns(Runs):
+    """What is timed: labels to tokens."""
+
+    def tokens(self, scale):
+        model, rows = self.pipeline.prior.model, jax.ShapeDtypeStruct((1,), jnp.int32)
+        rngs = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+        one = flops(draw, model, model.abstract_params(), rows, rngs, scale, 1.0)
+        return Work(self.batch_size * one)
+
+    def parts(self, scale):
+        if scale is None:
+            return ()
+        prior, labels = self.pipeline.prior, self.pipeline.prior.put(self.labels)
+        rngs = image_keys(jax.random.key(0), self.batch_size)
+        run = functools.partial(draw, prior.model, prior.params, labels, rngs, scale, 1.0)
+        return (Part("tokens", run, [self.tokens(scale)], lambda seconds: {}),)
+
+    def first_preview(self, scale):
+        return (self.tokens(scale),)
+
+    def cache_bytes(self, scale):
+        return 0
+
+
 class BigramKind(Kind[BigramConfig]):
     """The entry."""
 
@@ -167,6 +193,7 @@ class BigramKind(Kind[BigramConfig]):
     architecture = BigramConfig
     pipeline = BigramPipeline
     companions: ClassVar = {TOKENIZER: DarTokenizer.name}
+    runs = BigramRuns
 
     def task(self, model, loss, *, compute, data, companions):
         return BigramTask(model, companions[TOKENIZER], compute)

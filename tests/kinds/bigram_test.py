@@ -11,7 +11,8 @@ from dar_jax.config import block
 from dar_jax.config import build as read_config
 from dar_jax.kinds import KINDS
 from dar_jax.kinds.loading import from_pretrained
-from dar_jax.modes import convert, evaluate, sample, train
+from dar_jax.modes import benchmark, convert, evaluate, sample, train
+from dar_jax.performance import device_speed
 from tests.kinds.bigram import BigramConfig, BigramKind, BigramPipeline
 
 STEPS = 30
@@ -87,3 +88,15 @@ def test_it_converts_both_ways(config, trained, tmp_path):
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert (tmp_path / "model/tokenizer/config.json").exists()
+
+
+def test_it_is_timed_beside_its_bound(config, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_speed, "PROBE_BYTES", 2**16)
+    monkeypatch.setattr(device_speed, "MATMUL_SIZES", {"cpu": 64})
+    config = config.copy_and_resolve_references()
+    config.benchmark.update(batch_sizes=(2,), guidance_scales=(2.0,), repeats=1)
+    config.benchmark.model = str(trained)
+    benchmark.benchmark(read_config(config), str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "benchmark.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["tokens", "end to end", "first preview", "streaming"]
+    assert all(row["seconds"] > 0 and row["bound_seconds"] > 0 for row in rows)
