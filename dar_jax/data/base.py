@@ -98,18 +98,21 @@ class DataConfig:
 class Source(Protocol):
     """Random access to labelled pictures; may be pickled and read from several threads."""
 
-    class_names: tuple[str, ...]
-    """The name of each label 0..num_classes-1."""
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label 0..num_classes-1."""
+        ...
 
     @property
     def num_classes(self) -> int: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `{"pixels": uint8 [H, W, 3], "label": int32 []}`.
 
         Raises:
             UnreadablePictureError: the picture is corrupt; it may be skipped.
         """
+        ...
 
     def read(self, index: int) -> "EncodedPicture":
         """Return the picture as a file has it, not yet decoded.
@@ -117,6 +120,7 @@ class Source(Protocol):
         Raises:
             UnreadablePictureError: there is nothing to read; it may be skipped.
         """
+        ...
 
 
 class EncodedPicture(NamedTuple):
@@ -226,13 +230,13 @@ def read_classes(path: str) -> dict[str, str] | None:
         if len(set(content)) < len(content):
             raise ValueError(f"data.classes={path!r} names a class twice")
         content = {name: name for name in content}
-    texts = isinstance(content, dict) and all(isinstance(v, str) for v in content.values())
-    if not texts or not content:
+    named = isinstance(content, dict) and content
+    if not named or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(
             f"data.classes={path!r} must hold a list of class names, or an object "
             '{"name in the data": "name for people"}'
         )
-    return content
+    return named
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -15,7 +15,7 @@ import functools
 import importlib
 import io
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import logging
@@ -119,7 +119,7 @@ def decode(
     data: bytes,
     name: str,
     *,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Decode the bytes of an image file.
@@ -151,7 +151,7 @@ def check_header(data: bytes, name: str) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    data: bytes, name: str, formats: Sequence[str] | None, max_pixels: int | None
+    data: bytes, name: str, formats: tuple[str, ...] | None, max_pixels: int | None
 ) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=formats or readable_formats()) as image:

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from dar_jax.common.typing import Int, UInt8
+from dar_jax.common.typing import Any, Int, UInt8
 from dar_jax.data.base import SPLIT_SEED, SPLITS, DataConfig, EncodedPicture
 from dar_jax.data.decode import encode_png
 
@@ -29,7 +29,7 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixels": self.pixels[index], "label": np.int32(self.labels[index])}
 
     def read(self, index: int) -> EncodedPicture:

@@ -56,7 +56,7 @@ class CachedSource:
         class_names: by label.
     """
 
-    records: grain.sources.ArrayRecordDataSource
+    records: grain.sources.RandomAccessDataSource[bytes]
     form: Form
     shape: tuple[int, ...]
     class_names: tuple[str, ...]

@@ -21,7 +21,7 @@ import numpy as np
 from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any, Float
 from dar_jax.data import encoded
-from dar_jax.data.base import DataConfig, EncodedPicture, Source, existing_directory, spread
+from dar_jax.data.base import DataConfig, EncodedPicture, existing_directory, spread
 from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError
 from dar_jax.data.folder import FolderSource, find_parts, open_folder, select
 from dar_jax.data.listing import Seen
@@ -163,7 +163,6 @@ def check_latents(config: DataConfig, vae: str, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: they are another's, or one of the two cannot be read.
     """
-    source: Source
     if config.source == FORM.kind:
         encoded.check_model(config.path, FORM, vae)
         source = load_latents(config, "train")

@@ -18,6 +18,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import grain
 import grain.experimental
@@ -66,7 +67,7 @@ class TrainingExamples:
         batch, offset = divmod(number, self.part_size)
         index, count = self.part
         position = ((self.first_batch + batch) * count + index) * self.part_size + offset
-        picture = self.order[position]
+        picture = cast(int, self.order[position])  # only a filter gives None
         example = self._read(picture)
         rng = np.random.default_rng([self.seed, position // len(self.source), picture])
         if references.MEMBERS not in example:

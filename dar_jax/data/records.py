@@ -25,7 +25,7 @@ PREFETCHED_PICTURES = 64
 class RecordSource(EncodedSource):
     """Records of one split's shards."""
 
-    records: grain.sources.ArrayRecordDataSource
+    records: grain.sources.RandomAccessDataSource[bytes]
     title: str
     class_names: tuple[str, ...]
 
@@ -119,6 +119,6 @@ def _records(
     options = grain.ReadOptions(config.num_threads, PREFETCHED_PICTURES)
     iterator = iter(dataset.to_iter_dataset(options))
     try:
-        yield from iterator
+        yield from filter(None, iterator)
     finally:
         iterator.close()

@@ -91,12 +91,13 @@ def group(source: Source, config: DataConfig, seed: int) -> Source:
         return source
     if config.references:
         return GroupSource(source, read_index(config.references, source, size))
-    if not hasattr(source, "labels"):
+    labels = getattr(source, "labels", None)
+    if labels is None:
         raise ValueError(
             f"data.num_references={size} of source {config.source!r} needs an index file: make one "
             "with --mode=cache --config.cache.kind=references, and set --config.data.references"
         )
-    return GroupSource(source, make_groups(source.labels, source.class_names, size, seed=seed))
+    return GroupSource(source, make_groups(labels, source.class_names, size, seed=seed))
 
 
 def make_groups(
@@ -152,9 +153,10 @@ def labels_of(source: Source) -> Int[np.ndarray, " N"]:
         except UnreadablePictureError:
             return -1
 
-    if hasattr(source, "labels"):
-        return np.asarray(source.labels)
-    return np.array([label(index) for index in range(len(source))])
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        return np.array([label(index) for index in range(len(source))])
+    return np.asarray(labels)
 
 
 def read_index(path: str | os.PathLike, source: Source, size: int) -> Int[np.ndarray, "groups n"]:

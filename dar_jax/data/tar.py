@@ -190,7 +190,7 @@ def _choose(
     """Return the pictures of the classes and parts that are used, and the roles of these."""
     leaving = Leaving()
     numbers = {label: number for number, label in enumerate(classes)}
-    used = []
+    used: list[int] = []
     for index, (record, label, role) in enumerate(zip(records, labels, roles, strict=True)):
         if label not in numbers:
             leaving.add("in other classes", record.name)
@@ -248,7 +248,7 @@ def _labels(
     records: Sequence[Record], tars: Tars, depth: int, is_labelled: bool
 ) -> list[int | str]:
     if is_labelled:
-        return [record.label for record in records]
+        return [record.label for record in records if record.label is not None]
     # One folder for all says nothing, where texts do.
     folders = {record.folders[depth : depth + 1] for record in records}
     if len(folders) == 1 and all(record.text for record in records):
@@ -265,7 +265,8 @@ def _labels(
 
 def _texts(tars: Tars, records: Sequence[Record]) -> list[int | str]:
     """Return what `.txt` files say, unless they are captions."""
-    texts = [label for path in tars.paths for label in read_texts(path)]
+    found = (label for path in tars.paths for label in read_texts(path))
+    texts = [label for label in found if label is not None]
     if len(set(texts)) * 2 > len(texts):
         raise ValueError(
             f"{records[0].picture.path}: {printable(records[0].name)} has no class: its .txt holds "
@@ -280,28 +281,28 @@ def _classes(
 ) -> dict[int | str, str]:
     """Label in the tars -> name of the class, in the order of the labels."""
     found = set(labels)
-    numbers = [label for label in found if isinstance(label, int)]
-    if numbers and len(numbers) < len(found):
-        name = next(label for label in found if isinstance(label, str))
+    numbers = sorted(label for label in found if isinstance(label, int))
+    texts = sorted(label for label in found if isinstance(label, str))
+    if numbers and texts:
         raise ValueError(
             f"the tars of data.path={where!r} have numbers for labels, {numbers[0]}, and names, "
-            f"{name!r}; expected one or the other"
+            f"{texts[0]!r}; expected one or the other"
         )
     if numbers:
-        names = list(map(str, range(max(found) + 1))) if wanted is None else list(wanted.values())
-        if max(found) >= len(names):
+        names = list(map(str, range(numbers[-1] + 1))) if wanted is None else list(wanted.values())
+        if numbers[-1] >= len(names):
             raise ValueError(
-                f"the tars of data.path={where!r} have labels {min(found)} to {max(found)}, "
+                f"the tars of data.path={where!r} have labels {numbers[0]} to {numbers[-1]}, "
                 f"but there are {len(names)} classes"
             )
         return dict(enumerate(names))
     if wanted is None:
-        warn_of_order(sorted(found))
-        return {name: printable(name) for name in sorted(found)}
+        warn_of_order(texts)
+        return {name: printable(name) for name in texts}
     missing = sorted(set(wanted) - found)
     if missing:
         raise ValueError(f"data.classes names {missing[0]!r}, which no tar of {where} has")
-    return dict(wanted)
+    return {**wanted}
 
 
 def _roles(

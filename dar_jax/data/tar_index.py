@@ -229,9 +229,9 @@ def _follow(
             name = _normal(posixpath.join(posixpath.dirname(name), info.linkname))
         else:
             return info
-        info = places.get(name)
-        if info is None:
+        if name not in places:
             return None
+        info = places[name]
     return None
 
 

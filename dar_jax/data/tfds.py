@@ -49,7 +49,7 @@ def load_tfds(config: DataConfig, split: str) -> TfdsSource:
 
     name = config.source.removeprefix(PREFIX)
     try:
-        builder = tfds.builder(name, data_dir=config.path or None)
+        builder: Any = tfds.builder(name, data_dir=config.path or None)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot open source {config.source!r}: {reason}") from error
