@@ -23,7 +23,6 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel import sharding
 from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
-from dar_jax.pipelines.base import ModelPipeline
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig
@@ -61,7 +60,7 @@ class DarPrior(Kind[LlamaConfig]):
         model: FunctionalModel,
         params: Params,
         *,
-        companions: Mapping[str, ModelPipeline],
+        companions: Mapping[str, Any],
         class_names: Sequence[str] = (),
         mesh: Mesh | None = None,
     ) -> DarPipeline:

@@ -24,7 +24,6 @@ from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
-from dar_jax.pipelines.base import ModelPipeline
 from dar_jax.pipelines.transdiff import LatentPipeline, TransDiffPipeline
 from dar_jax.tasks.base import FrozenModel
 from dar_jax.tasks.transdiff import TransDiffLossConfig, TransDiffTask
@@ -70,7 +69,7 @@ class TransDiffKind(Kind[TransDiffConfig]):
         model: FunctionalModel,
         params: Params,
         *,
-        companions: Mapping[str, ModelPipeline],
+        companions: Mapping[str, Any],
         class_names: Sequence[str] = (),
         mesh: Mesh | None = None,
     ) -> TransDiffPipeline:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import jax
@@ -25,7 +26,7 @@ class FunctionalModel(Generic[M]):
         compute: its execution choices.
     """
 
-    cls: type[M]
+    cls: Callable[..., M]
     config: Any
     compute: Compute = Compute()
 

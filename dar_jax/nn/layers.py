@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dar_jax.common.typing import Array, Float, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.linear import Linear
 
@@ -133,7 +133,7 @@ class Mlp(nnx.Module):
     ):
         self.activation = activation
         self.dropout_rate = dropout_rate
-        options = dict(kernel_init=kernel_init, compute=compute, rngs=rngs)
+        options: dict[str, Any] = dict(kernel_init=kernel_init, compute=compute, rngs=rngs)
         self.up = linear(dim, hidden_dim, **options)
         self.down = linear(hidden_dim, out_dim or dim, **options)
 

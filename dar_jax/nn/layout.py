@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 
 from dar_jax.common.typing import Array, Float
 
-_BATCH_SHARDING = contextvars.ContextVar("batch_sharding", default=None)
-_GRADIENT_DTYPE = contextvars.ContextVar("gradient_dtype", default=None)
+_BATCH_SHARDING = contextvars.ContextVar[NamedSharding | None]("batch_sharding", default=None)
+_GRADIENT_DTYPE = contextvars.ContextVar[DTypeLike | None]("gradient_dtype", default=None)
 
 
 @contextlib.contextmanager

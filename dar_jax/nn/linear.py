@@ -120,7 +120,8 @@ def _parts(kernel: nnx.Param) -> tuple[Array, Array]:
     value = kernel.get_value()
     if isinstance(value, Gathered):
         return value.whole, value.part
-    return (jnp.asarray(value),) * 2
+    whole = jnp.asarray(value)
+    return whole, whole
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -33,7 +33,7 @@ class Stack(nnx.Module):
         self.compute = compute
         keys = jax.random.split(rngs.params(), depth) if depth else ()
         if not depth:
-            self.blocks = None
+            self.blocks: Any = None
         elif compute.stacked:
             self.blocks = jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
         else:
@@ -88,7 +88,7 @@ class Stack(nnx.Module):
         x, _ = jax.lax.scan(body, x, inputs, unroll=self.compute.unroll)
         return keep_batch_split(x)
 
-    def each(self, function: Callable[[nnx.Module], Any]) -> Any:
+    def each(self, function: Callable[[Any], Any]) -> Any:
         """Apply a function to every block; return the results stacked, [depth, ...]."""
         if not self.compute.stacked:
             results = [function(block) for block in self.blocks]

@@ -213,6 +213,7 @@ class DarPipeline(Pipeline):
     sampling_class = DarSampling
     kept_fields = ("indices",)
     keeps_tokens = True
+    prior: PriorPipeline
 
     def __init__(
         self,

@@ -225,20 +225,22 @@ class FlowDecoder(nnx.Module):
             condition: condition tokens of the step.
             with_features: also return the alignment features, if the model has any.
         """
-        grid = tuple(side // self.config.patch_size for side in x_t.shape[1:3])
+        patch = self.config.patch_size
+        grid = (x_t.shape[1] // patch, x_t.shape[2] // patch)
         rope = rope_2d(*grid, self.config.head_dim, self.config.rope_base)
         inputs = (self.embed_time(t), layer_norm(self.condition_projection(condition)), rope)
-        x = self.patch_embed(patchify(x_t, self.config.patch_size))
-        features = None
-        if with_features and self.config.gives_features:
-            x = self.stack(x, *inputs, stop=self.config.feature_layer)
+        x = self.patch_embed(patchify(x_t, patch))
+        features, layer = None, self.config.feature_layer
+        wanted = with_features and self.config.gives_features
+        if wanted and layer is not None and self.alignment_head is not None:
+            x = self.stack(x, *inputs, stop=layer)
             features = self.alignment_head(x, grid)
-            x = self.stack(x, *inputs, start=self.config.feature_layer)
+            x = self.stack(x, *inputs, start=layer)
         else:
             x = self.stack(x, *inputs)
         x = layer_norm(x)
-        out = self.head(x, inputs[0]) if self.config.modulated_head else self.head(x)
-        velocity = unpatchify(out.astype(jnp.float32), self.config.patch_size, grid)
+        out = self.head(x, inputs[0]) if isinstance(self.head, ModulatedHead) else self.head(x)
+        velocity = unpatchify(out.astype(jnp.float32), patch, grid)
         return FlowPrediction(velocity, features)
 
     def embed_time(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:

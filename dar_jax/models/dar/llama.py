@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Array, Bool, Float, Int, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.nn.attention import Attention, KVCache, causal_mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
@@ -104,7 +104,7 @@ class LlamaBlock(nnx.Module):
     """`x += attention(norm(x)); x += swiglu(norm(x))`."""
 
     def __init__(self, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
-        norm = dict(epsilon=config.norm_epsilon, rngs=rngs)
+        norm: dict[str, Any] = dict(epsilon=config.norm_epsilon, rngs=rngs)
         self.residual_dropout = config.residual_dropout
         self.attention_norm = rms_norm(config.dim, **norm)
         self.attention = Attention(
@@ -157,13 +157,15 @@ class LlamaBlock(nnx.Module):
 class CaptionProjection(nnx.Module):
     """Caption features to condition tokens; `null_caption` is fixed, not trained."""
 
-    def __init__(self, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
-        shape = (config.condition_tokens, config.caption_dim)
+    def __init__(self, caption_dim: int, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
+        shape = (config.condition_tokens, caption_dim)
         self.null_caption = nnx.Param(
-            nnx.initializers.normal(config.caption_dim**-0.5)(rngs.params(), shape)
+            nnx.initializers.normal(caption_dim**-0.5)(rngs.params(), shape)
         )
-        bias_free = dict(use_bias=False, kernel_init=INIT, compute=compute, rngs=rngs)
-        self.hidden = linear(config.caption_dim, config.dim, **bias_free)
+        bias_free: dict[str, Any] = dict(
+            use_bias=False, kernel_init=INIT, compute=compute, rngs=rngs
+        )
+        self.hidden = linear(caption_dim, config.dim, **bias_free)
         self.out = linear(config.dim, config.dim, **bias_free)
 
     def __call__(self, captions: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
@@ -183,7 +185,9 @@ class Llama(nnx.Module):
         if config.caption_dim is None:
             self.condition_embed = nnx.Embed(config.num_classes + 1, config.dim, **table)
         else:
-            self.condition_embed = CaptionProjection(config, compute=compute, rngs=rngs)
+            self.condition_embed = CaptionProjection(
+                config.caption_dim, config, compute=compute, rngs=rngs
+            )
         self.token_embed = nnx.Embed(config.vocab_size, config.dim, **table)
         self.stack = Stack(
             lambda block_rngs: LlamaBlock(config, compute=compute, rngs=block_rngs),
@@ -212,7 +216,7 @@ class Llama(nnx.Module):
 
     def null_condition(self, batch_size: int) -> Array:
         """Return `batch_size` null labels, or null captions."""
-        if self.config.caption_dim is None:
+        if isinstance(self.condition_embed, nnx.Embed):
             return jnp.full((batch_size,), self.config.num_classes, jnp.int32)
         null = self.condition_embed.null()
         return jnp.broadcast_to(null, (batch_size, *null.shape))

@@ -60,7 +60,7 @@ class Known(NamedTuple):
     """
 
     images: Array
-    mask: Array
+    mask: Array | np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -120,7 +120,7 @@ def decode_indices(
         known: pixels to keep.
         microbatch: images that the flow decoder sees at a time, a divisor of B; None is all.
     """
-    config = model.config
+    config: TokenizerConfig = model.config
     num_steps = num_steps or config.num_steps
     stop_step = num_steps if stop_step is None else stop_step
     times = shifted_grid(num_steps, config.decoder.time_shift)[start_step : stop_step + 1]

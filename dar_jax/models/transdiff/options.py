@@ -40,21 +40,18 @@ class TransDiffSampling:
     noise_scale: float = 1.0
 
     def __post_init__(self):
-        for name in ("guidance_scale", "guidance_times"):
-            numbers = tuple(map(float, np.ravel(getattr(self, name))))
-            object.__setattr__(self, name, numbers)
+        scales, times = _floats(self.guidance_scale), _floats(self.guidance_times)
+        object.__setattr__(self, "guidance_scale", scales)
+        object.__setattr__(self, "guidance_times", times)
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1")
-        if not all(scale >= 1 for scale in self.guidance_scale):
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} must be at least 1 (1 is no guidance)"
-            )
+        if not all(scale >= 1 for scale in scales):
+            raise ValueError(f"guidance_scale={scales} must be at least 1 (1 is no guidance)")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
         for name in ("drift_scale", "noise_scale"):
             if not 0 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be in 0..2 (1 is exact)")
-        times = self.guidance_times
         if times and (len(times) != 2 or not 0 <= times[0] <= times[1] <= 1):
             raise ValueError(f"guidance_times={times} must be (first, last) in 0..1")
         stochastic = self.solver == solvers.EULER_MARUYAMA
@@ -66,7 +63,8 @@ class TransDiffSampling:
 
     def scale_of(self, step_pass: int) -> float:
         """Guidance scale of a pass."""
-        return self.guidance_scale[step_pass if len(self.guidance_scale) > 1 else 0]
+        scales = _floats(self.guidance_scale)
+        return scales[step_pass if len(scales) > 1 else 0]
 
     @property
     def grid(self) -> Float[np.ndarray, " times"]:
@@ -87,13 +85,18 @@ class TransDiffSampling:
     @property
     def guided_times(self) -> tuple[float, float]:
         """First and last time that is guided."""
-        return self.guidance_times or ALWAYS
+        times = _floats(self.guidance_times)
+        return (times[0], times[1]) if times else ALWAYS
 
     def check(self, config: TransDiffConfig) -> None:
         """Raise ValueError unless there is one guidance scale, or one for every pass."""
-        given, passes = len(self.guidance_scale), config.num_references
+        given, passes = len(_floats(self.guidance_scale)), config.num_references
         if given not in (1, passes):
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be one scale"
                 + (f" or {passes}, one for each pass" if passes > 1 else "")
             )
+
+
+def _floats(numbers: Numbers) -> tuple[float, ...]:
+    return tuple(map(float, np.ravel(numbers)))

@@ -203,12 +203,13 @@ def advance(
     if scale is not None:
         velocity = guidance.guide(velocity, scale, interval)
 
-    def draw(index: Array) -> Array:
-        return _draw(noise.rngs, noise.first + index, state.x.shape[1:])
+    def draw(keys: StepKeys, index: Array) -> Array:
+        return _draw(keys.rngs, keys.first + index, state.x.shape[1:])
 
-    step_noise = None
-    if noise is not None:
-        step_noise = draw if isinstance(noise, StepKeys) else noise.__getitem__
+    if isinstance(noise, StepKeys):
+        step_noise = functools.partial(draw, noise)
+    else:
+        step_noise = None if noise is None else noise.__getitem__
     return solvers.advance(
         lambda x, t, _: velocity(x, t, caches),
         state,
