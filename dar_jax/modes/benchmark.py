@@ -11,7 +11,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 from absl import logging
@@ -86,14 +86,15 @@ def load(config: Config) -> tuple[Pipeline, str]:
     settings = config.benchmark
     if settings.model:
         check(config.sample, settings.model)
-        return from_pretrained(settings.model, compute=config.compute), settings.model
+        pipeline = from_pretrained(settings.model, compute=config.compute)
+        return cast(Pipeline, pipeline), settings.model  # `check` has seen that it draws images
     if not find_kind(config.task, "config.task").draws_images:
         raise ValueError(
             f"config.task={config.task!r} draws no images; use a config of a model that does, such "
             "as configs/imagenet_dar.py:l"
         )
     logging.info("Drawing random weights")
-    return random_pipeline(config, seed=SEED), "random"
+    return cast(Pipeline, random_pipeline(config, seed=SEED)), "random"
 
 
 def measure(
@@ -140,7 +141,9 @@ def measure(
 
 def runs_of(pipeline: Pipeline) -> type[Runs]:
     """What is timed of a pipeline."""
-    return next(kind.runs for kind in KINDS.values() if kind.pipeline is type(pipeline))
+    return next(
+        kind.runs for kind in KINDS.values() if kind.runs and kind.pipeline is type(pipeline)
+    )
 
 
 def check_memory(needed: int) -> None:

@@ -11,7 +11,6 @@ import json
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from absl import logging
@@ -50,7 +49,7 @@ class Run:
     config: Config
     mesh: jax.sharding.Mesh
     workdir: pathlib.Path
-    iterator: grain.DatasetIterator
+    iterator: pipeline.TrainIterator
     checkpoints: checkpoint.Checkpoints
     frozen: Params
     evaluation: TrainEvaluation | None
@@ -251,6 +250,7 @@ def _look(
 
 def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:
     """Measure the averaged parameters as `--mode=evaluate` does."""
+    assert run.evaluation is not None
     logging.info("Evaluating step %d", step)
     writer.scalars(step, run.evaluation(lambda directory: _export(run, state, directory)))
 
@@ -313,14 +313,14 @@ class _Report:
         is_due = _is_due(step, config.log_every, config.steps)
         self._progress.add(1, told=is_due)
         if is_due:
-            rate = {"train/learning_rate": float(self._schedule(step - 1))}
+            rate = {"train/learning_rate": float(np.asarray(self._schedule(step - 1)))}
             wait = {"perf/data_wait": self._run.iterator.take_wait()}
             self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})
 
     def restart_clock(self, step: int) -> None:
         self._interval.restart_clock(step)
 
-    def _check_finite(self, step: int, update: clu_metrics.Collection) -> None:
+    def _check_finite(self, step: int, update: Any) -> None:
         loss, norm = float(update.loss.compute()), float(update.grad_norm.compute())
         if np.isfinite(loss) and np.isfinite(norm):
             return

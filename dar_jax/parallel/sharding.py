@@ -130,7 +130,7 @@ def _hybrid_array(shape: Sequence[int], num_slices: int, devices: Sequence[Any])
     )
 
 
-def layer_axes(path: Sequence[Any]) -> int:
+def layer_axes(path: tuple[Any, ...]) -> int:
     """Number of leading layer axes (0 or 1) of the leaf at a key path of a parameter tree."""
     return int(STACKED_NAME in leaf_name(path).split("/"))
 
@@ -146,8 +146,8 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
         ValueError: `tensor` does not divide an axis that it has to split.
     """
 
-    def rule(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        spec = [None] * len(leaf.shape)
+    def rule(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec: list[str | None] = [None] * len(leaf.shape)
         axis = _tensor_axis(leaf_name(path)) if mesh.shape["tensor"] > 1 else None
         if axis is not None:
             _check_tensor_divides(leaf_name(path), leaf.shape, axis, mesh)
@@ -162,7 +162,7 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def leaf_name(path: Sequence[Any]) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
     """Name of the leaf at a key path: "encoder/blocks/mlp/up/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -279,7 +279,7 @@ def gather(params: Any, mesh: Mesh, *, stacked_dtype: Any = None) -> Any:
             results.
     """
 
-    def rule(path: Sequence[Any], leaf: Array, where: NamedSharding) -> Array:
+    def rule(path: tuple[Any, ...], leaf: Array, where: NamedSharding) -> Array:
         if layer_axes(path):
             if stacked_dtype is None:
                 return leaf

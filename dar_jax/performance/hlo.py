@@ -33,7 +33,6 @@ SCATTER_FUSION = "all-reduce-scatter"
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
-_OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLEE = re.compile(
     r"\b(calls|to_apply|body|condition|\w+_computations?)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
@@ -92,8 +91,8 @@ class HloProgram:
             if header:
                 current = self.computations.setdefault(header[2], {})
                 self._entry = header[2] if header[1] else self._entry
-            elif _INSTRUCTION.match(line):
-                instruction = _parse(line)
+            elif name := _INSTRUCTION.match(line):
+                instruction = _parse(line, name)
                 current[instruction.name] = instruction
         self._runs = collections.Counter()
         self._fused: set[str] = set()
@@ -111,7 +110,7 @@ class HloProgram:
             operand_bytes = sum(type_bytes(type_) for type_ in operands)
             count[kind, group] += runs
             size[kind, group] += runs * COLLECTIVES[kind](operand_bytes, group)
-        found = [Collective(*key, count[key], size[key]) for key in count]
+        found = [Collective(kind, n, times, size[kind, n]) for (kind, n), times in count.items()]
         return sorted(found, key=lambda each: -each.bytes)
 
     def memory_traffic(self) -> float:
@@ -181,7 +180,7 @@ class HloProgram:
             counter, limit = (condition[name] for name in compare.operands)
             stop = _constant(condition, limit)
             if counter.opcode == "get-tuple-element" and stop is not None:
-                index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+                index = int(re.findall(r"index=(\d+)", counter.attributes)[0])
                 start = self._initial_value(computation, loop, index)
                 step = _increment(body, index)
                 return math.ceil((stop - start) / step)
@@ -294,17 +293,16 @@ def _kind(instruction: Instruction) -> str:
     return instruction.opcode.removesuffix("-start")
 
 
-def _parse(line: str) -> Instruction:
-    name = _INSTRUCTION.match(line)
+def _parse(line: str, name: re.Match[str]) -> Instruction:
     start = name.end()
     end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
-    opcode = _OPCODE.match(line, end)
-    close = _closing(line, opcode.end() - 1)
-    arguments = line[opcode.end() : close - 1]
+    opening = line.index("(", end)
+    close = _closing(line, opening)
+    arguments = line[opening + 1 : close - 1]
     return Instruction(
         name=name[1],
         type=line[start:end],
-        opcode=opcode[1],
+        opcode=line[end:opening].strip(),
         operands=tuple(_NAME.findall(arguments)),
         attributes=line[close:],
         arguments=arguments,

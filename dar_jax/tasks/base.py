@@ -48,6 +48,7 @@ class Task(Protocol):
 
     def init(self, rng: PRNGKeyArray) -> Params:
         """Draw the trained parameters."""
+        ...
 
     def frozen(self) -> Params:
         """Load the parameters of nets that are used but not trained; an argument of every step.
@@ -55,42 +56,52 @@ class Task(Protocol):
         Raises:
             ValueError: they cannot be had; the message says how to get them.
         """
+        ...
 
     def abstract_frozen(self) -> Params:
         """Shapes and dtypes of `frozen`; nothing is loaded."""
+        ...
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> tuple[Array, dict[str, Array]]:
         """Return the scalar loss (mean over the batch) and what the metrics are made from."""
+        ...
 
     def abstract_batch(self, batch_size: int) -> AbstractBatch:
         """Shapes and dtypes of a batch; see `Task`."""
+        ...
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         """Metric classes by name, fed with the outputs of `loss`."""
+        ...
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, np.ndarray]:
         """Draw uint8 [H, W, 3] pictures from averaged parameters and a held-out batch."""
+        ...
 
     def figures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         """Measure the same on the same batch; names as they are logged below `eval/`."""
+        ...
 
     def released(self, params: Params) -> Params:
         """Return the part of the parameters that the model directory holds."""
+        ...
 
     def model_config(self) -> dict[str, Any]:
         """The architecture as JSON types, for the model directory."""
+        ...
 
     def adapters(self) -> dict[str, Adapter]:
         """How parameters of another architecture of this kind are made to fit, by name.
 
         Of a model that training starts from (`train.init_from`), only these may differ in shape.
         """
+        ...
 
 
 class ModelTask:

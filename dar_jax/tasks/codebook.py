@@ -1,5 +1,7 @@
 """Codebook metrics over all steps of a logging interval, from the counts of drawn codes."""
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from clu import metrics
@@ -23,7 +25,7 @@ class CodeCounts(metrics.Metric):
         return cls(counts=code_counts)
 
     def merge(self, other: "CodeCounts") -> "CodeCounts":
-        return self.replace(counts=self.counts + other.counts)
+        return dataclasses.replace(self, counts=self.counts + other.counts)
 
 
 @flax.struct.dataclass

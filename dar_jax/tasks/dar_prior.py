@@ -95,7 +95,7 @@ class DarPriorTask(ModelTask):
             image = images.to_float(batch["pixels"])
             return self.tokenizer.bind(frozen["tokenizer"]).encode(image).indices
         batch_size, crops, _ = batch["codes"].shape
-        crop = jax.random.randint(rng, batch_size, 0, crops)
+        crop = jax.random.randint(rng, (batch_size,), 0, crops)
         return batch["codes"][jnp.arange(batch_size), crop].astype(jnp.int32)
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:

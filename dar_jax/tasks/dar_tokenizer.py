@@ -168,7 +168,8 @@ class DarTokenizerTask(ModelTask):
             losses = nets.adversarial(params[DISCRIMINATOR], image, out.predicted, out.t)
             terms |= {name: started * term for name, term in losses.items()}
         group = time_group(u, config.num_groups)
-        return sum(weights[name] * term for name, term in terms.items()), {
+        weighted = (weights[name] * term for name, term in terms.items())
+        return sum(weighted, jnp.zeros(())), {
             **terms,
             "dead_code_rate": dead_code_rate(out.quantized.codes),
             "code_counts": code_counts(out.quantized.indices, config.codebook_size),

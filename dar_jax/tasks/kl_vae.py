@@ -108,7 +108,7 @@ class KlVaeTask(ModelTask):
         if self.nets.lpips is not None:
             terms["perceptual_loss"] = self.nets.perceptual(frozen, image, reconstruction)
         weights = self._weights()
-        loss = sum(weights[name] * term for name, term in terms.items())
+        loss = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
         return loss, {**terms, "latent_std": jnp.std(sample)}
 
     def _weights(self) -> dict[str, float]:

@@ -119,20 +119,23 @@ class LossNets:
         return {name: net.abstract_params() for name, net in nets.items() if net is not None}
 
     def init_discriminator(self, rng: PRNGKeyArray) -> Params:
+        assert self.discriminator is not None
         return self.discriminator.init(rng)
 
     def perceptual(
         self, frozen: Params, image: Float[Array, "B H W 3"], predicted: Float[Array, "B H W 3"]
     ) -> Float[Array, ""]:
         """Mean LPIPS of predictions, for images in [-1, 1]."""
+        assert self.lpips is not None
         net = self.lpips.bind(frozen["lpips"])
         features = net.features(image), net.features(predicted), net.weights()
         return jnp.mean(perceptual_distance(*features))
 
     def alignment(
-        self, frozen: Params, image: Float[Array, "B H W 3"], features: Float[Array, "B M F"]
+        self, frozen: Params, image: Float[Array, "B H W 3"], features: Float[Array, "B M F"] | None
     ) -> Float[Array, ""]:
         """Mean of 1 - cosine between the features of the images and those given."""
+        assert self.dinov2 is not None and features is not None
         target = self.dinov2.bind(frozen["dinov2"])(dinov2.preprocess(image))
         return alignment_loss(target, features)
 
@@ -151,6 +154,7 @@ class LossNets:
             predicted: predictions at the times `t`.
             t: shifted times.
         """
+        assert self.discriminator is not None
         stop = jax.lax.stop_gradient
         judge, fixed_judge = (
             self.discriminator.bind(params) for params in (discriminator, stop(discriminator))
@@ -180,14 +184,14 @@ def _perceptual_of_pair(
     return nets.perceptual(frozen, images.to_float(pixels), images.to_float(other))
 
 
-def _dinov2_of(model: TokenizerConfig) -> dinov2.Dinov2Config:
+def _dinov2_of(model: TokenizerConfig | None) -> dinov2.Dinov2Config:
     """The size whose features fit the alignment head."""
-    decoder = model.decoder
-    if not decoder.gives_features:
+    if model is None or not model.decoder.gives_features:
         raise ValueError(
             "alignment_weight needs alignment features: set config.model.decoder.feature_layer "
             "below its depth, or config.loss.alignment_weight=0.0"
         )
+    decoder = model.decoder
     rows = model.image_size // decoder.patch_size
     if rows // max(rows // FEATURE_GRID, 1) != FEATURE_GRID:
         raise ValueError(

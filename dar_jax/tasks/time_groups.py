@@ -36,6 +36,9 @@ def group_average(group: int) -> type[metrics.Metric]:
 
     @flax.struct.dataclass
     class GroupAverage(metrics.Average):
+        total: Array
+        count: Array
+
         @classmethod
         def from_model_output(cls, *, group_sums: Array, **_) -> "GroupAverage":
             return cls(total=group_sums[0, group], count=group_sums[1, group])

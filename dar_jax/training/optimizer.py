@@ -12,7 +12,6 @@ is constant up to 300k and linear up to 360k.
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +113,7 @@ def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
     )
 
 
-def _starts(path: Sequence[Any], pattern: str) -> bool:
+def _starts(path: tuple[Any, ...], pattern: str) -> bool:
     """Whether a parameter's name starts with a pattern; the empty pattern is none."""
     return bool(pattern) and re.match(pattern, sharding.leaf_name(path)) is not None
 
@@ -128,7 +127,7 @@ def trained_gradients(config: OptimizerConfig, grads: Params) -> Params:
     )
 
 
-def muon_dimensions(params: Params) -> Params:
+def muon_dimensions(params: Any) -> Any:
     """Return which axes of every kernel are [in, out]; None for all other leaves."""
 
     def dimensions(path, leaf):
@@ -150,12 +149,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     steady = dataclasses.replace(config, name="adamw", warmup_steps=0)
     pair = optax.partition({False: trained, True: _optimizer(steady)}, _is_discriminator)
 
-    def of(params: Params) -> optax.GradientTransformation:
+    def of(params: Any) -> optax.GradientTransformation:
         return pair if DISCRIMINATOR in params else trained
 
     return optax.GradientTransformation(
         lambda params: of(params).init(params),
-        lambda updates, state, params: of(params).update(updates, state, params),
+        lambda updates, state, params=None: of(params).update(updates, state, params),
     )
 
 

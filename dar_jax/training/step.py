@@ -4,6 +4,7 @@ Reading it for the first time, skip `sharding.gather`, which only says when weig
 over devices are brought together; without a mesh it does nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -93,8 +94,8 @@ def train_step(
     ema_params = state.ema_params
     if config.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - config.ema_decay)
-    state = state.replace(
-        step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    state = dataclasses.replace(
+        state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
     return state, measure(task, outputs, optax.tree.norm(grads))
 
