@@ -233,7 +233,7 @@ def _is_due(step: int, every: int, last_step: int) -> bool:
 def _look(
     run: Run, state: TrainState, frozen: Params, step: int, *, writer: metrics.Writer
 ) -> None:
-    """Write the task's pictures and figures of the first held-out images, drawn the same way.
+    """Write the task's pictures and metrics of the first held-out images, drawn the same way.
 
     Everything is replicated, so that the task can read its results on every process.
     """
@@ -243,9 +243,9 @@ def _look(
     )
     inputs = (params, batch, jax.random.key(run.config.seed), frozen)
     writer.pictures(step, run.task.pictures(*inputs))
-    figures = run.task.figures(*inputs)
-    if figures:
-        writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
+    values = run.task.held_out_metrics(*inputs)
+    if values:
+        writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
 
 def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:

@@ -82,7 +82,7 @@ class Task(Protocol):
         """Draw uint8 [H, W, 3] pictures from averaged parameters and a held-out batch."""
         ...
 
-    def figures(
+    def held_out_metrics(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         """Measure the same on the same batch; names as they are logged below `eval/`."""
@@ -112,7 +112,7 @@ class ModelTask:
     def init(self, rng: PRNGKeyArray) -> Params:
         return self.model.init(rng)
 
-    def figures(
+    def held_out_metrics(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         return {}

@@ -40,7 +40,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import DISCRIMINATOR, AbstractBatch, ModelTask, picture_batch
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
-from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
 
 __all__ = ["DarTokenizerTask", "TokenizerLossConfig", "TrainingForward", "training_forward"]
@@ -210,13 +210,13 @@ class DarTokenizerTask(ModelTask):
         previews = self._reconstruct(params, pixels, rng)
         return {"reconstruction": images.side_by_side(np.concatenate([pixels[None], previews]))}
 
-    def figures(
+    def held_out_metrics(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         """PSNR of reconstructions and, where it is part of the loss, their LPIPS (VGG-16)."""
         pixels = jnp.asarray(batch["pixels"])
         other = self._reconstruct(params, pixels, rng)[-1]
-        return reconstruction_figures(self.nets, frozen, pixels, other)
+        return reconstruction_metrics(self.nets, frozen, pixels, other)
 
     def _reconstruct(
         self, params: Params, pixels: UInt8[Array, "B H W 3"], rng: PRNGKeyArray

@@ -30,7 +30,7 @@ from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import AbstractBatch, ModelTask, picture_batch
-from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_figures
+from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
 
 NUM_PICTURES = 16
 COLUMNS = 8
@@ -134,13 +134,13 @@ class KlVaeTask(ModelTask):
         rows = einops.rearrange(both, "two (r c) h w ch -> (r two c) h w ch", c=COLUMNS)
         return {"reconstruction": images.grid(rows, columns=COLUMNS)}
 
-    def figures(
+    def held_out_metrics(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         """PSNR of reconstructions and, where it is part of the loss, their LPIPS (VGG-16)."""
         pixels = jnp.asarray(batch["pixels"])
         other = self._reconstruct(params, pixels)
-        return reconstruction_figures(self.nets, frozen, pixels, other)
+        return reconstruction_metrics(self.nets, frozen, pixels, other)
 
     def _reconstruct(self, params: Params, pixels: Array | np.ndarray) -> Array:
         """Decode the most likely latents: uint8 [B, H, W, 3]."""

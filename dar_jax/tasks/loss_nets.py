@@ -166,7 +166,7 @@ class LossNets:
         }
 
 
-def reconstruction_figures(
+def reconstruction_metrics(
     nets: LossNets, frozen: Params, pixels: UInt8[Array, "B H W 3"], other: UInt8[Array, "B H W 3"]
 ) -> dict[str, float]:
     """PSNR of pairs of 8-bit images and, where it is part of the loss, their LPIPS (VGG-16)."""

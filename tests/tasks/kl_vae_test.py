@@ -93,7 +93,7 @@ def test_rematerialisation_changes_no_gradient(params, batch):
     assert np.linalg.norm(plain - remat) <= RTOL * np.linalg.norm(plain)
 
 
-def test_pictures_and_figures_show_the_reconstruction(params, batch):
+def test_pictures_and_metrics_show_the_reconstruction(params, batch):
     task = make_task()
     pictures = task.pictures(params, batch, jax.random.key(0), {})
     assert pictures["reconstruction"].dtype == np.uint8
@@ -107,7 +107,7 @@ def test_pictures_and_figures_show_the_reconstruction(params, batch):
 
     shown = pictures["reconstruction"][SIZE + 1 :][:SIZE, :SIZE].astype(int)
     assert np.abs(shown - reconstruct(params, batch["pixels"])[0]).max() <= 1  # rounding
-    assert 0 < task.figures(params, batch, jax.random.key(0), {})["psnr_db"] < 60
+    assert 0 < task.held_out_metrics(params, batch, jax.random.key(0), {})["psnr_db"] < 60
 
 
 def test_image_size_that_the_stride_does_not_divide_is_refused():

@@ -182,12 +182,12 @@ def test_one_step_trains_both_and_the_discriminator_waits_for_its_start(batch):
     assert jax.tree.structure(released) == jax.tree.structure(task.model.abstract_params())
 
 
-def test_figures_measure_reconstructions(batch, frozen):
+def test_held_out_metrics_measure_reconstructions(batch, frozen):
     task = make_task(perceptual_weight=0.5)
     params = params_of(task)
-    figures = task.figures(params, batch, jax.random.key(0), frozen)
-    assert set(figures) == {"psnr_db", "lpips"}
-    assert 3 < figures["psnr_db"] < 20 and figures["lpips"] > 0
+    values = task.held_out_metrics(params, batch, jax.random.key(0), frozen)
+    assert set(values) == {"psnr_db", "lpips"}
+    assert 3 < values["psnr_db"] < 20 and values["lpips"] > 0
 
 
 def test_missing_weights_are_one_line_and_weight_zero_needs_none(monkeypatch):

@@ -113,7 +113,7 @@ class ToyTask:
         pixels = image_lib.to_pixels(self.reconstruct(params, data))
         return {"reconstruction": image_lib.grid(np.asarray(pixels), columns=4)}
 
-    def figures(
+    def held_out_metrics(
         self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         return {}
