@@ -40,6 +40,7 @@ setuptools.setup(
             "beartype",
             "huggingface_hub",
             "nbclient",
+            "pyright[nodejs]==1.1.414",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests in a virtual environment of their own: bash launch/test.sh [pytest arguments]
+# Lint, types and tests in a virtual environment of their own: bash launch/test.sh [pytest arguments]
 # PYTHON chooses the interpreter of a new environment (default python3), VENV its directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,4 +25,5 @@ fi
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$venv/bin/pyright" --pythonpath "$venv/bin/python"  # asks no network
 exec "$venv/bin/python" -m pytest "$@"
