@@ -1,7 +1,7 @@
 """Autoregressive-diffusion image generation in JAX.
 
-`from_pretrained` loads a model directory. It is imported when it is first asked for, so that
-`import dar_jax` costs nothing.
+`from_pretrained` loads a model directory and returns its pipeline. Names are imported when they are
+first asked for, so that `import dar_jax` costs nothing.
 """
 
 import importlib
@@ -9,11 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dar_jax.kinds.loading import from_pretrained
+    from dar_jax.models.dar.options import DarSampling
+    from dar_jax.models.transdiff.options import TransDiffSampling
+    from dar_jax.nn.compute import Compute
+    from dar_jax.pipelines.dar import DarPipeline
+    from dar_jax.pipelines.transdiff import TransDiffPipeline
 
-__all__ = ["from_pretrained"]
+__all__ = [
+    "Compute",
+    "DarPipeline",
+    "DarSampling",
+    "TransDiffPipeline",
+    "TransDiffSampling",
+    "from_pretrained",
+]
+_MODULES = {
+    "Compute": "nn.compute",
+    "DarPipeline": "pipelines.dar",
+    "DarSampling": "models.dar.options",
+    "TransDiffPipeline": "pipelines.transdiff",
+    "TransDiffSampling": "models.transdiff.options",
+    "from_pretrained": "kinds.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("dar_jax.kinds.loading"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"dar_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

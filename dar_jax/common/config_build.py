@@ -81,8 +81,8 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
     Raises:
         ValueError: it is of another type.
     """
-    if isinstance(annotation, types.UnionType) and value is None:
-        return None
+    if isinstance(annotation, types.UnionType) and type(value) in typing.get_args(annotation):
+        return value
     annotation = without_none(annotation)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if not isinstance(value, Mapping):

@@ -22,6 +22,7 @@ import safetensors
 
 from dar_jax.common import hub, tree
 from dar_jax.common.files import write_safetensors
+from dar_jax.common.model_card import CARD_NAME, model_card
 from dar_jax.common.typing import Params
 
 CONFIG_NAME = "config.json"
@@ -42,6 +43,7 @@ def save_model(
     extra: Mapping[str, Any],
     *,
     companions: Mapping[str, str | os.PathLike] = types.MappingProxyType({}),
+    about: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
     """Write a model directory, whole or not at all; one that exists is replaced.
 
@@ -50,8 +52,9 @@ def save_model(
         kind: the task's kind, which says how to build the model.
         model_config: the architecture, as JSON types.
         params: nested dict of arrays that this process can read whole.
-        extra: further entries of `config.json`, e.g. `class_names`.
+        extra: further entries of `config.json`, e.g. `class_names` and `sampling`.
         companions: other model directories to copy in, by subdirectory name.
+        about: facts for its card, `README.md`, by what they are called.
     """
     config = {"kind": kind, "model": model_config, **extra}
     target = pathlib.Path(directory).absolute()
@@ -62,6 +65,15 @@ def save_model(
         (content / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         arrays = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
         write_safetensors(content / WEIGHTS_NAME, arrays)
+        card = model_card(
+            target.name,
+            kind,
+            num_parameters=sum(array.size for array in arrays.values()),
+            about=about,
+            class_names=extra.get("class_names", ()),
+            sampling=extra.get("sampling"),
+        )
+        (content / CARD_NAME).write_text(card)
         for name, companion in companions.items():
             shutil.copytree(companion, content / name)
         if target.exists():
@@ -88,8 +100,9 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
         names = [CONFIG_NAME, WEIGHTS_NAME]
         names += [f"*/{name}" for name in names]  # companions
         return pathlib.Path(hub.download_directory(str(path), names))
-    inner = pathlib.Path(path) / WORKDIR_NAME
-    return inner if inner.is_dir() else pathlib.Path(path)
+    outer = pathlib.Path(path).expanduser()
+    inner = outer / WORKDIR_NAME
+    return inner if inner.is_dir() else outer
 
 
 def _locate_shipped(address: str) -> pathlib.Path:

@@ -90,7 +90,7 @@ class BatchGenerator:
         """Run everything that a request may need once."""
         self.pipeline = pipeline
         self.batch_size = whole_batch(pipeline, batch_size)
-        self.sampling = settings.sampling(pipeline.sampling_class)
+        self.sampling = settings.sampling(pipeline.sampling)
         self._seed = settings.seed
         self.num_tokens = pipeline.num_tokens
         self.num_scales = 2 if self.num_tokens else 1

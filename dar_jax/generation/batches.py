@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import jax
@@ -19,7 +19,7 @@ from dar_jax.generation.config import SampleConfig
 from dar_jax.kinds.loading import from_pretrained, open_model
 from dar_jax.nn.compute import Compute
 from dar_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
-from dar_jax.pipelines.base import Autoencoder, Pipeline
+from dar_jax.pipelines.base import Autoencoder, Pipeline, class_index
 from dar_jax.training.checkpoint import CHECKPOINTS
 
 MAX_CLASSES = 10
@@ -83,8 +83,8 @@ def check(
             f"config.sample.prefix_image and inpaint_image need a model of tokens; {path} holds "
             f"{kind.noun}"
         )
-    config.sampling(pipeline.sampling_class).check(architecture)
-    classes_of(architecture.num_classes, config)
+    config.sampling(opened.sampling).check(architecture)
+    classes_of(architecture.num_classes, opened.class_names, config)
 
 
 def load_model(path: str, *, compute: Compute, mesh: MeshConfig) -> Pipeline | Autoencoder:
@@ -110,19 +110,28 @@ def model_path(config: SampleConfig, workdir: str) -> str:
 
 
 def classes_of(
-    num_classes: int, config: SampleConfig, most: int | None = MAX_CLASSES
+    num_classes: int,
+    class_names: Sequence[str],
+    config: SampleConfig,
+    most: int | None = MAX_CLASSES,
 ) -> tuple[int, ...]:
-    """The labels that the config lists, or the first `most` classes.
+    """The labels that the config lists, by index or name, or the first `most` classes.
 
     Raises:
         ValueError: a label is not a class of the model.
     """
-    wrong = [label for label in config.labels if not 0 <= label < num_classes]
+    labels = []
+    for label in config.labels:
+        # On the command line `cat,dog` is one word.
+        is_one = isinstance(label, int) or label in class_names
+        for name in [label] if is_one else label.split(","):
+            labels.append(class_index(name, class_names) if isinstance(name, str) else name)
+    wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(
             f"config.sample.labels: {wrong[0]} is not a class, expected 0..{num_classes - 1}"
         )
-    return config.labels or tuple(range(num_classes))[:most]
+    return tuple(labels) or tuple(range(num_classes))[:most]
 
 
 def class_name(pipeline: Pipeline, label: int) -> str:
@@ -178,7 +187,7 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "model": fingerprint,
         "dtype": pipeline.compute.dtype,
         "seed": config.seed,
-        **dataclasses.asdict(config.sampling(pipeline.sampling_class)),
+        **dataclasses.asdict(config.sampling(pipeline.sampling)),
     }
 
 
@@ -193,5 +202,5 @@ def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:
 def options(config: SampleConfig, pipeline: Pipeline, first_index: int) -> dict[str, Any]:
     """All options of `pipeline.stream` for the images from `first_index` on."""
     rng = jax.random.key(config.seed)
-    sampling = config.sampling(pipeline.sampling_class)
+    sampling = config.sampling(pipeline.sampling)
     return dict(rng=rng, first_index=first_index, sampling=sampling)

@@ -8,6 +8,7 @@ from typing import Any
 from dar_jax.common.config_build import build
 from dar_jax.generation.image_set import FORMATS
 from dar_jax.kinds import KINDS
+from dar_jax.kinds.base import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class SampleConfig:
     Attributes:
         model: model directory; empty takes `WORKDIR/model`.
         untrained_model: model directory for a workdir in which no training has begun; empty: none.
-        labels: classes to draw; empty takes the first ten, or all for a set of images.
+        labels: classes to draw, by index or name; empty takes the first ten, or all for a set of
+            images.
         images_per_class: images of every class, side by side.
         batch_size: images that a process generates at a time.
         seed: image i depends on this seed, i and its label only.
@@ -35,7 +37,7 @@ class SampleConfig:
 
     model: str = ""
     untrained_model: str = ""
-    labels: tuple[int, ...] = ()
+    labels: tuple[int | str, ...] = ()
     images_per_class: int = 10
     batch_size: int = 100
     seed: int = 0
@@ -64,35 +66,47 @@ class SampleConfig:
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
 
-    def sampling(self, cls: type) -> Any:
-        """How a kind of model draws images.
+    def sampling(self, recommended: Any) -> Any:
+        """How a model draws images: as it is best used, but for what is set.
 
         Args:
-            cls: dataclass of its options.
+            recommended: its own options, an instance of its kind's class.
 
         Raises:
             ValueError: an option that the kind does not have, or one out of range.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(recommended)]
         for name, value in self.options.items():
             if name not in names:
                 raise ValueError(
                     f"config.sample.{name}={value} is not an option of this kind of model; it "
                     f"takes {', '.join(names)}"
                 )
-        return build(cls, self.options, "config.sample")
+        values = {**dataclasses.asdict(recommended), **self.options}
+        return build(type(recommended), values, "config.sample")
 
-    def reconstruction(self, cls: type | None) -> Any:
-        """How a kind of autoencoder decodes: those of the options that it has.
+    def reconstruction(self, recommended: Any) -> Any:
+        """How an autoencoder decodes: likewise, with those of the options that it has.
 
         Raises:
             ValueError: one of them is out of range.
         """
-        if cls is None:
+        if recommended is None:
             return None
-        names = {field.name for field in dataclasses.fields(cls)}
-        own = {name: value for name, value in self.options.items() if name in names}
-        return build(cls, own, "config.sample")
+        own = dataclasses.asdict(recommended)
+        own |= {name: value for name, value in self.options.items() if name in own}
+        return build(type(recommended), own, "config.sample")
+
+    def recommendation(self, kind: Kind) -> dict[str, Any]:
+        """What the config of a model directory says of how the model is best used.
+
+        Raises:
+            ValueError: an option that the kind does not have, or one out of range.
+        """
+        if kind.sampling is None:
+            return {}
+        chosen = self.sampling if kind.draws_images else self.reconstruction
+        return {"sampling": dataclasses.asdict(chosen(kind.sampling()))}
 
 
 def sampling_fields() -> dict[str, Any]:

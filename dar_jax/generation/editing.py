@@ -40,7 +40,7 @@ def prefixes(
         ValueError: the picture cannot be read, or a label or number of tokens is out of range.
     """
     _check_prefix_tokens(config.prefix_tokens, pipeline.prior.config.num_tokens)
-    classes = classes_of(pipeline.num_classes, config)
+    classes = classes_of(pipeline.num_classes, pipeline.class_names, config)
     if config.variations and len(classes) != 1:
         raise ValueError(
             f"variations={config.variations} are of one class, not {len(classes)}: "
@@ -74,7 +74,7 @@ def inpainting(
         ValueError: picture or mask cannot be read or differ in size, or a label is out of range.
     """
     size = pipeline.image_size
-    classes = classes_of(pipeline.num_classes, config)
+    classes = classes_of(pipeline.num_classes, pipeline.class_names, config)
     picture = read_picture("config.sample.inpaint_image", config.inpaint_image, data)
     redrawn = read_mask(config.inpaint_mask, picture, size, data)
     original = center_crop(picture, size)[None]

@@ -32,12 +32,14 @@ class Opened(NamedTuple):
         kind: of the model.
         architecture: of the kind's class.
         class_names: of the classes that have a name.
+        sampling: options that it is best used with, of the kind's class; None if it has none.
     """
 
     path: pathlib.Path
     kind: Kind
     architecture: Any
     class_names: tuple[str, ...]
+    sampling: Any
 
 
 @runtime_checkable
@@ -81,7 +83,11 @@ def open_model(path: str | os.PathLike, kind: str | None = None) -> Opened:
     loaded = model_dir.load_config(directory, kind)
     found = find_kind(loaded["kind"], str(path))
     architecture = build(found.architecture, loaded["model"], str(directory))
-    return Opened(directory, found, architecture, tuple(loaded.get("class_names", ())))
+    sampling = found.sampling and build(
+        found.sampling, loaded.get("sampling", {}), f"{directory}: sampling"
+    )
+    class_names = tuple(loaded.get("class_names", ()))
+    return Opened(directory, found, architecture, class_names, sampling)
 
 
 def from_pretrained(
@@ -99,7 +105,7 @@ def from_pretrained(
     Raises:
         ValueError: no such directory, an unknown kind, or weights that do not fit the config.
     """
-    directory, kind, architecture, class_names = open_model(path)
+    directory, kind, architecture, class_names, sampling = open_model(path)
     model = FunctionalModel(kind.module, architecture, compute or Compute())
     like = model.abstract_params()
     shardings = None if mesh is None else fsdp_sharding(like, mesh)
@@ -110,13 +116,15 @@ def from_pretrained(
         model_dir.load_config(nested, companion_kind)
         companions[name] = from_pretrained(nested, compute=compute, mesh=mesh)
         kind.check_companion(architecture, name, companions[name].config, str(nested))
-    return kind.make_pipeline(
+    pipeline = kind.make_pipeline(
         model,
         params,
         companions=companions,
         class_names=class_names,
         mesh=mesh,
     )
+    pipeline.sampling = sampling
+    return pipeline
 
 
 def random_pipeline(config: TaskBlocks, *, seed: int = 0) -> Pipeline | Autoencoder:

@@ -45,7 +45,7 @@ def benchmark(config: Config, workdir: str) -> None:
     """
     settings, compute = config.benchmark, config.compute
     pipeline, weights = load(config)
-    sampling = config.sample.sampling(pipeline.sampling_class)
+    sampling = config.sample.sampling(pipeline.sampling)
     for scale in settings.guidance_scales:
         dataclasses.replace(sampling, guidance_scale=scale).check(pipeline.prior.config)
     options = dataclasses.asdict(sampling)

@@ -54,7 +54,13 @@ def to_jax(source: str, config: Config, workdir: pathlib.Path) -> None:
     directory = workdir / model_dir.WORKDIR_NAME
     with _writing(directory):
         model_dir.save_model(
-            directory, config.task, dataclasses.asdict(model), params, {}, companions=companions
+            directory,
+            config.task,
+            dataclasses.asdict(model),
+            params,
+            config.sample.recommendation(kind),
+            companions=companions,
+            about={"converted from": pathlib.Path(source).name},
         )
     logging.info("Wrote %s with %d parameters", directory, num_parameters(params))
 
@@ -76,7 +82,7 @@ def frozen_to_jax(net: str, source: str, workdir: pathlib.Path) -> None:
 
 def to_torch(source: str, workdir: pathlib.Path) -> None:
     """Write a model directory as a state dict under the reference's names."""
-    directory, kind, model, _ = open_model(source)
+    directory, kind, model, *_ = open_model(source)
     like = FunctionalModel(kind.module, model).abstract_params()
     state_dict = kind.to_reference(model_dir.load_params(directory, like), model)
     path = workdir / f"{kind.name}.safetensors"

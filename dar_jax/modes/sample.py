@@ -67,7 +67,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     Raises:
         ValueError: a label is not a class, or the directory holds images of other settings.
     """
-    classes = classes_of(pipeline.num_classes, settings, most=None)
+    classes = classes_of(pipeline.num_classes, pipeline.class_names, settings, most=None)
     directory = open_workdir(workdir) / DIRECTORY_NAME
     image_set = ImageSet(directory / SET_NAME, settings.num_images, classes, settings.format)
     fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
@@ -89,7 +89,7 @@ def draw_grid(
     pipeline: Pipeline, settings: SampleConfig
 ) -> tuple[dict[str, UInt8[np.ndarray, "_ _ 3"]], dict[str, np.ndarray]]:
     """Return the grid and the strip of previews, and the arrays that they show."""
-    classes = classes_of(pipeline.num_classes, settings)
+    classes = classes_of(pipeline.num_classes, pipeline.class_names, settings)
     labels = np.repeat(np.asarray(classes, np.int32), settings.images_per_class)
     batches = list(generate(pipeline, labels, settings))
     previews = np.concatenate([batch.previews for batch in batches], axis=1)

@@ -23,6 +23,7 @@ from dar_jax.common.typing import Params
 from dar_jax.config import Config
 from dar_jax.data import pipeline, sources, survey
 from dar_jax.evaluation.during_training import TrainEvaluation
+from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import build_task
 from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import open_workdir
@@ -78,6 +79,7 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_heads(task.model_config(), mesh)
     step_lib.check_accumulation(config.data.batch_size, config.train.accumulation, mesh)
+    config.sample.recommendation(find_kind(config.task, "config.task"))
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(config.data, config.seed, part)
     sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
@@ -262,7 +264,16 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
         return
     source = sources.load_source(run.config.data, "test")
     companions = {name: model_dir.locate(path) for name, path in run.config.companions.items()}
-    extra = {"class_names": source.class_names, "step": int(state.step)}
+    extra = {
+        "class_names": source.class_names,
+        "step": int(state.step),
+        **run.config.sample.recommendation(find_kind(run.config.task, "config.task")),
+    }
+    about = {
+        "trained on": f"`{run.config.data.source}`, {len(run.iterator.source):,} images",
+        "steps": f"{int(state.step):,} of {run.config.data.batch_size} images each",
+        **metrics.last_evaluation(run.workdir / metrics.FILE_NAME, int(state.step)),
+    }
     model_dir.save_model(
         directory,
         run.config.task,
@@ -270,6 +281,7 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
         params,
         extra,
         companions=companions,
+        about=about,
     )
     logging.info("Wrote the model directory %s", directory)
 

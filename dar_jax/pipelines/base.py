@@ -2,6 +2,7 @@
 
 import abc
 import collections
+import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel, M
 from dar_jax.parallel.sharding import batch_sharding, check_batch_size, fsdp_sharding
 
 T = TypeVar("T")
+Labels = Array | np.ndarray | Sequence[int | str] | int | str
+"""Classes by index or name: one or several; where a model takes captions, those."""
 
 
 class ModelPipeline(Generic[M]):
@@ -61,9 +65,15 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
 
     Attributes:
         sampling_class: dataclass of how images are drawn; None if nothing is.
+        sampling: the options that the model is best used with; those of its directory, which
+            otherwise hold what the class does.
     """
 
     sampling_class: type | None = None
+
+    @functools.cached_property
+    def sampling(self) -> Any:
+        return None if self.sampling_class is None else self.sampling_class()
 
     @property
     def codebook_size(self) -> int | None:
@@ -109,6 +119,8 @@ class Pipeline(abc.ABC):
 
     Attributes:
         sampling_class: that dataclass.
+        sampling: the options that the model is best used with, of that class: what its directory
+            recommends. An instance may be put in its place.
         kept_fields: fields of the last preview that are kept beside the images.
         keeps_tokens: whether `stream` takes `prefix`, `known` and `mask`: layout control and
             in-painting.
@@ -123,6 +135,33 @@ class Pipeline(abc.ABC):
     def __init__(self, prior: ModelPipeline, class_names: Sequence[str]):
         self.prior = prior
         self.class_names = tuple(class_names)
+        self.sampling = self.sampling_class()
+
+    def __repr__(self) -> str:
+        models = [self.prior, self.autoencoder]
+        parts = ", ".join(f"{type(model).__name__} of {_count(model.params)}" for model in models)
+        devices = 1 if self.mesh is None else self.mesh.size
+        return (
+            f"{type(self).__name__}({parts}; {self.num_classes} classes, {self.image_size} pixels, "
+            f"{self.compute.dtype}, {devices} device{'s'[: devices != 1]}; {self.sampling})"
+        )
+
+    def class_indices(self, labels: Any) -> Any:
+        """Return class labels [B], given as one class or several, by name or index.
+
+        Anything else, such as captions, is returned as it is.
+
+        Raises:
+            ValueError: no class has that name.
+        """
+        if isinstance(labels, str | int | np.integer):
+            labels = [labels]
+        if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
+            names = self.class_names
+            return [
+                class_index(label, names) if isinstance(label, str) else label for label in labels
+            ]
+        return labels
 
     @property
     def num_tokens(self) -> int:
@@ -157,9 +196,9 @@ class Pipeline(abc.ABC):
     @abc.abstractmethod
     def generate(
         self,
-        labels: Array | np.ndarray | Sequence[int],
+        labels: Labels,
         *,
-        rng: PRNGKeyArray,
+        rng: PRNGKeyArray | int,
         first_index: int = 0,
         **options: Any,
     ) -> Any:
@@ -168,9 +207,9 @@ class Pipeline(abc.ABC):
     @abc.abstractmethod
     def stream(
         self,
-        labels: Array | np.ndarray | Sequence[int],
+        labels: Labels,
         *,
-        rng: PRNGKeyArray,
+        rng: PRNGKeyArray | int,
         first_index: int = 0,
         **options: Any,
     ) -> Iterator[Preview]:
@@ -178,6 +217,21 @@ class Pipeline(abc.ABC):
 
         Image i depends on `fold_in(rng, first_index + i)` and its label only.
         """
+
+
+def class_index(name: str, class_names: Sequence[str]) -> int:
+    """Index of the class of this name.
+
+    Raises:
+        ValueError: there is none; the nearest names are offered.
+    """
+    if name in class_names:
+        return class_names.index(name)
+    near = difflib.get_close_matches(name, class_names, n=3, cutoff=0.4) or class_names[:3]
+    raise ValueError(
+        f"no class is called {name!r}; "
+        + (f"there is {', '.join(near)}" if near else "this model knows its classes by index only")
+    )
 
 
 def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
@@ -190,15 +244,21 @@ def last_of(items: Iterable[T]) -> T:
     return collections.deque(items, maxlen=1).pop()
 
 
-def require_rng(rng: PRNGKeyArray | None) -> PRNGKeyArray:
-    """Return the key.
+def require_rng(rng: PRNGKeyArray | int | None) -> PRNGKeyArray:
+    """Return the key, or that of a seed.
 
     Raises:
         ValueError: there is none.
     """
     if rng is None:
-        raise ValueError("rng is missing: pass rng=jax.random.key(seed)")
-    return rng
+        raise ValueError("rng is missing: pass rng=jax.random.key(seed), or a seed")
+    return jax.random.key(rng) if isinstance(rng, int | np.integer) else rng
+
+
+def _count(params: Params) -> str:
+    """Number of parameters, in millions where there are as many."""
+    number = num_parameters(params)
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
 
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -18,6 +18,7 @@ from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.pipelines.base import (
     Autoencoder,
+    Labels,
     ModelPipeline,
     Pipeline,
     Reconstruction,
@@ -33,9 +34,12 @@ from dar_jax.pipelines.dar_inputs import (
     check_prefix,
     check_steps,
 )
+from dar_jax.pipelines.options import takes_options
 
 
-class Generated(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Generated(Images):
     """`images` float32 [B, H, W, 3] in [-1, 1] (clipped); `indices` int32 [B, N]."""
 
     images: Array
@@ -237,17 +241,13 @@ class DarPipeline(Pipeline):
     def num_tokens(self) -> int:
         return self.tokenizer.config.num_tokens
 
-    def generate(self, labels: Array | np.ndarray | Sequence[int], **options) -> Generated:
-        """Generate one image per label; the options are those of `stream`."""
-        last = last_of(self.stream(labels, **options))
-        return Generated(last.images, last.indices)
-
+    @takes_options(DarSampling)
     def stream(
         self,
-        labels: Array | np.ndarray | Sequence[int],
+        labels: Labels,
         *,
-        rng: PRNGKeyArray,
-        sampling: DarSampling = DarSampling(),
+        rng: PRNGKeyArray | int,
+        sampling: DarSampling | None = None,
         prefix: Int[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
         known: Float[Array | np.ndarray, "B H W 3"] | None = None,
@@ -266,9 +266,9 @@ class DarPipeline(Pipeline):
         rows of one label it draws variations.
 
         Args:
-            labels: class labels [B], or captions [B, T, F].
-            rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
-            sampling: how they are drawn.
+            labels: classes by index or name, [B] or one of them, or captions [B, T, F].
+            rng: key or seed; image i depends on `fold_in(rng, first_index + i)` and its label only.
+            sampling: how they are drawn, instead of as the model is best used.
             prefix: first tokens [B, K], kept as they are: they fix the layout.
             caption_mask: False for padded caption tokens [B, T].
             known: images whose pixels are kept where `mask` is 1: in-painting.
@@ -282,9 +282,9 @@ class DarPipeline(Pipeline):
                 does not divide over the mesh; at the call, not at the first preview.
         """
         config, size = self.prior.config, self.image_size
-        sampling = dataclasses.replace(sampling, **options)
+        sampling = dataclasses.replace(sampling or self.sampling, **options)
         sampling.check(config)
-        labels = check_labels(labels, config)
+        labels = check_labels(self.class_indices(labels), config)
         put = self.prior.put
         return sampler.stream(
             self.prior.model.unstacked(),
@@ -299,6 +299,12 @@ class DarPipeline(Pipeline):
             known=put(check_known(known, mask, (len(labels), size, size))),
             microbatch=check_microbatch(microbatch, len(labels)),
         )
+
+    @takes_options(DarSampling, like=stream)
+    def generate(self, labels: Labels, **options: Any) -> Generated:
+        """Generate one image per label: the last preview of `stream`."""
+        last = last_of(self.stream(labels, **options))
+        return Generated(last.images, last.indices)
 
 
 @functools.partial(jax.jit, static_argnames="model")

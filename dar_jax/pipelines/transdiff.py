@@ -2,19 +2,27 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.options import TransDiffSampling
-from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys, last_of, require_rng
+from dar_jax.pipelines.base import (
+    Labels,
+    ModelPipeline,
+    Pipeline,
+    image_keys,
+    last_of,
+    require_rng,
+)
 from dar_jax.pipelines.kl_vae import KlVaePipeline
+from dar_jax.pipelines.options import takes_options
 
 
 class LatentPipeline(ModelPipeline[TransDiff]):
@@ -89,7 +97,9 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         )
 
 
-class TransDiffPreview(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class TransDiffPreview(Images):
     """An image on its way, or done.
 
     Attributes:
@@ -103,7 +113,9 @@ class TransDiffPreview(NamedTuple):
     latents: Array
 
 
-class GeneratedLatents(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class GeneratedLatents(Images):
     """`images` float32 [B, H, W, 3] in [-1, 1] (clipped); `latents` float32 [B, h, w, C]."""
 
     images: Array
@@ -131,19 +143,13 @@ class TransDiffPipeline(Pipeline):
     def image_size(self) -> int:
         return self.prior.config.latent_size * self.vae.config.stride
 
-    def generate(
-        self, labels: Array | np.ndarray | Sequence[int], **options: Any
-    ) -> GeneratedLatents:
-        """Generate one image per label; the options are those of `stream`, without previews."""
-        last = last_of(self.stream(labels, **options, previews=False))
-        return GeneratedLatents(last.images, last.latents)
-
+    @takes_options(TransDiffSampling)
     def stream(
         self,
-        labels: Array | np.ndarray | Sequence[int],
+        labels: Labels,
         *,
-        rng: PRNGKeyArray,
-        sampling: TransDiffSampling = TransDiffSampling(),
+        rng: PRNGKeyArray | int,
+        sampling: TransDiffSampling | None = None,
         preview_every: int | None = None,
         previews: bool = True,
         microbatch: int | None = None,
@@ -156,9 +162,9 @@ class TransDiffPipeline(Pipeline):
         pass is that pass's image.
 
         Args:
-            labels: classes [B].
-            rng: key; image i depends on `fold_in(rng, first_index + i)` and its label only.
-            sampling: how they are drawn.
+            labels: classes by index or name, [B] or one of them.
+            rng: key or seed; image i depends on `fold_in(rng, first_index + i)` and its label only.
+            sampling: how they are drawn, instead of as the model is best used.
             preview_every: steps between two previews; None is a quarter of a one-step model's, and
                 the passes of an MRAR model.
             previews: False leaves all but the image out.
@@ -171,7 +177,8 @@ class TransDiffPipeline(Pipeline):
                 mesh; at the call, not at the first preview.
         """
         config = self.prior.config
-        sampling = dataclasses.replace(sampling, **options)
+        sampling = dataclasses.replace(sampling or self.sampling, **options)
+        labels = self.class_indices(labels)
         num_steps = sampling.num_steps
         if preview_every is None:
             preview_every = sampler.steps_per_preview(config, num_steps)
@@ -183,6 +190,12 @@ class TransDiffPipeline(Pipeline):
         noise = sampler.initial_noise(rngs, config)
         run = self.prior.run(labels, noise, rngs, sampling, stops=stops)
         return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
+
+    @takes_options(TransDiffSampling, like=stream)
+    def generate(self, labels: Labels, **options: Any) -> GeneratedLatents:
+        """Generate one image per label: the last one of `stream`, without previews."""
+        last = last_of(self.stream(labels, **options, previews=False))
+        return GeneratedLatents(last.images, last.latents)
 
     def _decode(
         self,

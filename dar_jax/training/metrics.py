@@ -21,6 +21,8 @@ from dar_jax.parallel.chips import chip_of
 from dar_jax.tasks.base import Task
 from dar_jax.training.tracking import Tracker, WandbConfig
 
+FILE_NAME = "metrics.jsonl"
+
 
 def collection(task: Task) -> type[clu_metrics.Collection]:
     """Return the collection of the task's metrics, the total loss and the gradient norm."""
@@ -143,7 +145,7 @@ class Writer:
             return
         self._images = workdir / "images"
         self._images.mkdir(exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / FILE_NAME
         cut_lines(self._path, first_step)
         # The suffix tells apart files begun in the same second, which is all their names say.
         self._events = tensorboardX.SummaryWriter(
@@ -196,6 +198,21 @@ def cut_lines(path: pathlib.Path, last_step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+
+
+def last_evaluation(path: pathlib.Path, last_step: int) -> dict[str, str]:
+    """The newest metrics of held-out images up to a step, as text by name; none if there are none.
+
+    Args:
+        path: of a metrics file.
+        last_step: later lines are passed over.
+    """
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        values = json.loads(line)
+        if values.pop("step") <= last_step:
+            found |= {name: f"{value:.4g}" for name, value in values.items() if "eval/" in name}
+    return {name.replace("eval/", "held-out "): value for name, value in found.items()}
 
 
 def _progress(step: int, num_steps: int, values: Mapping[str, float]) -> str:

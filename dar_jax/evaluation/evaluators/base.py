@@ -174,10 +174,10 @@ class Evaluation:
         """What the metrics depend on, for the record."""
         settings = {"seed": self.sampling.seed, "model": subject.fingerprint}
         if self.settings.generates:
-            options = self.sampling.sampling(subject.generator.sampling_class)
+            options = self.sampling.sampling(subject.generator.sampling)
             settings = {"num_generated": self.settings.num_images, **settings}
         else:
-            options = self.sampling.reconstruction(subject.autoencoder.sampling_class)
+            options = self.sampling.reconstruction(subject.autoencoder.sampling)
         return {**(dataclasses.asdict(options) if options else {}), **settings}
 
     def forget(self, subject: Subject) -> None:
@@ -194,7 +194,7 @@ class Evaluation:
         """Make the images of a model that are not there yet."""
         pipeline = subject.generator
         made_with = {**identity(sampling, pipeline, subject.fingerprint), "previews": previews}
-        labels = classes_of(pipeline.num_classes, sampling, most=None)
+        labels = classes_of(pipeline.num_classes, pipeline.class_names, sampling, most=None)
         path = self.path("images", {**made_with, "labels": labels})
         image_set = ImageSet(path, self.settings.num_images, labels)
         image_set.bind(made_with)

@@ -29,7 +29,7 @@ def evaluate(evaluation: Evaluation, subject: Subject) -> Metrics:
     """Measure distortion, distances and the use of a codebook."""
     model, sampling = subject.autoencoder, evaluation.sampling
     originals = SplitImages(evaluation.data, "test", evaluation.settings.num_images)
-    options = sampling.reconstruction(model.sampling_class)
+    options = sampling.reconstruction(model.sampling)
     made_with = {
         "model": subject.fingerprint,
         "dtype": model.model.compute.dtype,

@@ -9,6 +9,7 @@ In-painting imposes the known pixels on the path after every step: there
 x_t = t * known + (1 - t) * noise, with the noise that the run starts from.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
@@ -35,7 +37,9 @@ GROUP_SIZE = 32
 """Tokens that one compiled program decodes where no tokenizer says otherwise."""
 
 
-class DarPreview(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class DarPreview(Images):
     """An image after some of the tokens.
 
     Attributes:
