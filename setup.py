@@ -10,8 +10,10 @@ setuptools.setup(
     version="0.1.0",
     description="Autoregressive-diffusion image generation in JAX: D-AR and TransDiff",
     license="MIT",
-    packages=setuptools.find_packages(include=["dar_jax", "dar_jax.*"]),
+    packages=[*setuptools.find_packages(include=["dar_jax", "dar_jax.*"]), "dar_jax.configs"],
+    package_dir={"dar_jax.configs": "configs"},
     package_data={"dar_jax": ["shipped/**/config.json", "shipped/**/model.safetensors"]},
+    entry_points={"console_scripts": ["dar-jax = dar_jax.main:run"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -49,7 +51,8 @@ setuptools.setup(
             "torch==2.13.0; python_version < '3.12'",
             "wandb",
         ],
-        "gpu": ["jax[cuda13]"],
+        "gpu": ["jax[cuda13]"],  # driver 580 or newer
+        "gpu12": ["jax[cuda12]"],  # driver 525 or newer
         "tpu": ["jax[tpu]"],
         "convert": ["torch"],
         "hub": ["huggingface_hub"],

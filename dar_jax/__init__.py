@@ -1,7 +1,8 @@
 """Autoregressive-diffusion image generation in JAX.
 
-`from_pretrained` loads a model directory and returns its pipeline. Names are imported when they are
-first asked for, so that `import dar_jax` costs nothing.
+`from_pretrained` loads a model directory and returns its pipeline; `__version__` is that of the
+installed package. Names are imported when they are first asked for, so that `import dar_jax` costs
+nothing.
 """
 
 import importlib
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from dar_jax.nn.compute import Compute
     from dar_jax.pipelines.dar import DarPipeline
     from dar_jax.pipelines.transdiff import TransDiffPipeline
+
+    __version__: str
 
 __all__ = [
     "Compute",
@@ -36,4 +39,6 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f"dar_jax.{_MODULES[name]}"), name)
+    if name == "__version__":
+        return importlib.import_module("dar_jax.common.version").version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,15 @@
 """Train and use autoregressive-diffusion image generators.
 
-    python -m dar_jax.main --config=configs/NAME.py[:variant] --workdir=DIR [--mode=MODE]
-        [--config.block.key=value ...]
+    dar-jax --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE] [--config.BLOCK.KEY=VALUE ...]
+
+To begin, digits by the model that comes with the package:
+
+    dar-jax --config=mnist.py --workdir=runs/first --mode=sample
+
+`python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
+from the package; its docstring has the commands:
+    mnist.py:{tokenizer,dar,kl_vae,transdiff,transdiff_mrar}  image_folder.py:{tokenizer,dar}_32
+    imagenet_{tokenizer,dar,kl_vae,transdiff}.py  photographs.py
 
 Modes:
     train     train config.task; run the same command again to resume (default)
@@ -34,6 +42,7 @@ config.wandb.project.
 """
 
 import logging as python_logging
+import pathlib
 import pkgutil
 import sys
 import types
@@ -41,6 +50,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from dar_jax.common import config_files
 
 MODES = {
     "train": "train_and_evaluate",
@@ -101,9 +112,22 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line, whoever finds it."""
     flags.mark_flags_as_required(["config", "workdir"])
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_with_files(argv))
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         _fail(error)
+
+
+def _with_files(argv: list[str]) -> list[str]:
+    """Give the config its file, whether it comes as `--config=FILE` or in a word of its own."""
+    words = []
+    for previous, word in zip(["", *argv], argv, strict=False):
+        flag, _, value = word.partition("=")
+        if flag.lstrip("-") == "config" and value:
+            word = f"{flag}={config_files.find(value)}"
+        elif previous in ("-config", "--config"):
+            word = config_files.find(word)
+        words.append(word)
+    return words
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -126,12 +150,17 @@ def _set_up_logging() -> None:
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-    return record.levelno > python_logging.INFO or "dar_jax" in record.pathname
+    is_ours = pathlib.Path(record.pathname).is_relative_to(config_files.PACKAGE)
+    return record.levelno > python_logging.INFO or is_ours
 
 
 def run() -> None:
     """Run the command line."""
     _set_up_logging()
+    # `--help` shows the docstring and the flags of the program, whichever it was started as.
+    sys.modules["__main__"].__doc__ = __doc__
+    for flag in flags.FLAGS.get_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main, flags_parser=parse_flags)
 
 

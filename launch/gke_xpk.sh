@@ -7,12 +7,8 @@
 # `xpk storage attach` with --type=gcpfilestore --auto-mount=true --mount-point=/dar_jax/runs.
 # A preempted run saves and ends with status 143, which xpk restarts: it resumes.
 set -euo pipefail
-
-fail() { echo "launch/gke_xpk.sh: $1" >&2; exit 2; }
-run() { if [[ -n $dry_run ]]; then echo "${@@Q}"; else "$@"; fi; }
-
-dry_run=
-if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 for example in NAME=dar-l CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b TPU=v6e-16 \
   IMAGE=us-docker.pkg.dev/my-project/images/dar_jax:tpu; do
   variable=${example%%=*}

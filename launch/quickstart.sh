@@ -1,31 +1,29 @@
 #!/usr/bin/env bash
-# From nothing to pictures on a CPU: train a tokenizer and a prior on digits, sample, evaluate.
-# PYTHON chooses the interpreter of a new environment (default python3). Run again to resume.
+# From nothing to pictures on a CPU: trains a tokenizer and a prior on digits, samples, evaluates.
+#   bash launch/quickstart.sh [--dry-run]
+# A quarter of an hour on two cores, after the installation into .venv. Run it again to resume.
+# PYTHON chooses the interpreter of a new environment (default python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+(($# == 0)) || fail "unknown argument '$1': it takes --help or --dry-run"
 
-venv=.venv
-python=${PYTHON:-python3}
 runs=runs/mnist
-
-if [[ ! -x $venv/bin/python ]]; then
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "launch/quickstart.sh: Python 3.11 or newer is needed: set PYTHON=python3.11" >&2
-    exit 2
-  }
-  "$python" -m venv "$venv"
-fi
-if ! cmp -s setup.py "$venv/installed"; then
-  "$venv/bin/python" -m pip install --quiet --editable '.[quickstart]'
-  cp setup.py "$venv/installed"
-fi
-
-run() { "$venv/bin/python" -m dar_jax.main "$@"; }
 dar=(--config=configs/mnist.py:dar "--config.tokenizer=$runs/tokenizer/model" "--workdir=$runs/dar")
 
-run --config=configs/mnist.py:tokenizer --workdir=$runs/tokenizer
-run "${dar[@]}"
-run "${dar[@]}" --mode=sample
-run "${dar[@]}" --mode=evaluate
+make_environment .venv quickstart
+stage() { say $'\n'"$1"; run .venv/bin/python -m dar_jax.main "${@:2}"; }
 
-echo "Pictures: $PWD/$runs/dar/samples/{grid,previews}.png and $PWD/$runs/{tokenizer,dar}/images"
+stage "1 of 4: tokenizer, about 8 minutes" \
+  --config=configs/mnist.py:tokenizer "--workdir=$runs/tokenizer"
+stage "2 of 4: prior, about 3 minutes" "${dar[@]}"
+stage "3 of 4: pictures, about 1 minute" "${dar[@]}" --mode=sample
+stage "4 of 4: evaluation, about 2 minutes" "${dar[@]}" --mode=evaluate
+
+say "
+Pictures: $PWD/$runs/dar/samples/{grid,previews}.png and $PWD/$runs/{tokenizer,dar}/images
+What to type now:
+  source .venv/bin/activate
+  dar-jax ${dar[*]} --mode=sample --config.sample.labels=3,5
+  pip install -e '.[demo]'
+  dar-jax ${dar[*]} --mode=demo"

@@ -8,13 +8,10 @@
 # SHARE is an NFS export, mounted as runs/ on every host: the same `run` on a new slice resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-fail() { echo "launch/tpu_pod.sh: $1" >&2; exit 2; }
-run() { if [[ -n $dry_run ]]; then echo "${@@Q}"; else "$@"; fi; }
+source launch/common.sh
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE"; }
 on() { tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2"; }
-
-dry_run=
-if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+follow() { on 0 'tail -n +1 -F dar_jax/train.log'; }
 for example in NAME=dar ZONE=us-east5-b TPU=v6e-16 RUNTIME=v2-alpha-tpuv6e SHARE=10.0.0.2:/runs; do
   variable=${example%%=*}
   [[ -n ${!variable:-} ]] || fail "$variable is not set, e.g. $example"
@@ -34,7 +31,8 @@ case ${1:-} in
 && sudo chmod a+rwx runs && python3 -m pip install -q uv && python3 -m uv venv -q --python=3.12 \
 --allow-existing && python3 -m uv pip install -q -e .[tpu]"
     on all "cd dar_jax; nohup .venv/bin/python -m dar_jax.main$(printf ' %q' "${@:2}") \
->train.log 2>&1 </dev/null &" ;&
-  logs) on 0 'tail -n +1 -F dar_jax/train.log' ;;
+>train.log 2>&1 </dev/null &"
+    follow ;;
+  logs) follow ;;
   *) fail "unknown action '${1:-}'; known: create delete queue state unqueue run logs" ;;
 esac

@@ -34,6 +34,14 @@ FIGURE = re.compile(r"\d[\d,.]*")
 PATH = re.compile(r"(?<![\w./-])(?:configs|launch|dar_jax|tests)/[\w./*-]*")
 FILE_OF_DATA = re.compile(r"(?<![\w./*])[\w./*]+\.(?:npz|json|safetensors|py)")
 PLACEHOLDER = "NAME"
+HERE_DOCUMENT = re.compile(r" <<'END'\n.*?^END$", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("bash", "dar-jax", "docker", "git", "pip", "python", "sbatch")
+BUILTINS = ("cd", "export")
+RECORDER = """#!/bin/sh
+{ printf '%s\\t' "${0##*/}" "$@"; echo; } >> "$LOG"
+"""
+"""A program that notes how it was called."""
+NO_START_FILES = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"]}
 VARIABLE_COMMAND = re.compile(r"^\s*\$\w+ ", re.MULTILINE)
 COMMENT_BEHIND = re.compile(r"^\s*[^#\s].*\s#", re.MULTILINE)
 
@@ -140,17 +148,54 @@ def test_fences_say_their_language(path):
     assert set(languages) <= set(LANGUAGES)
 
 
+def written(block, folder):
+    """The words of every program that a block starts in a folder, as a reader sees them."""
+    text = HERE_DOCUMENT.sub("\n", block).replace("\\\n", "").replace("$PWD", str(folder))
+    lines = [shlex.split(line) for line in re.split(r"\n|&&", text)]
+    return [
+        [words[0].rpartition("/")[2], *words[1:]]
+        for words in lines
+        if words and words[0] not in BUILTINS
+    ]
+
+
+@pytest.fixture(params=["bash", "zsh"])
+def typed(request, tmp_path):
+    """Types a block into a shell at the top of a checkout; returns the words of what it starts."""
+    shell = shutil.which(request.param)
+    if shell is None:
+        pytest.skip(f"{request.param} is not installed")
+    log = tmp_path / "log"
+    for name in (*(f"bin/{name}" for name in PROGRAMS), "dar_jax/.venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(RECORDER)
+        (tmp_path / name).chmod(0o755)
+
+    def typed(block):
+        command = [shell, *NO_START_FILES[request.param], "-i", "-e"]
+        environment = {"PATH": f"{tmp_path}/bin", "LOG": str(log), "HOME": str(tmp_path)}
+        options = dict(env=environment, capture_output=True, text=True, check=False)
+        cwd = tmp_path if "git clone" in block else tmp_path / "dar_jax"
+        done = subprocess.run(command, input=block, cwd=cwd, **options)
+        assert done.returncode == 0, done.stderr
+        return [line.split("\t")[:-1] for line in log.read_text().splitlines()]
+
+    return typed
+
+
+@pytest.mark.parametrize("block", shell_blocks())
+def test_block_does_in_a_shell_what_is_written(block, typed, tmp_path):
+    assert typed(block) == written(block, tmp_path / "dar_jax")
+
+
 @pytest.mark.parametrize("block", shell_blocks())
 def test_commands_are_for_any_shell(block, tmp_path):
     assert not list(shell_faults(block))
     script = tmp_path / "block.sh"
-    script.write_text(f"#!/usr/bin/env bash\n{block}")
-    checks = [["bash", "-n"], [str(pathlib.Path(sys.executable).parent / "shellcheck")]]
-    if shutil.which("zsh"):
-        checks.append(["zsh", "-n"])
-    for check in checks:
-        done = subprocess.run([*check, str(script)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{check[0]}:\n{done.stdout}{done.stderr}"
+    script.write_text(f"#!/bin/bash -e\n{block}")
+    check = [str(pathlib.Path(sys.executable).parent / "shellcheck"), str(script)]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_levels_are_those_that_imports_obey():
@@ -162,7 +207,8 @@ def test_levels_are_those_that_imports_obey():
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_name_configs_modes_and_keys_that_exist(words):
     path, _, variant = value_of(words, "--config").partition(":")
-    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    name = path.removesuffix(".py").removeprefix("configs/")
+    module = importlib.import_module(f"configs.{name}")
     config = module.get_config(*([variant] if variant else []))
     for word in words:
         if word.startswith("--config."):

@@ -130,9 +130,11 @@ def test_gpu_node_runs_one_process_and_installs_where_nothing_is(tmp_path):
     python = f"{VENV}/bin/python"
     expected = ["exec", python, "-m", "dar_jax.main", *ARGUMENTS]
     assert commands("gpu_node.sh", *ARGUMENTS) == [expected]
-    make, install, _ = commands("gpu_node.sh", *ARGUMENTS, VENV=f"{tmp_path}/new")
-    assert make == ["python3", "-m", "venv", f"{tmp_path}/new"]
-    assert install[-2:] == ["--editable", ".[gpu]"]
+    venv = f"{tmp_path}/new"
+    for extra in ("gpu", "gpu12"):
+        _, make, install, *_ = commands("gpu_node.sh", *ARGUMENTS, VENV=venv, EXTRA=extra)
+        assert make == ["python3", "-m", "venv", "--clear", venv]
+        assert install[-2:] == ["--editable", f".[{extra}]"]
 
 
 def test_slurm_runs_a_task_per_gpu_and_requeues():
@@ -184,6 +186,72 @@ def test_unknown_action_and_missing_environment_are_one_line(tmp_path):
     assert status == 2 and errors.count("\n") == 1 and "unknown action 'dance'" in errors
     status, _, errors = run("slurm.sbatch", *ARGUMENTS, VENV=str(tmp_path))
     assert status == 2 and errors.count("\n") == 1 and f"{tmp_path}/bin/python is missing" in errors
+
+
+@pytest.mark.parametrize("script", [*VARIABLES, "quickstart.sh", "test.sh"])
+def test_help_is_the_head_of_the_script(script):
+    status, output, errors = run(script, "--help")
+    assert status == 0 and not errors
+    assert f"launch/{script}" in output and "#" not in output.splitlines()[0]
+
+
+def test_quickstart_and_tests_print_what_they_would_do():
+    status, output, errors = run("quickstart.sh", "--dry-run")
+    assert status == 0 and not errors
+    *_, tokenizer, prior, pictures, figures = map(shlex.split, output.splitlines())
+    assert all(".venv/bin/python" in line for line in (tokenizer, prior, pictures, figures))
+    assert "--config=configs/mnist.py:tokenizer" in tokenizer
+    assert pictures == [*prior, "--mode=sample"] and figures == [*prior, "--mode=evaluate"]
+    status, output, errors = run("test.sh", "--dry-run", "-k", "launch")
+    assert status == 0 and not errors
+    assert output.splitlines()[-1].split() == [
+        *("exec", f"{VENV}/bin/python", "-m", "pytest", "-k", "launch")
+    ]
+    assert run("quickstart.sh", "--quick")[0] == 2
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LOG"
+case "$*" in
+  *"-m venv"*) mkdir -p "$VENV/bin"
+    for name in python ruff pyright; do cp "$0" "$VENV/bin/$name"; done ;;
+esac
+if [ "$STOP" ]; then case "$*" in *"$STOP"*) exit 130 ;; esac; fi
+"""
+
+
+@pytest.fixture
+def make_and_test(tmp_path):
+    """Runs `test.sh` with an interpreter that only notes what it is asked."""
+    python, log, venv = tmp_path / "python", tmp_path / "log", tmp_path / "venv"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+
+    def make_and_test(stop=""):
+        log.unlink(missing_ok=True)
+        names = {"PYTHON": python, "LOG": log, "VENV": venv, "STOP": stop}
+        status, _, errors = run("test.sh", **{name: str(value) for name, value in names.items()})
+        return status, log.read_text() if log.exists() else "", errors
+
+    return make_and_test
+
+
+@pytest.mark.parametrize("step", ["-m venv", "pip install"])
+def test_environment_whose_making_was_interrupted_is_made_anew(make_and_test, step):
+    assert make_and_test(stop=step)[0] != 0
+    status, notes, errors = make_and_test()
+    assert status == 0, errors
+    assert "-m venv --clear" in notes and "pip install" in notes and "pytest" in notes
+    status, notes, _ = make_and_test()
+    assert status == 0 and "-m venv" not in notes and "pip install" not in notes
+
+
+def test_directory_that_is_no_environment_is_left_alone(make_and_test, tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/precious").touch()
+    status, _, errors = make_and_test()
+    assert status == 2 and errors.count("\n") == 1 and "remove it" in errors
+    assert (tmp_path / "venv/precious").exists()
 
 
 def test_scripts_are_short_and_clean():

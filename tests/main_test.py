@@ -1,6 +1,7 @@
 """The command line, as a user meets it: real processes, small models, and mistakes."""
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dar_jax
 from configs import mnist
 from dar_jax import main
 from dar_jax.config import build as read_config
@@ -32,6 +34,7 @@ SHORT = [
     "--config.train.image_every=2",
     "--config.data.batch_size=4",
 ]
+MAX_LINES_BEFORE_THE_FIRST_STEP = 10
 
 
 def run(*arguments):
@@ -64,7 +67,9 @@ def trained(tmp_path_factory):
 def test_training_reports_progress_and_writes_pictures(trained):
     root, output = trained
     assert "step 2/2" in output
-    assert "token_embed" in output  # the parameter overview
+    assert output[: output.index(" step 1/2")].count("\n") <= MAX_LINES_BEFORE_THE_FIRST_STEP
+    assert "token_embed" in (root / "dar/parameters.txt").read_text()
+    assert json.loads((root / "dar/config.json").read_text())["task"] == "dar_prior"
     lines = [json.loads(line) for line in (root / "dar/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert np.isfinite([line["train/loss"] for line in lines]).all()
@@ -152,6 +157,37 @@ def test_checkpoint_of_another_config_is_refused(trained):
         train.train_and_evaluate(read_config(config), str(trained[0] / "tokenizer"))
 
 
-def test_help_names_modes_and_keys():
-    words = ("train", "sample", "evaluate", "convert", "config.sample.guidance_scale")
-    assert all(word in main.__doc__ for word in words)
+def test_help_names_modes_keys_configs_and_flags():
+    """As printed by `python -m dar_jax`, whose module is not the one that defines the flags."""
+    command = [sys.executable, "-m", "dar_jax", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    words = ("train", "sample", "evaluate", "convert", "config.sample.guidance_scale", "--workdir:")
+    assert all(word in shown for word in words)
+    for path in (ROOT / "configs").glob("*.py"):
+        assert path.stem.partition("_")[0] in shown or path.stem == "common"
+
+
+@pytest.mark.parametrize("form", ["--config={}", "--config {}", "-config={}"])
+def test_config_of_the_package_is_found_in_every_form_of_the_flag(form):
+    words = form.format("none.py:a").split()
+    assert main._with_files(["dar-jax", *words]) == ["dar-jax", *words]
+    *_, last = main._with_files(["dar-jax", *form.format("imagenet_dar.py:l").split()])
+    assert last.endswith("configs/imagenet_dar.py:l")
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "shown"),
+    [
+        ("dar_jax/modes/train.py", "INFO", True),
+        (".venv/lib/python3.11/site-packages/orbax/checkpoint.py", "INFO", False),
+        (".venv/lib/python3.11/site-packages/orbax/checkpoint.py", "WARNING", True),
+    ],
+)
+def test_log_leaves_out_the_progress_of_libraries(path, level, shown):
+    """Those of an environment in a checkout that is called dar_jax too."""
+    attributes = {"pathname": str(ROOT / path), "levelno": getattr(logging, level)}
+    assert main._is_ours_or_serious(logging.makeLogRecord(attributes)) is shown
+
+
+def test_package_has_a_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", dar_jax.__version__)

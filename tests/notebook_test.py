@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny_transdiff
 from tests.architecture_test import ROOT
 
 PATH = ROOT / "launch/colab_sampling.ipynb"
 CELL = 64 + 2  # pixels of a digit in a figure, and its border
-ROWS = {"## A column per class": 6, "## Layout control": 3, "## Variations": 1}
+ROWS = {"## A column per class": 6, "## Layout control": 3, "## Variations": 1, "## TransDiff": 4}
+COLUMNS = {"## A column per class": 10, "## TransDiff": 3}
 TIMEOUT_S = 3600
 
 
@@ -40,7 +42,8 @@ def test_badge_opens_the_notebook_that_installs_the_same_repository():
     )
     assert ROOT / path == PATH
     assert f'REPOSITORY = "{repository}"' in read().cells[1].source
-    assert f"sed -i s,{repository},YOU/dar_jax, README.md {path}" in readme
+    assert f"perl -pi -e s,{repository},YOU/dar_jax, README.md {path}" in readme
+    assert f"git clone https://github.com/{repository} " in readme
 
 
 def outputs_by_heading(notebook):
@@ -54,6 +57,15 @@ def outputs_by_heading(notebook):
     return outputs
 
 
+def add_transdiff(notebook, directory):
+    """Repeat the cell of TransDiff with the address of a model that exists."""
+    tiny_transdiff.save_vae(directory)
+    model = tiny_transdiff.save(directory, "one_step", tiny_transdiff.ONE_STEP)
+    (cell,) = (cell for cell in notebook.cells if cell.source.startswith("TRANSDIFF"))
+    named = cell.source.replace("hf://owner/name", str(model))
+    notebook.cells.insert(notebook.cells.index(cell) + 1, nbformat.v4.new_code_cell(named))
+
+
 def pictures(outputs, kind):
     found = [output.data.get(kind) for output in outputs if "data" in output]
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found if data]
@@ -65,6 +77,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     resources = {"metadata": {"path": str(tmp_path)}}
     notebook = read()
+    add_transdiff(notebook, tmp_path)
     client = nbclient.NotebookClient(notebook, timeout=TIMEOUT_S, resources=resources)
     client.execute()
     nbformat.write(notebook, tmp_path / "executed.ipynb")
@@ -72,10 +85,12 @@ def test_every_cell_runs(tmp_path, monkeypatch):
 
     text = "".join(output.get("text", "") for output in itertools.chain(*outputs.values()))
     assert "cannot get hf://owner/name" in text
-    assert "Using package://mnist: 32 tokens, classes 0, 1, 2" in text
+    classes = ", ".join(map(str, range(10)))
+    assert f"Using package://mnist: 32 tokens, classes {classes}\n" in text
+    assert "Nothing is drawn: name a model in TRANSDIFF" in text
     for heading, rows in ROWS.items():
         (picture,) = pictures(outputs[heading], "image/png")
-        columns = 10 if heading == "## A column per class" else 11
+        columns = COLUMNS.get(heading, 11)
         assert picture.size == (columns * CELL, rows * CELL)
         assert np.asarray(picture).std() > 0
     (animation,) = pictures(outputs["## Previews while the tokens are written"], "image/gif")

@@ -18,7 +18,9 @@ from clu import metrics as clu_metrics
 from clu import parameter_overview
 
 from dar_jax.common import model_dir
+from dar_jax.common.files import replacing
 from dar_jax.common.progress import Progress
+from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
 from dar_jax.config import Config
 from dar_jax.data import pipeline, sources, survey
@@ -122,13 +124,20 @@ def train(config: Config, workdir: str, task: Task) -> bool:
 
 
 def _describe(run: Run, abstract: TrainState) -> None:
+    """Log what is trained, in two lines; the whole config and a table of arrays go to files."""
     overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
-    text = json.dumps(run.config.to_dict(), indent=2) + "\n"
-    logging.info("Config:\n%s", text)
-    logging.info("Parameters:\n%s", overview)
+    texts = {
+        "config.json": json.dumps(run.config.to_dict(), indent=2),
+        "parameters.txt": overview,
+    }
+    count = num_parameters(abstract.params)
+    logging.info("Parameters: %s; %s are in %s", f"{count:,}", " and ".join(texts), run.workdir)
     logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
-    if jax.process_index() == 0:
-        (run.workdir / "config.json").write_text(text)
+    if jax.process_index() != 0:
+        return
+    for name, text in texts.items():
+        with replacing(run.workdir / name) as temporary:
+            temporary.write_text(f"{text}\n")
 
 
 def _initial_params(
