@@ -105,20 +105,19 @@ def open_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer
             codes do not fit into 16 bits.
     """
     config = open_model(directory, DarTokenizer.name).architecture
-    if config.codebook_size > MAX_CODEBOOK_SIZE:
+    if not 0 < config.codebook_size <= MAX_CODEBOOK_SIZE:
         raise ValueError(
-            f"{directory} has {config.codebook_size} codes, at most {MAX_CODEBOOK_SIZE} can be "
-            "cached"
+            f"{directory} has {config.codebook_size} codes, 1 to {MAX_CODEBOOK_SIZE} can be cached"
         )
     if config.image_size != image_size:
         raise ValueError(
             f"config.data.image_size={image_size}, but {directory} takes images of "
             f"{config.image_size} pixels; use that"
         )
-    # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
     return FunctionalModel(Tokenizer, config, Compute())
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _encode(model: FunctionalModel[Tokenizer], params: Params, pixels: Array) -> Int[Array, "B N"]:
-    return model.bind(params).encode(images.to_float(pixels)).indices
+    with model.in_float32(params) as tokenizer:
+        return tokenizer.encode(images.to_float(pixels)).indices

@@ -72,4 +72,5 @@ def both_ways(pixels: UInt8[np.ndarray, "_ _ 3"], size: int) -> UInt8[np.ndarray
 def _encode(
     model: FunctionalModel[KlVae], params: Params, pixels: Array
 ) -> Float[Array, "B h w C2"]:
-    return model.bind(params).encode(images.to_float(pixels))
+    with model.in_float32(params) as vae:
+        return vae.encode(images.to_float(pixels))

@@ -54,15 +54,15 @@ def side_by_side(columns: UInt8[np.ndarray, "columns B H W C"]) -> np.ndarray:
     return grid(rows, columns=len(columns))
 
 
-def resize_bicubic(image: Float[Array, "B H W C"], size: tuple[int, int]) -> Array:
+def resize_bicubic(image: Float[Array, "*batch H W C"], size: tuple[int, int]) -> Array:
     """Resize to `size` = (height, width) with a = -0.75, half-pixel centres, no antialiasing.
 
     `jax.image.resize` differs (a = -0.5, antialiased when shrinking); the reference's released
     numbers depend on this kernel. Source indices are clamped to the border.
     """
-    rows = jnp.asarray(bicubic_matrix(image.shape[1], size[0]), image.dtype)
-    columns = jnp.asarray(bicubic_matrix(image.shape[2], size[1]), image.dtype)
-    return jnp.einsum("bhwc,yh,xw->byxc", image, rows, columns)
+    rows = jnp.asarray(bicubic_matrix(image.shape[-3], size[0]), image.dtype)
+    columns = jnp.asarray(bicubic_matrix(image.shape[-2], size[1]), image.dtype)
+    return jnp.einsum("...hwc,yh,xw->...yxc", image, rows, columns)
 
 
 def bicubic_matrix(size_in: int, size_out: int, step: float | None = None) -> np.ndarray:

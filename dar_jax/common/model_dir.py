@@ -13,8 +13,8 @@ import pathlib
 import shutil
 import tempfile
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,8 @@ SHIPPED_SCHEME = "package://"
 SHIPPED = pathlib.Path(__file__).parents[1] / "shipped"
 """Small trained models that are part of the package, by name."""
 MAX_LISTED = 5
+MIN_FITTING = 0.5
+"""Share of the parameters that a model has to have in common with another that starts from it."""
 
 
 def save_model(
@@ -180,8 +182,6 @@ def load_params(
     directory: str | os.PathLike,
     like: Params,
     shardings: Params | None = None,
-    *,
-    adapters: Mapping[str, Callable[..., Any]] = types.MappingProxyType({}),
 ) -> Params:
     """Read the parameters of a model directory one by one.
 
@@ -190,8 +190,6 @@ def load_params(
         like: names, shapes and dtypes that they must have (dtypes are converted).
         shardings: of every parameter; each device then gets its own part of it, and nothing holds
             a whole model. None returns NumPy arrays.
-        adapters: by name, make a parameter of another shape fit: (array, shape) to an array, or to
-            None, which leaves it out of the result.
 
     Raises:
         ValueError: the directory is unreadable, or its parameters are others than `like`.
@@ -200,30 +198,74 @@ def load_params(
     flat_shardings = {} if shardings is None else tree.flatten(shardings)
     with _open_weights(directory) as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        adapted = dict(_adapt(leaves, tensors, adapters))
-        _check_fit(directory, leaves, tensors, exempt=adapted.keys())
-        tensors |= adapted
+        _check_fit(directory, leaves, tensors)
         return tree.unflatten(
             {
                 name: _read(tensors[name], leaf, flat_shardings.get(name))
                 for name, leaf in leaves.items()
-                if tensors[name] is not None
             }
         )
 
 
-def _adapt(
-    leaves: Mapping[str, Any],
-    tensors: Mapping[str, Any],
-    adapters: Mapping[str, Callable[..., Any]],
-) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of another shape that adapters have made fit."""
-    for name, adapter in adapters.items():
-        shape = leaves[name].shape
-        if name in tensors and tuple(tensors[name].get_shape()) != shape:
-            array = adapter(tensors[name][:], shape)
-            if array is None or array.shape == shape:
-                yield name, array
+class Fitting(NamedTuple):
+    """What a model takes from another one.
+
+    Attributes:
+        params: those that fit.
+        adapted: names of those of them that had to be made fit.
+        lacking: the leaves that are not among them, with their shapes and what was found instead.
+        unused: names of tensors that are no leaves.
+    """
+
+    params: Params
+    adapted: list[str]
+    lacking: list[str]
+    unused: list[str]
+
+
+def load_fitting(
+    directory: str | os.PathLike,
+    like: Params,
+    shardings: Params,
+    adapters: Mapping[str, Callable[..., np.ndarray]],
+) -> Fitting:
+    """Read those parameters of another model that fit.
+
+    Args:
+        directory: of that model.
+        like: the parameters that are wanted.
+        shardings: of each.
+        adapters: by name, make a parameter of another shape fit: (array, shape) to an array.
+
+    Raises:
+        ValueError: the directory is unreadable, or less than half of the parameters fit.
+    """
+    leaves, flat_shardings = tree.flatten(like), tree.flatten(shardings)
+    with _open_weights(directory) as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+        fitting = {n: found[n] for n, leaf in leaves.items() if shapes.get(n) == leaf.shape}
+        adapted = {
+            name: adapt(found[name][:], leaves[name].shape)
+            for name, adapt in adapters.items()
+            if name in found and name not in fitting
+        }
+        adapted = {n: array for n, array in adapted.items() if array.shape == leaves[n].shape}
+        fitting |= adapted
+        lacking = [
+            f"{name} {leaf.shape}, there {shapes.get(name, 'none')}"
+            for name, leaf in leaves.items()
+            if name not in fitting
+        ]
+        share = tree.num_parameters([leaves[n] for n in fitting]) / tree.num_parameters(like)
+        if share < MIN_FITTING:
+            raise ValueError(
+                f"{directory} is of another architecture: {share:.0%} of the parameters fit; "
+                f"lacking are {_listed(lacking)}"
+            )
+        params = {n: _read(part, leaves[n], flat_shardings[n]) for n, part in fitting.items()}
+    unused = [name for name in found if name not in leaves]
+    return Fitting(tree.unflatten(params), list(adapted), lacking, unused)
 
 
 def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any:
@@ -236,24 +278,22 @@ def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any
 
 
 def _check_fit(
-    directory: str | os.PathLike,
-    leaves: Mapping[str, Any],
-    tensors: Mapping[str, Any],
-    *,
-    exempt: Collection[str] = (),
+    directory: str | os.PathLike, leaves: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> None:
-    expected = {name: tuple(leaves[name].shape) for name in leaves.keys() - exempt}
-    found = {name: tuple(tensors[name].get_shape()) for name in tensors.keys() - exempt}
+    expected = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
     wrong = [
         f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
     if wrong:
-        more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
-        raise ValueError(
-            f"{directory}: the weights do not fit the config: {'; '.join(wrong[:MAX_LISTED])}{more}"
-        )
+        raise ValueError(f"{directory}: the weights do not fit the config: {_listed(wrong)}")
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return f"{'; '.join(items[:MAX_LISTED])}{more}"
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ The tables follow the state dicts of the reference's `VQModel` (tokenizer) and `
 (prior); both directions come from the same table.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+from absl import logging
 
 from dar_jax.common.typing import Any, Params
 from dar_jax.convert.rules import (
@@ -39,6 +41,7 @@ ROPE_BASE = 10000
 MULTIPLE_OF = 256
 DEFAULT_FEATURE_LAYER = 8
 """The reference's default `repa_layer`; its head exists even where this is past the last block."""
+HEAD = "diff_decoder.net.repa_out"
 CODEBOOK_QUEUE = "quantize.codebook_used"
 """Recently used codes, a statistic of training."""
 CODEBOOK_QUEUE_LENGTH = 65536
@@ -64,8 +67,8 @@ def tokenizer_from_reference(
     Raises:
         ValueError: keys or shapes that do not fit the config, or an unsupported config.
     """
-    architecture = tokenizer_config(config, image_size=image_size)
-    model = FunctionalModel(Tokenizer, architecture, compute or Compute())
+    architecture = with_head_of(state_dict, tokenizer_config(config, image_size=image_size))
+    model = FunctionalModel(Tokenizer, architecture, (compute or Compute()).of_decoding())
     params = tokenizer_params(state_dict, architecture)
     return TokenizerPipeline(model, params)
 
@@ -87,6 +90,19 @@ def tokenizer_params(state_dict: Mapping[str, Any], config: TokenizerConfig) -> 
     """Convert a tokenizer state dict; `quantize.codebook_used` (statistics) is not used."""
     like = FunctionalModel(Tokenizer, config).abstract_params()
     return to_params(tokenizer_rules(config), state_dict, like, ignored=UNUSED_TOKENIZER_KEYS)
+
+
+def with_head_of(state_dict: Mapping[str, Any], config: TokenizerConfig) -> TokenizerConfig:
+    """Leave the alignment head out of the config if a file lacks it: it is for training only."""
+    if config.decoder.feature_layer is None or any(n.startswith(HEAD) for n in state_dict):
+        return config
+    logging.info(
+        "The file lacks the alignment head, %s, which is for training only: the model is written "
+        "with decoder.feature_layer=None",
+        HEAD,
+    )
+    decoder = dataclasses.replace(config.decoder, feature_layer=None)
+    return dataclasses.replace(config, decoder=decoder)
 
 
 def prior_params(state_dict: Mapping[str, Any], config: LlamaConfig) -> Params:
@@ -119,6 +135,8 @@ def tokenizer_state_dict(params: Params, config: TokenizerConfig) -> dict[str, A
     if config.decoder.feature_layer is None:
         raise ValueError("the reference cannot hold decoder.feature_layer=None: it has that head")
     state_dict = to_state_dict(tokenizer_rules(config), params)
+    if not config.codebook_size:
+        return state_dict
     return {**state_dict, CODEBOOK_QUEUE: np.zeros(CODEBOOK_QUEUE_LENGTH, np.float32)}
 
 
@@ -133,21 +151,18 @@ def tokenizer_config(
     """Translate the reference's tokenizer config (`encoder_dim`, ...).
 
     Raises:
-        ValueError: a missing key, or a variant that has no tokens (`vq_enable: false`) or resizes
-            its output (`output_resolution`).
+        ValueError: a missing key.
     """
     c = config.get("model", config)
-    for key, supported in (("vq_enable", True), ("output_resolution", 0)):
-        if c.get(key, supported) != supported:
-            raise ValueError(f"reference config {key}={c[key]!r} is not supported")
     try:
         return TokenizerConfig(
             image_size=image_size or c.get("sampling_resolution", 256),
+            output_size=c.get("output_resolution", 0),
             num_tokens=c["num_all_queries"],
             num_groups=c["num_query_groups"],
             tokens_per_step=c.get("queries_per_step"),
             num_steps=c["num_denoising_steps"],
-            codebook_size=c["vq_codebook_size"],
+            codebook_size=c["vq_codebook_size"] if c.get("vq_enable", True) else 0,
             code_dim=c["vq_dim"],
             max_tokens=TABLE_ROWS,
             encoder=EncoderConfig(
@@ -245,11 +260,12 @@ def tokenizer_rules(config: TokenizerConfig) -> tuple[Rule, ...]:
         *tensor("query_embedding.weight", "encoder/query_table"),
         *under("encoder_layers.{i}", "encoder/stack/blocks", TRANSFORMER_BLOCK),
         *linear("quant_in_conv", "encoder/to_code", bias=False, kernel=POINTWISE),
-        *tensor("quantize.embedding.weight", "quantizer/codebook"),
         *linear("quant_out_conv", "condition_layers/from_code", bias=False, kernel=POINTWISE),
         *tensor("decoder_embedding.weight", "condition_layers/position_table"),
         *under("diff_decoder", "decoder", flow_decoder_rules(config.decoder)),
     ]
+    if config.codebook_size:
+        rules += tensor("quantize.embedding.weight", "quantizer/codebook")
     if encoder.query_rank:
         rules += linear("query_linear", "encoder/query_projection")
     if condition.depth:

@@ -31,7 +31,7 @@ def from_reference(
     Raises:
         ValueError: keys or shapes that do not fit the config, or an unsupported config.
     """
-    model = FunctionalModel(KlVae, architecture(config), compute or Compute())
+    model = FunctionalModel(KlVae, architecture(config), (compute or Compute()).of_decoding())
     return KlVaePipeline(model, params(state_dict, model.config))
 
 

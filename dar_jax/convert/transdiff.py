@@ -27,8 +27,7 @@ from dar_jax.pipelines.transdiff import LatentPipeline
 CONDITION_TOKENS = 256
 LATENT_STRIDE = 16
 UNBATCH = axes("1 n d -> n d")
-MLP_RATIO = 4.0
-FIXED = {"mlp_ratio": MLP_RATIO, "layer_norm_eps": 1e-6}
+LAYER_NORM_EPS = 1e-6
 
 
 def from_reference(
@@ -85,9 +84,10 @@ def transdiff_config(config: Mapping[str, Any]) -> TransDiffConfig:
                     f"reference config: encoder_{name}={c[f'encoder_{name}']} must equal "
                     f"decoder_{name}={c[f'decoder_{name}']}"
                 )
-        for name, supported in FIXED.items():
-            if c.get(name, supported) != supported:
-                raise ValueError(f"reference config {name}={c[name]!r} is not supported")
+        if c.get("layer_norm_eps", LAYER_NORM_EPS) != LAYER_NORM_EPS:
+            raise ValueError(
+                f"reference config layer_norm_eps={c['layer_norm_eps']!r} is not supported"
+            )
         return TransDiffConfig(
             latent_size=c["img_size"] // LATENT_STRIDE,
             channels=c["vae_embed_dim"],
@@ -98,6 +98,7 @@ def transdiff_config(config: Mapping[str, Any]) -> TransDiffConfig:
             buffer_size=c["buffer_size"],
             dim=c["encoder_embed_dim"],
             num_heads=c["encoder_num_heads"],
+            mlp_ratio=float(c.get("mlp_ratio", TransDiffConfig.mlp_ratio)),
             encoder_depth=2 * c["encoder_depth"],
             decoder_depth=c["decoder_depth"],
             attention_dropout=c["attn_dropout"],

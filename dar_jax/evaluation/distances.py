@@ -121,7 +121,7 @@ class Comparison:
         if self._images is not None:
             known = known.with_images(self._store.features(self._images))
         if self._split and jax.process_index() == 0:
-            name = self._extractor.name
+            name = self._extractor.identity
             known.save(self._store.directory / f"reference_{self._split}_{name}.npz", name)
         lacking = {
             "sfid": "spatial" in self._extractor.dims and known.spatial is None,

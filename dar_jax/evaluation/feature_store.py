@@ -65,7 +65,7 @@ class FeatureStore:
 
     @functools.cached_property
     def _network(self) -> dict[str, Any]:
-        name = self.extractor.name
+        name = self.extractor.identity
         if not self.weights:
             return {"name": name}
         return {"name": name, "weights": model_dir.fingerprint(model_dir.locate(self.weights))}

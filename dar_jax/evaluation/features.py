@@ -53,6 +53,10 @@ def _inception_features(module: Inception, pixels: UInt8[Array, "B H W 3"]) -> d
     return module(pixels)._asdict()
 
 
+def _as_pytorch_fid(module: Inception, pixels: UInt8[Array, "B H W 3"]) -> dict[str, Array]:
+    return module(pixels, "pytorch_fid")._asdict()
+
+
 def _vgg16_features(module: Lpips, pixels: UInt8[Array, "B H W 3"]) -> dict[str, Array]:
     size = [max(VGG_MIN_SIZE, side) for side in pixels.shape[1:3]]
     image = jax.image.resize(images.to_float(pixels), (len(pixels), *size, 3), "linear")
@@ -85,6 +89,7 @@ class FeatureExtractor:
 
     Attributes:
         name: one of `EXTRACTORS`.
+        identity: the same, with the way in which Inception is fed if it is not the graph's.
         dims: length of each kind of feature, by its name.
     """
 
@@ -93,6 +98,7 @@ class FeatureExtractor:
         name: str,
         weights: str = "",
         *,
+        inception_input: str = "tensorflow",
         batch_size: int = BATCH_SIZE,
         sharding: NamedSharding | None = None,
     ):
@@ -101,6 +107,7 @@ class FeatureExtractor:
         Args:
             name: one of `EXTRACTORS`.
             weights: directory of the weights; see `models.frozen.pretrained`.
+            inception_input: one of `models.frozen.inception.INPUTS`, for Inception.
             batch_size: images that are computed at once; rounded up to fill all devices.
             sharding: of a batch, over devices of this process; None is one device.
 
@@ -109,8 +116,11 @@ class FeatureExtractor:
         """
         if name not in EXTRACTORS:
             raise ValueError(f"features={name!r} must be one of {', '.join(EXTRACTORS)}")
-        self.name = name
+        self.name = self.identity = name
         self._network = EXTRACTORS[name]
+        if name == INCEPTION and inception_input == "pytorch_fid":
+            self.identity = f"{name}-{inception_input}"
+            self._network = dataclasses.replace(self._network, apply=_as_pytorch_fid)
         self._sharding = sharding
         devices = sharding.num_devices if sharding else 1
         self._batch_size = math.ceil(batch_size / devices) * devices

@@ -70,9 +70,9 @@ class ReferenceStatistics:
                 images.
         """
         arrays, names = _read_arrays(path)
-        found = str(arrays.get(EXTRACTOR, extractor.name))
-        if found != extractor.name:
-            raise ValueError(f"{path} holds features of {found}, expected {extractor.name}")
+        found = str(arrays.get(EXTRACTOR, extractor.identity))
+        if found != extractor.identity:
+            raise ValueError(f"{path} holds features of {found}, expected {extractor.identity}")
         gaussians = {kind: _gaussian(path, arrays, kind, extractor) for kind in GAUSSIANS}
         features = _features(path, arrays, extractor)
         if gaussians["pool"] is None and ARRAY not in names:

@@ -186,6 +186,7 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
     return {
         "model": fingerprint,
         "dtype": pipeline.compute.dtype,
+        "decode_dtype": pipeline.compute.decode_dtype,
         "seed": config.seed,
         **dataclasses.asdict(config.sampling(pipeline.sampling)),
     }

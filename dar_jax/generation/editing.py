@@ -47,8 +47,9 @@ def prefixes(
             "set config.sample.labels to it"
         )
     picture = read_picture("config.sample.prefix_image", config.prefix_image, data)
-    reference = center_crop(picture, pipeline.image_size)[None]
-    batch = pad(images.to_float(reference), whole_batch(pipeline, 1))
+    cropped = center_crop(picture, pipeline.image_size)[None]
+    batch = pad(images.to_float(cropped), whole_batch(pipeline, 1))
+    reference = center_crop(picture, pipeline.output_size)[None]
     tokens = np.asarray(pipeline.autoencoder.encode(batch))[:1]
     labels = np.repeat(np.asarray(classes, np.int32), config.variations or 1)
     rows = []
@@ -78,15 +79,17 @@ def inpainting(
     picture = read_picture("config.sample.inpaint_image", config.inpaint_image, data)
     redrawn = read_mask(config.inpaint_mask, picture, size, data)
     original = center_crop(picture, size)[None]
-    kept = np.where(redrawn[..., None], np.uint8(GREY), original)
     labels = np.repeat(np.asarray(classes, np.int32), config.images_per_class)
     per_image = dict(
         known=np.repeat(images.to_float(original), len(labels), axis=0),
         mask=np.repeat(~redrawn[None], len(labels), axis=0),
     )
     drawn = [batch.previews[-1] for batch in generate(pipeline, labels, config, **per_image)]
-    by_class = np.concatenate(drawn).reshape(len(classes), -1, *original.shape[1:])
-    rows = [np.concatenate([original, kept, of_class]) for of_class in by_class]
+    shown = center_crop(picture, pipeline.output_size)[None]
+    hidden = read_mask(config.inpaint_mask, picture, pipeline.output_size, data)
+    kept = np.where(hidden[..., None], np.uint8(GREY), shown)
+    by_class = np.concatenate(drawn).reshape(len(classes), -1, *shown.shape[1:])
+    rows = [np.concatenate([shown, kept, of_class]) for of_class in by_class]
     return images.labelled_grid(
         np.concatenate(rows),
         [class_name(pipeline, label) for label in classes],

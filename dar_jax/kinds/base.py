@@ -63,6 +63,10 @@ class Kind(abc.ABC, Generic[C]):
         """Whether it makes images of class labels."""
         return issubclass(self.pipeline, Pipeline)
 
+    def compute_of(self, compute: Compute) -> Compute:
+        """Execution choices of such a model where it is not being trained, given all choices."""
+        return compute if self.draws_images else compute.of_decoding()
+
     @abc.abstractmethod
     def task(
         self,
@@ -110,11 +114,6 @@ class Kind(abc.ABC, Generic[C]):
 
     def check_data(self, model: C, data: DataConfig, paths: Mapping[str, str]) -> None:
         """Raise ValueError unless what a cache holds was made with the companions at `paths`."""
-
-    def compute_of(self, companion: str, compute: Compute) -> Compute:
-        """Execution choices of a companion in training, given those of the model."""
-        del companion, compute
-        return Compute()
 
     @abc.abstractmethod
     def from_reference(self, checkpoint: Checkpoint, model: C) -> tuple[C, Params, Sequence[str]]:

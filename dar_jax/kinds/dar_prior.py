@@ -1,6 +1,5 @@
 """The Llama prior of D-AR over the tokens of a tokenizer: class labels to images."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -75,10 +74,6 @@ class DarPrior(Kind[LlamaConfig]):
     def check_data(self, model: LlamaConfig, data: DataConfig, paths: Mapping[str, str]) -> None:
         if data.source == codes.FORM.kind:
             encoded.check_model(data.path, codes.FORM, paths[TOKENIZER])
-
-    def compute_of(self, companion: str, compute: Compute) -> Compute:
-        # Codes are drawn in float32 whatever trains on them: bfloat16 flips close calls.
-        return dataclasses.replace(compute, dtype="float32")
 
     def from_reference(
         self, checkpoint: Checkpoint, model: LlamaConfig

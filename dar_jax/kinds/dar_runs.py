@@ -99,7 +99,8 @@ class DarRuns(Runs):
     def flow_work(self, num_tokens: int, stop_step: int) -> Work:
         """Work of the first steps, from the first tokens."""
         model = self.pipeline.tokenizer.model
-        return Work(self.batch_size * _flow_flops(model, num_tokens, self.num_steps, stop_step))
+        num_flops = self.batch_size * _flow_flops(model, num_tokens, self.num_steps, stop_step)
+        return Work(num_flops, decodes=True)
 
     @property
     def boundaries(self) -> tuple[int, ...]:

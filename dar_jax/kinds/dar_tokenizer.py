@@ -1,5 +1,6 @@
 """The sequential diffusion tokenizer of D-AR: images to tokens and back."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -69,6 +70,7 @@ class DarTokenizer(Kind[TokenizerConfig]):
         if checkpoint.config is not None:
             logging.info("Taking the model's config from the checkpoint")
             model = dar.tokenizer_config(checkpoint.config)
+        model = dar.with_head_of(checkpoint.state_dict, model)
         params = dar.tokenizer_params(checkpoint.state_dict, model)
         return model, params, dar.UNUSED_TOKENIZER_KEYS
 
@@ -81,12 +83,16 @@ class DarTokenizer(Kind[TokenizerConfig]):
 
 def flow_program(model: FunctionalModel[Tokenizer], mesh: Mesh, images: int) -> Program:
     """The last step of the flow decoder, from all tokens."""
+    model = dataclasses.replace(model, compute=model.compute.of_decoding())
     config, split = model.config, over_all_devices(mesh)
     size = (images, config.image_size, config.image_size, 3)
     step = functools.partial(sampler.decode_indices, model, start_step=config.num_steps - 1)
+    shape, dtype = (images, config.num_tokens), jnp.int32
+    if not config.codebook_size:
+        shape, dtype = (*shape, config.code_dim), jnp.float32
     arguments = (
         sampling_params(model, mesh),
-        jax.ShapeDtypeStruct((images, config.num_tokens), jnp.int32, sharding=split),
+        jax.ShapeDtypeStruct(shape, dtype, sharding=split),
         jax.ShapeDtypeStruct(size, jnp.float32, sharding=split),
     )
     return Program("flow step", jax.jit(step), arguments, {}, images)

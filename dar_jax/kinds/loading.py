@@ -99,14 +99,15 @@ def from_pretrained(
         path: directory with `config.json` and `model.safetensors` (and the models that it needs),
             a workdir that holds it as `model`, `hf://owner/name[/directory]`, or the digits that
             come with the package, `package://mnist`.
-        compute: execution choices, e.g. `Compute(dtype="bfloat16")`.
+        compute: execution choices, e.g. `Compute(dtype="bfloat16")`, which draws in bfloat16 and
+            decodes in float32.
         mesh: spread parameters and batches over these devices; each one reads its own part only.
 
     Raises:
         ValueError: no such directory, an unknown kind, or weights that do not fit the config.
     """
     directory, kind, architecture, class_names, sampling = open_model(path)
-    model = FunctionalModel(kind.module, architecture, compute or Compute())
+    model = FunctionalModel(kind.module, architecture, kind.compute_of(compute or Compute()))
     like = model.abstract_params()
     shardings = None if mesh is None else fsdp_sharding(like, mesh)
     params = model_dir.load_params(directory, like, shardings)
@@ -139,10 +140,10 @@ def random_pipeline(config: TaskBlocks, *, seed: int = 0) -> Pipeline | Autoenco
         other = find_kind(companion_kind, kind.name)
         architecture = _architecture(other, config.companions[name])
         kind.check_companion(config.model, name, architecture, config.companions[name])
-        model = FunctionalModel(other.module, architecture, config.compute)
+        model = FunctionalModel(other.module, architecture, other.compute_of(config.compute))
         params = jax.jit(model.init)(jax.random.key(seed))
         companions[name] = other.make_pipeline(model, params, companions={})
-    model = FunctionalModel(kind.module, config.model, config.compute)
+    model = FunctionalModel(kind.module, config.model, kind.compute_of(config.compute))
     params = jax.jit(model.init)(jax.random.key(seed))
     return kind.make_pipeline(model, params, companions=companions)
 
@@ -166,7 +167,7 @@ def build_task(config: TaskBlocks, *, with_weights: bool = True) -> Task:
         name: frozen_model(
             companion_kind,
             config.companions[name],
-            kind.compute_of(name, config.compute),
+            config.compute,
             with_weights=with_weights,
         )
         for name, companion_kind in kind.companions.items()
@@ -188,13 +189,14 @@ def frozen_model(
     Args:
         kind: that it must be of.
         path: as `model_dir.locate` takes it.
-        compute: execution choices.
+        compute: all execution choices.
         with_weights: see `build_task`.
 
     Raises:
         ValueError: there is no such model.
     """
     found = find_kind(kind, path)
+    compute = found.compute_of(compute)
     if not with_weights:
         model = FunctionalModel(found.module, _architecture(found, path), compute)
         return FrozenModel(model, model.abstract_params())

@@ -85,7 +85,8 @@ class TransDiffRuns(Runs):
     def decode_work(self) -> Work:
         """Work from latents to images."""
         prior, vae = self.pipeline.prior, self.pipeline.vae
-        return Work(self.batch_size * _decode_flops(vae.model, prior.config.latent_size))
+        num_flops = self.batch_size * _decode_flops(vae.model, prior.config.latent_size)
+        return Work(num_flops, decodes=True)
 
     @property
     def passes(self) -> range:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from dar_jax.common import files
@@ -54,14 +55,18 @@ def benchmark(config: Config, workdir: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     device = jax.devices()[0]
-    logging.info("Measuring the speed of %s in %s", device.device_kind, compute.dtype)
-    speed = device_speed.measure(compute.jnp_dtype)
+    speeds = {}
+    for dtype in {compute.dtype, compute.decode_dtype}:
+        logging.info("Measuring the speed of %s in %s", device.device_kind, dtype)
+        speeds[dtype] = device_speed.measure(jnp.dtype(dtype))
+    speed, decode_speed = speeds[compute.dtype], speeds[compute.decode_dtype]
     context = {
         "device": device.device_kind,
         "platform": device.platform,
         "cpu_count": os.cpu_count(),
         "jax": jax.__version__,
         "dtype": compute.dtype,
+        "decode_dtype": compute.decode_dtype,
         "weights": weights,
         **options,
         **{name: value for name, value in vars(pipeline.prior.config).items() if name in SIZES},
@@ -69,9 +74,10 @@ def benchmark(config: Config, workdir: str) -> None:
         "bandwidth": speed.bandwidth,
         "product_bandwidth": speed.product_bandwidth,
         "matmul_flops": speed.flops,
+        "decode_matmul_flops": decode_speed.flops,
     }
     rows = []
-    for row in measure(pipeline, settings, sampling, speed):
+    for row in measure(pipeline, settings, sampling, (speed, decode_speed)):
         rows.append(row)
         with files.replacing(path) as temporary:
             lines = (json.dumps({**row.as_json(), **context}) for row in rows)
@@ -101,7 +107,7 @@ def measure(
     pipeline: Pipeline,
     settings: BenchmarkConfig,
     sampling: Any,
-    speed: DeviceSpeed,
+    speeds: tuple[DeviceSpeed, DeviceSpeed],
 ) -> Iterator[Row]:
     """Yield the measurements of every batch size that fits, and say how long the rest takes.
 
@@ -109,12 +115,12 @@ def measure(
         pipeline: the models.
         settings: what is timed.
         sampling: how images are drawn, but for the guidance scale.
-        speed: of the device.
+        speeds: of the device, in the dtype that draws and in the one that decodes.
     """
     microbatch, scales = settings.microbatch or None, settings.guidance_scales
     runs_class = runs_of(pipeline)
     runs_of_size = {
-        size: runs_class(pipeline, sampling, speed, size, microbatch, settings.repeats)
+        size: runs_class(pipeline, sampling, *speeds, size, microbatch, settings.repeats)
         for size in settings.batch_sizes
     }
     left = {
@@ -163,10 +169,11 @@ def describe(context: dict[str, Any]) -> str:
     """One line on where and how the figures came about."""
     size = ", ".join(f"{name} {context[name]}" for name in SIZES if name in context)
     return (
-        f"{context['device']}, jax {context['jax']}, {context['dtype']}, {context['weights']} "
-        f"weights; {size}; bounds from "
+        f"{context['device']}, jax {context['jax']}, {context['dtype']}, decoding in "
+        f"{context['decode_dtype']}, {context['weights']} weights; {size}; bounds from "
         f"{context['bandwidth'] / GIGA:.4g} GB/s (one matrix-vector product: "
         f"{context['product_bandwidth'] / GIGA:.4g}) and "
-        f"{context['matmul_flops'] / GIGA:.4g} GFLOP/s, "
+        f"{context['matmul_flops'] / GIGA:.4g} GFLOP/s (decoding: "
+        f"{context['decode_matmul_flops'] / GIGA:.4g}), "
         f"measured in this run; medians of {context['repeats']}"
     )

@@ -76,7 +76,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     made, total = settings.num_images - lacking, settings.num_images
     logging.info("%s has %d of %d images", image_set.directory, made, total)
     fill(image_set, pipeline, settings)
-    size = pipeline.image_size
+    size = pipeline.output_size
     path = directory / f"samples_{total}x{size}x{size}x3.npz"
     if jax.process_index() == 0 and (lacking or not path.exists()):
         image_set.merge(path)

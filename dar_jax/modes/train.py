@@ -150,7 +150,17 @@ def _initial_params(
     model_dir.load_config(directory, config.task)
     like = task.released(abstract.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return model_dir.load_params(directory, like, shardings, adapters=task.adapters())
+    fitting = model_dir.load_fitting(directory, like, shardings, task.adapters())
+    parts = {
+        "made to fit": fitting.adapted,
+        "drawn anew": fitting.lacking or ["nothing"],
+        "not used": fitting.unused,
+    }
+    lines = ["\n  ".join([f"{title}:", *names]) for title, names in parts.items() if names]
+    count = len(jax.tree.leaves(fitting.params)) - len(fitting.adapted)
+    text = "\n".join(lines)
+    logging.info("%d tensors of %s are taken as they are\n%s", count, directory, text)
+    return fitting.params
 
 
 def _restore_or_create(

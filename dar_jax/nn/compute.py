@@ -16,6 +16,9 @@ class Compute:
     Attributes:
         dtype: of matrix multiplications and activations; parameters stay float32, and norms,
             softmax, losses and the flow state are float32 in any case.
+        decode_dtype: the same of a tokenizer or autoencoder that is not being trained, where it
+            makes images: float32, as published figures do, or bfloat16, which is faster. Codes and
+            latents of images are in float32 in any case: see `FunctionalModel.in_float32`.
         residual_dtype: of the residual stream of transformers: `float32`, as the references' is
             under autocast, or that of `compute`, which keeps half the bytes and rounds after every
             branch, so that errors of gradients grow with the depth. The stream of D-AR's flow
@@ -30,6 +33,7 @@ class Compute:
     """
 
     dtype: str = "float32"
+    decode_dtype: str = "float32"
     residual_dtype: str = "float32"
     remat: str = "none"
     loss_chunks: int = 1
@@ -37,8 +41,11 @@ class Compute:
     stacked: bool = True
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+        for name in ("dtype", "decode_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} must be one of {', '.join(DTYPES)}"
+                )
         if self.residual_dtype not in RESIDUAL_DTYPES:
             raise ValueError(
                 f"residual_dtype {self.residual_dtype!r} must be one of "
@@ -48,6 +55,10 @@ class Compute:
             raise ValueError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
         if self.loss_chunks < 1:
             raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
+
+    def of_decoding(self) -> "Compute":
+        """Choices for a tokenizer or autoencoder that is not being trained."""
+        return dataclasses.replace(self, dtype=self.decode_dtype)
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

@@ -1,8 +1,9 @@
 """A module as pure functions of plain nested parameter dicts."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import jax
@@ -38,6 +39,28 @@ class FunctionalModel(Generic[M]):
     def bind(self, params: Params) -> M:
         """Return the module with these parameters."""
         return nnx.merge(_graphdef(self), params)
+
+    @contextlib.contextmanager
+    def in_float32(self, params: Params) -> Iterator[M]:
+        """Give the module in float32, and products that are float32 on every platform.
+
+        Accelerators would multiply float32 in less, TPUs in bfloat16, which flips close calls
+        between codes.
+        """
+        exact = dataclasses.replace(
+            self, compute=dataclasses.replace(self.compute, dtype="float32")
+        )
+        with jax.default_matmul_precision("highest"):
+            yield exact.bind(params)
+
+    @contextlib.contextmanager
+    def decoding(self, params: Params) -> Iterator[M]:
+        """Give the module in its own dtype; products of float32 lose no more than in TF32.
+
+        That is what published images are decoded in. By default, TPUs would multiply in bfloat16.
+        """
+        with jax.default_matmul_precision("high"):
+            yield self.bind(params)
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of the parameters."""

@@ -53,12 +53,14 @@ class BranchConfig:
     Attributes:
         dim: width.
         num_heads: of every attention.
+        mlp_dim: width inside the MLP.
         attention_dropout: on attention weights.
         dropout: on the outputs of attention, of the activation and of the MLP.
     """
 
     dim: int
     num_heads: int
+    mlp_dim: int
     attention_dropout: float = 0.0
     dropout: float = 0.0
 
@@ -78,7 +80,7 @@ class BranchConfig:
         """MLP with exact GELU and dropout, drawn as by Xavier."""
         return Mlp(
             self.dim,
-            MLP_RATIO * self.dim,
+            self.mlp_dim,
             activation=exact_gelu,
             kernel_init=XAVIER_INIT,
             dropout_rate=self.dropout,

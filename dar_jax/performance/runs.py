@@ -44,10 +44,14 @@ SEED = 0
 
 
 class Work(NamedTuple):
-    """What is to be done: FLOPs, and bytes of weights and caches that are read."""
+    """What is to be done: FLOPs, and bytes of weights and caches that are read.
+
+    `decodes` says that the tokenizer or autoencoder does it, in a dtype of its own.
+    """
 
     flops: float
     num_bytes: int = 0
+    decodes: bool = False
 
 
 class Part(NamedTuple):
@@ -73,7 +77,8 @@ class Runs(abc.ABC):
     Attributes:
         pipeline: the models.
         sampling: how images are drawn, but for the guidance scale.
-        speed: of the device.
+        speed: of the device, in the dtype of the model that draws.
+        decode_speed: the same in that of the other one.
         batch_size: images at a time.
         microbatch: images that the second model sees at a time; None is all.
         repeats: timed runs of everything.
@@ -82,6 +87,7 @@ class Runs(abc.ABC):
     pipeline: Any
     sampling: Any
     speed: DeviceSpeed
+    decode_speed: DeviceSpeed
     batch_size: int
     microbatch: int | None
     repeats: int
@@ -119,7 +125,8 @@ class Runs(abc.ABC):
 
     def seconds(self, works: Sequence[Work]) -> float:
         """Least time to do the works one after the other."""
-        times = (self.speed.seconds(work.num_bytes, work.flops) for work in works)
+        speeds = {False: self.speed, True: self.decode_speed}
+        times = (speeds[work.decodes].seconds(work.num_bytes, work.flops) for work in works)
         return sum(times, start=0.0)
 
     def bounds(self, scale: float | None) -> dict[str, float]:

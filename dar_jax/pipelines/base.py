@@ -191,7 +191,12 @@ class Pipeline(abc.ABC):
     @property
     @abc.abstractmethod
     def image_size(self) -> int:
-        """Side of the images in pixels."""
+        """Side in pixels of the images that it works on."""
+
+    @property
+    def output_size(self) -> int:
+        """Side in pixels of those that it returns."""
+        return self.image_size
 
     @abc.abstractmethod
     def generate(

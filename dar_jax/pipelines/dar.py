@@ -53,14 +53,19 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
     sampling_class = FlowSampling
 
     @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
+    def codebook_size(self) -> int | None:
+        return self.config.codebook_size or None
 
     def check_image_size(self, image_size: int) -> None:
         if image_size != self.config.image_size:
             raise ValueError(
                 f"config.data.image_size={image_size} must be that of the model, "
                 f"{self.config.image_size}"
+            )
+        if 0 < self.config.output_size < image_size:
+            raise ValueError(
+                f"the model makes images of {self.config.output_size} pixels of those of "
+                f"{image_size}, which cannot be compared: set output_size to 0 in its config.json"
             )
 
     def reconstruct(
@@ -71,15 +76,19 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         first_index: int = 0,
         sampling: FlowSampling = FlowSampling(),
     ) -> Reconstruction:
-        indices = self.encode(images)
+        tokens = self.encode(images)
         rngs = image_keys(rng, len(images), first_index)
         noise = sampler.initial_noise(rngs, images.shape[1:3])
         num_steps = sampling.steps(self.config)
-        decoded = self.decode(indices, noise=noise, solver=sampling.solver, num_steps=num_steps)
-        return Reconstruction(decoded, indices)
+        decoded = self.decode(tokens, noise=noise, solver=sampling.solver, num_steps=num_steps)
+        return Reconstruction(decoded, tokens if self.codebook_size else None)
 
-    def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Int[Array, "B N"]:
+    def encode(
+        self, images: Float[Array | np.ndarray, "B H W 3"]
+    ) -> Int[Array, "B N"] | Float[Array, "B N C"]:
         """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
+
+        In float32, whatever decoding is in. A model without a codebook gives codes.
 
         Raises:
             ValueError: another shape, or a batch that does not divide over the mesh.
@@ -89,7 +98,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
 
     def decode(
         self,
-        indices: Int[Array | np.ndarray, "B n"],
+        indices: Int[Array | np.ndarray, "B n"] | Float[Array | np.ndarray, "B n C"],
         *,
         rng: PRNGKeyArray | None = None,
         noise: Float[Array | np.ndarray, "B H W 3"] | None = None,
@@ -101,11 +110,14 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         known: Float[Array | np.ndarray, "B H W 3"] | None = None,
         mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
-    ) -> Float[Array, "B H W 3"]:
+    ) -> Float[Array, "B height width 3"]:
         """Decode indices to images, nominally in [-1, 1] (not clipped).
 
+        They are of the size of the noise, or of the model's `output_size`.
+
         Args:
-            indices: all N tokens; with `num_groups`, at least those of the groups.
+            indices: all N tokens, as `encode` gives them; with `num_groups`, at least those of the
+                groups.
             rng: key of the initial noise; image i draws from `fold_in(rng, i)`.
             noise: initial noise instead of `rng`; also sets the size.
             solver: "adams_bashforth2" or "euler".
@@ -238,6 +250,10 @@ class DarPipeline(Pipeline):
         return self.tokenizer.config.image_size
 
     @property
+    def output_size(self) -> int:
+        return min(self.image_size, self.tokenizer.config.output_size or self.image_size)
+
+    @property
     def num_tokens(self) -> int:
         return self.tokenizer.config.num_tokens
 
@@ -309,7 +325,8 @@ class DarPipeline(Pipeline):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _encode(model: FunctionalModel[Tokenizer], params: Params, images: Array) -> Array:
-    return model.bind(params).encode(images).indices
+    with model.in_float32(params) as tokenizer:
+        return tokenizer.encode(images).tokens
 
 
 @functools.partial(

@@ -44,18 +44,20 @@ def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | N
 
 
 def check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> None:
-    """Check [B, n] with the tokens of the groups, and the codebook.
+    """Check [B, n] with the tokens of the groups, and the codebook; or codes [B, n, C] without one.
 
     Raises:
         ValueError: another shape, too few or too many tokens, or one out of the codebook.
     """
-    check_shape("indices", indices, ("B", "n"))
+    of_code = () if config.codebook_size else (config.code_dim,)
+    check_shape("indices" if config.codebook_size else "codes", indices, ("B", "n", *of_code))
     needed = config.num_tokens * num_groups // config.num_groups
     if not needed <= indices.shape[1] <= config.num_tokens:
         raise ValueError(
             f"indices hold {indices.shape[1]} tokens, expected {needed} to {config.num_tokens}"
         )
-    check_range("indices", indices, config.codebook_size)
+    if config.codebook_size:
+        check_range("indices", indices, config.codebook_size)
 
 
 def check_steps(config: TokenizerConfig, num_steps: int, num_groups: int, start_step: int) -> int:

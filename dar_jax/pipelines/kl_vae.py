@@ -20,6 +20,8 @@ class KlVaePipeline(Autoencoder[KlVae]):
     def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w C2"]:
         """Encode images in [-1, 1] to moments; `models.kl_vae.posterior` makes a Gaussian of them.
 
+        In float32, whatever decoding is in.
+
         Raises:
             ValueError: another shape, sides that the stride does not divide, or a batch that does
                 not divide over the mesh.
@@ -58,11 +60,13 @@ class KlVaePipeline(Autoencoder[KlVae]):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _encode(model: FunctionalModel[KlVae], params: Params, images: Array) -> Array:
-    return model.bind(params).encode(images)
+    with model.in_float32(params) as vae:
+        return vae.encode(images)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))
 def _decode(
     model: FunctionalModel[KlVae], params: Params, latents: Array, *, microbatch: int | None
 ) -> Array:
-    return model.bind(params).decode(latents, microbatch=microbatch)
+    with model.decoding(params) as vae:
+        return vae.decode(latents, microbatch=microbatch)

@@ -21,8 +21,8 @@ DISCRIMINATOR = "discriminator"
 loss, which `released` leaves out."""
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
-Adapter = Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]
-"""Makes a parameter of another shape fit, as far as it can; None leaves it to `init`."""
+Adapter = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+"""Makes a parameter of another shape fit, as far as it can."""
 
 
 class FrozenModel(NamedTuple):
@@ -99,7 +99,8 @@ class Task(Protocol):
     def adapters(self) -> dict[str, Adapter]:
         """How parameters of another architecture of this kind are made to fit, by name.
 
-        Of a model that training starts from (`train.init_from`), only these may differ in shape.
+        Of a model that training starts from (`train.init_from`), others of another shape are drawn
+        anew.
         """
         ...
 

@@ -93,7 +93,8 @@ class DarPriorTask(ModelTask):
     ) -> Int[Array, "B N"]:
         if "codes" not in batch:
             image = images.to_float(batch["pixels"])
-            return self.tokenizer.bind(frozen["tokenizer"]).encode(image).indices
+            with self.tokenizer.in_float32(frozen["tokenizer"]) as tokenizer:
+                return tokenizer.encode(image).indices
         batch_size, crops, _ = batch["codes"].shape
         crop = jax.random.randint(rng, (batch_size,), 0, crops)
         return batch["codes"][jnp.arange(batch_size), crop].astype(jnp.int32)

@@ -10,6 +10,7 @@ loss = flow + codebook + commitment + entropy_weight * entropy
        + adversarial_weight * (generator + discriminator)      see `tasks.loss_nets`
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -118,6 +119,11 @@ class DarTokenizerTask(ModelTask):
     """See the module's docstring."""
 
     def __init__(self, config: TokenizerConfig, loss_config: TokenizerLossConfig, compute: Compute):
+        if loss_config.entropy_weight and not config.codebook_size:
+            raise ValueError(
+                f"loss.entropy_weight={loss_config.entropy_weight} needs a codebook, but "
+                "model.codebook_size is 0"
+            )
         self.model = FunctionalModel(Tokenizer, config, compute)
         self.loss_config = loss_config
         self.nets = LossNets(loss_config, config, compute)
@@ -167,12 +173,15 @@ class DarTokenizerTask(ModelTask):
             started = batch["step"] >= self.loss_config.adversarial_start
             losses = nets.adversarial(params[DISCRIMINATOR], image, out.predicted, out.t)
             terms |= {name: started * term for name, term in losses.items()}
+        counts = {}
+        if out.quantized.indices is not None:
+            counts["code_counts"] = code_counts(out.quantized.indices, config.codebook_size)
         group = time_group(u, config.num_groups)
         weighted = (weights[name] * term for name, term in terms.items())
         return sum(weighted, jnp.zeros(())), {
             **terms,
             "dead_code_rate": dead_code_rate(out.quantized.codes),
-            "code_counts": code_counts(out.quantized.indices, config.codebook_size),
+            **counts,
             "group_sums": group_sums(out.sample_flow_loss, group, config.num_groups),
         }
 
@@ -194,11 +203,11 @@ class DarTokenizerTask(ModelTask):
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         averages = [*self._weights(), "dead_code_rate"]
         num_groups = self.model.config.num_groups
+        of_codebook = {"codebook_usage": CodebookUsage, "codebook_perplexity": CodebookPerplexity}
         return {
             **{name: metrics.Average.from_output(name) for name in averages},
             **{f"flow_loss_{group + 1}": group_average(group) for group in range(num_groups)},
-            "codebook_usage": CodebookUsage,
-            "codebook_perplexity": CodebookPerplexity,
+            **(of_codebook if self.model.config.codebook_size else {}),
         }
 
     def pictures(
@@ -221,15 +230,17 @@ class DarTokenizerTask(ModelTask):
     def _reconstruct(
         self, params: Params, pixels: UInt8[Array, "B H W 3"], rng: PRNGKeyArray
     ) -> UInt8[Array, "steps B H W 3"]:
-        """Previews after each step; the last one is the reconstruction."""
+        """Previews after each step, not resized; the last one is the reconstruction."""
         image = images.to_float(pixels)
-        return images.to_pixels(_previews(self.model, self.released(params), image, rng))
+        config = dataclasses.replace(self.model.config, output_size=0)
+        model = dataclasses.replace(self.model, config=config)
+        return images.to_pixels(_previews(model, self.released(params), image, rng))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _previews(
     model: FunctionalModel[Tokenizer], params: Params, image: Array, rng: PRNGKeyArray
 ) -> Float[Array, "steps B H W 3"]:
-    indices = model.bind(params).encode(image).indices
+    tokens = model.bind(params).encode(image).tokens
     noise = jax.random.normal(rng, image.shape)
-    return sampler.decode_indices(model, params, indices, noise).previews
+    return sampler.decode_indices(model, params, tokens, noise).previews

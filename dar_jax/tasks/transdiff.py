@@ -21,9 +21,9 @@ the same mean, and a batch split over devices stays split. The reference casts t
 in some recipes, average and optimizer included; here parameters are float32 in any case.
 
 A run that starts from another model of the family (`train.init_from`) takes every tensor that has
-the same shape, and fits the rest: the one mask token becomes the first value of all of them, the
-positions of the decoder are interpolated to the larger latent, and the projection of references,
-which a one-step model does not train, starts anew.
+the same shape. The one mask token becomes the first value of all of them, and the positions of the
+decoder are interpolated to the larger latent. All else is drawn anew, such as the projection of
+references, which a one-step model does not train.
 """
 
 import dataclasses
@@ -215,7 +215,8 @@ class TransDiffTask(ModelTask):
         _check_images(name, values.shape[1], self.model.config)
         flat = einops.rearrange(values, "b k ... -> (b k) ...")
         if name == "pixels":
-            flat = self.vae.bind(frozen["vae"]).encode(images.to_float(flat))
+            with self.vae.in_float32(frozen["vae"]) as vae:
+                flat = vae.encode(images.to_float(flat))
         gaussian = posterior(flat)
         latents = self.vae.config.latent_scale * gaussian.sample(
             jax.random.normal(rng, gaussian.mean.shape)
@@ -259,7 +260,6 @@ class TransDiffTask(ModelTask):
     def adapters(self) -> dict[str, Adapter]:
         return {
             "encoder/mask_token": repeat_rows,
-            "encoder/reference_projection/kernel": start_anew,
             "decoder/position_table": interpolate_positions,
         }
 
@@ -267,11 +267,6 @@ class TransDiffTask(ModelTask):
 def repeat_rows(rows: Float[np.ndarray, "N D"], shape: tuple[int, ...]) -> Float[np.ndarray, "M D"]:
     """Let every one of more mask tokens start from the same vector."""
     return np.repeat(rows, max(1, shape[0] // len(rows)), axis=0)
-
-
-def start_anew(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Leave a projection from patches of another size to `init`."""
-    return None if kernel.shape[1] == shape[1] else kernel
 
 
 def interpolate_positions(

@@ -14,7 +14,8 @@ class TrainConfig:
     keep_every: int = 0
     """Checkpoints of multiples of this step are kept as well as the latest ones; 0: none."""
     init_from: str = ""
-    """Model directory (or workdir, or hf:// address) whose parameters a new run starts from."""
+    """Model directory (or workdir, or hf:// address) whose parameters a new run starts from: all
+    that fit; what is drawn anew, a table of other classes for one, is logged."""
     image_every: int = 1_000
     """0: no pictures."""
     evaluate_every: int = 0

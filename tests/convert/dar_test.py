@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dar_jax.common.image import resize_bicubic
 from dar_jax.convert import dar as convert
 from dar_jax.convert.rules import reference_shapes, to_state_dict
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -54,6 +55,10 @@ RELEASED_PRIOR = {
     "block_size": 256,
     "num_classes": 1000,
 }
+
+
+TINY = "dar/tokenizer_tiny"
+ROUNDING = 1e-4  # float32, in another program; images reach 1
 
 
 def assert_equal(back, state_dict, unused=()):
@@ -134,16 +139,55 @@ def test_missing_tensor_is_named():
         convert.prior_params(state_dict, config)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vq_enable": False}, "vq_enable=False is not supported"),
-        ({"output_resolution": 256}, "output_resolution=256 is not supported"),
-    ],
-)
-def test_unsupported_tokenizers_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        convert.tokenizer_config(RELEASED_TOKENIZER["model"] | change)
+@pytest.fixture(scope="module")
+def whole():
+    """State dict and config of a tokenizer, what it is, an image and its noise."""
+    state_dict = fixtures.load_state_dict(TINY)
+    config = fixtures.load_json(TINY, "config")["model"]
+    image, noise = jax.random.uniform(jax.random.key(0), (2, 2, 64, 64, 3), minval=-1)
+    return state_dict, config, convert.tokenizer_from_reference(state_dict, config), image, noise
+
+
+def test_file_without_the_alignment_head_converts(whole, caplog):
+    state_dict, config, tokenizer, image, noise = whole
+    lacking = {name: a for name, a in state_dict.items() if "repa_out" not in name}
+    assert len(lacking) < len(state_dict)
+    with caplog.at_level("INFO", logger="absl"):
+        other = convert.tokenizer_from_reference(lacking, config)
+    assert "lacks the alignment head" in caplog.text
+    assert other.config.decoder.feature_layer is None
+    decoded = [each.decode(each.encode(image), noise=noise) for each in (tokenizer, other)]
+    np.testing.assert_array_equal(*decoded)
+
+
+def test_tokenizer_without_a_codebook_decodes_unit_vectors(whole):
+    state_dict, config, tokenizer, image, noise = whole
+    lacking = {name: a for name, a in state_dict.items() if not name.startswith("quantize.")}
+    other = convert.tokenizer_from_reference(lacking, config | {"vq_enable": False})
+    assert other.codebook_size is None
+    assert_equal(convert.tokenizer_state_dict(other.params, other.config), lacking)
+    quantized = tokenizer.model.bind(tokenizer.params).encode(image)
+    np.testing.assert_allclose(other.encode(image), quantized.z, atol=ROUNDING)
+    decoded = other.decode(quantized.nearest, noise=noise)
+    expected = tokenizer.decode(quantized.indices, noise=noise)
+    np.testing.assert_allclose(decoded, expected, atol=ROUNDING)
+    made = other.reconstruct(image, rng=jax.random.key(0))
+    assert made.images.shape == image.shape and made.indices is None
+    with pytest.raises(ValueError, match="codes"):
+        other.decode(quantized.indices, noise=noise)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(24, 24), (64, 64), (80, 64)])
+def test_larger_output_is_resized_in_the_end(whole, size, expected):
+    state_dict, config, tokenizer, image, noise = whole
+    other = convert.tokenizer_from_reference(state_dict, config | {"output_resolution": size})
+    indices = tokenizer.encode(image)
+    decoded = tokenizer.decode(indices, noise=noise)
+    np.testing.assert_allclose(
+        other.decode(indices, noise=noise),
+        resize_bicubic(decoded, (expected, expected)),
+        atol=ROUNDING,
+    )
 
 
 def test_missing_config_key_is_named():

@@ -11,8 +11,11 @@ from configs import common, imagenet_kl_vae, imagenet_transdiff
 from dar_jax.config import build as read_config
 from dar_jax.convert import transdiff as convert
 from dar_jax.convert.checkpoints import read_checkpoint
+from dar_jax.convert.rules import reference_shapes
 from dar_jax.kinds.loading import from_pretrained
+from dar_jax.models.transdiff.model import TransDiff
 from dar_jax.modes import convert as mode
+from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures, models
 from tests.modes.convert_test import assert_same_params
 
@@ -54,11 +57,21 @@ def test_tensors_that_do_not_fit_are_named():
         convert.transdiff_params(state_dict, other)
 
 
+def test_mlp_ratio_is_the_config_s():
+    reference = fixtures.load_json(FOLDERS[0], "config")["model"]
+    assert convert.transdiff_config(reference).mlp_ratio == 4
+    config = convert.transdiff_config(reference | {"mlp_ratio": 2.5})
+    like = FunctionalModel(TransDiff, config).abstract_params()
+    shapes = reference_shapes(convert.transdiff_rules(config), like)
+    assert shapes["encoder_blocks.1.mlp.fc1.weight"] == (140, 56)
+    assert shapes["diffdecoder.net.res_blocks.0.mlp.fc2.weight"] == (56, 140)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(decoder_embed_dim=48), "encoder_embed_dim=56 must equal decoder_embed_dim=48"),
-        (dict(mlp_ratio=2.0), "mlp_ratio=2.0 is not supported"),
+        (dict(layer_norm_eps=1e-5), "layer_norm_eps=1e-05 is not supported"),
         (dict(buffer_size=None), None),
     ],
 )

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 
 from dar_jax.convert import inception, rules
+from dar_jax.evaluation.distances import distance
+from dar_jax.evaluation.moments import Moments
 from dar_jax.models.frozen import inception as network
 from dar_jax.models.frozen.inception import Inception, InceptionConfig, resize_bilinear
 from dar_jax.nn.functional_model import FunctionalModel
 
 TOLERANCE = 1e-4  # float32 through 94 convolutions; features reach 8
 RESIZE_TOLERANCE = 1e-4  # of 255: float32
+DISTANCE_TOLERANCE = 1e-6  # float64, but for the root of a product
 NUM_CONVS = 94  # of the published network
+NUM_COMPARED = 4
+"""Features whose distance is compared: more images have covariances of full rank."""
 
 
 def scaled_state_dict(seed=0):
@@ -52,20 +57,53 @@ def port_features(state_dict, path, pixels):
     return [x.numpy() for x in (pool, einops.rearrange(first, "b c h w -> b (h w c)"), logits)]
 
 
+def blocks(count, size):
+    """Pictures of 4 x 4 coloured blocks."""
+    coarse = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(size[0] // 4, axis=1).repeat(size[1] // 4, axis=2)
+
+
+def our_features(state_dict, pixels, fed_as):
+    model = FunctionalModel(Inception, InceptionConfig())
+    params = inception.from_reference(state_dict, model.config, model.abstract_params())
+    return jax.jit(lambda params, pixels: model.bind(params)(pixels, fed_as))(params, pixels)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 48), (384, 320)], ids=["enlarged", "reduced"])
 def test_features_equal_the_port(size, tmp_path, stub_torchvision):
-    coarse = np.random.default_rng(1).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
-    pixels = coarse.repeat(size[0] // 4, axis=1).repeat(size[1] // 4, axis=2)
-    state_dict = scaled_state_dict()
+    pixels, state_dict = blocks(2, size), scaled_state_dict()
     expected = port_features(state_dict, tmp_path / "port.pth", pixels)
-    model = FunctionalModel(Inception, InceptionConfig())
-    params = inception.from_reference(state_dict, model.config, model.abstract_params())
-    found = jax.jit(lambda params, pixels: model.bind(params)(pixels))(params, pixels)
+    found = our_features(state_dict, pixels, "tensorflow")
     assert [x.shape for x in found] == [(2, 2048), (2, 2023), (2, 1008)]
     for ours, theirs in zip(found, expected, strict=True):
         assert np.std(theirs[0] - theirs[1]) > 1000 * TOLERANCE, "both images look the same"
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 48), (384, 320)], ids=["enlarged", "reduced"])
+def test_features_and_distance_equal_those_of_pytorch_fid(size, monkeypatch):
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("pytorch_fid.inception")
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    pixels, state_dict = blocks(4 * NUM_COMPARED, size), scaled_state_dict()
+    tensors = {name: torch.tensor(array) for name, array in state_dict.items()}
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: tensors)
+    images = torch.tensor(einops.rearrange(pixels, "b h w c -> b c h w")) / 255
+    with torch.no_grad():
+        theirs = module.InceptionV3().eval()(images)[0].squeeze((2, 3)).numpy()
+    ours = our_features(state_dict, pixels, "pytorch_fid").pool
+    assert np.std(theirs[0] - theirs[1]) > 1000 * TOLERANCE, "both images look the same"
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    few = theirs[:, np.argsort(-theirs.std(axis=0))[:NUM_COMPARED]].astype(np.float64)
+    halves = np.split(few, 2)
+    gaussians = [x for half in halves for x in (half.mean(axis=0), np.cov(half, rowvar=False))]
+    expected = calculate_frechet_distance(*gaussians)
+    assert distance(halves[0], Moments.of(halves[1]).gaussian()) == pytest.approx(
+        expected, rel=DISTANCE_TOLERANCE
+    )
 
 
 def reference_resize(image, size):
@@ -86,11 +124,19 @@ def reference_resize(image, size):
 @pytest.mark.parametrize("size_in", [(7, 5), (23, 29)])
 def test_resize_samples_at_corners_of_pixels(size_in):
     image = np.random.default_rng(0).uniform(0, 255, (1, *size_in, 1)).astype(np.float32)
-    found = resize_bilinear(jnp.asarray(image), 13)[0, ..., 0]
+    found = resize_bilinear(jnp.asarray(image), 13, half_pixel=False)[0, ..., 0]
     np.testing.assert_allclose(
         found, reference_resize(image[0, ..., 0], 13), atol=255 * RESIZE_TOLERANCE
     )
     assert found[0, 0] == image[0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("size_in", [(7, 5), (23, 29)])
+def test_resize_of_pytorch_samples_at_centres_of_pixels(size_in):
+    image = np.random.default_rng(0).uniform(0, 255, (1, *size_in, 1)).astype(np.float32)
+    expected = jax.image.resize(image, (1, 13, 13, 1), "linear", antialias=False)
+    found = resize_bilinear(jnp.asarray(image), 13, half_pixel=True)
+    np.testing.assert_allclose(found, expected, atol=255 * RESIZE_TOLERANCE)
 
 
 def test_average_pooling_leaves_out_the_padding():

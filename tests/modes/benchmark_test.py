@@ -28,7 +28,7 @@ FIELDS = {
     *("phase", "batch_size", "guidance_scale", "seconds", "bound_seconds", "images_per_second"),
     *("bound_images_per_second", "fraction_of_bound", "device", "platform", "cpu_count", "jax"),
     *("dtype", "weights", "repeats", "bandwidth", "product_bandwidth", "matmul_flops", "solver"),
-    *("num_steps", "dim"),
+    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim"),
 }
 """Names in every line, whatever is timed."""
 DAR_FIELDS = {
@@ -263,7 +263,7 @@ def test_released_sizes_take_the_released_tokenizer(tmp_path, monkeypatch):
     config = imagenet_dar.get_config("xl")
     config.tokenizer = str(tmp_path / "none")
     benchmark.load(read_config(config))
-    assert [model.compute.dtype for model in drawn] == ["bfloat16"] * 2
+    assert [model.compute.dtype for model in drawn] == ["float32", "bfloat16"]
     assert drawn[0].config == DarTokenizer.released
 
 

@@ -57,7 +57,7 @@ def dar(size, batch_size=1, speed=H200, num_steps=0, **tokenizer):
         tokenizer=known(Tokenizer, dataclasses.replace(DarTokenizer.released, **tokenizer)),
     )
     sampling = DarSampling(num_steps=num_steps)
-    return dar_runs.DarRuns(pipeline, sampling, speed, batch_size, None, 1)
+    return dar_runs.DarRuns(pipeline, sampling, speed, speed, batch_size, None, 1)
 
 
 def trans_diff(size, batch_size=1, **form):
@@ -66,7 +66,8 @@ def trans_diff(size, batch_size=1, **form):
         prior=with_shapes(LatentPipeline, transdiff.TransDiff, config),
         vae=known(KlVae, KlVaeConfig()),
     )
-    return transdiff_runs.TransDiffRuns(pipeline, TransDiffSampling(), H200, batch_size, None, 1)
+    sampling = TransDiffSampling()
+    return transdiff_runs.TransDiffRuns(pipeline, sampling, H200, H200, batch_size, None, 1)
 
 
 def flops_of(part):

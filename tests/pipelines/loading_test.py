@@ -139,7 +139,7 @@ def test_each_device_reads_its_own_part_only(workdir, monkeypatch):
 def test_compute_dtype_is_an_argument(workdir):
     pipelines = [from_pretrained(workdir, compute=Compute(dtype=dtype)) for dtype in DTYPES]
     for pipeline, dtype in zip(pipelines, DTYPES, strict=True):
-        assert pipeline.tokenizer.model.compute.dtype == dtype
+        assert pipeline.tokenizer.model.compute.dtype == "float32"
         assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(pipeline.tokenizer.params))
         read = tree.flatten(pipeline.prior.sampling_params)
         is_kernel = {name: name.endswith("kernel") for name in read}
@@ -150,6 +150,19 @@ def test_compute_dtype_is_an_argument(workdir):
         )
     single, half = (p.prior.logits(LABELS, np.zeros((2, 16), np.int32)) for p in pipelines)
     assert 0 < jnp.abs(single - half).max() < BFLOAT16_ROUNDING
+
+
+@pytest.mark.parametrize("path", ["model", "dar_tokenizer"])
+def test_tokenizer_decodes_in_a_dtype_of_its_own(workdir, path):
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32, 3)).astype(np.float32)
+    single, half = (
+        from_pretrained(workdir / path, compute=Compute(decode_dtype=dtype)) for dtype in DTYPES
+    )
+    single, half = (getattr(pipeline, "tokenizer", pipeline) for pipeline in (single, half))
+    codes = single.encode(images)
+    np.testing.assert_array_equal(codes, half.encode(images))
+    decoded = [tokenizer.decode(codes, noise=images) for tokenizer in (single, half)]
+    assert 0 < jnp.abs(decoded[0] - decoded[1]).max() < BFLOAT16_ROUNDING
 
 
 def test_half_precision_directory_is_widened(workdir, copy):

@@ -9,6 +9,7 @@ import pytest
 
 from dar_jax.common import model_dir
 from dar_jax.common.flops import flops
+from dar_jax.common.image import to_float
 from dar_jax.kinds.loading import frozen_model
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
@@ -102,6 +103,19 @@ def test_what_saves_memory_changes_no_gradient(tokenizer, plain, options, accumu
     assert loss == pytest.approx(plain[0], rel=RTOL)
     assert np.linalg.norm(plain[1]) > 0.1
     assert np.linalg.norm(gradient - plain[1]) <= RTOL * np.linalg.norm(plain[1])
+
+
+def test_codes_are_the_same_whatever_dtypes_train_and_decode(directory):
+    rng = np.random.default_rng(0)
+    batch = {"pixels": rng.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)}
+    codes = []
+    for compute in (Compute(), Compute(dtype="bfloat16", decode_dtype="bfloat16")):
+        task = DarPriorTask(PRIOR, frozen_model("dar_tokenizer", directory, compute), compute)
+        codes.append(jax.jit(task._indices)(batch, jax.random.key(0), task.frozen()))
+    np.testing.assert_array_equal(*codes)
+    encode = jax.jit(lambda params, image: task.tokenizer.bind(params).encode(image).indices)
+    half = encode(task.frozen()["tokenizer"], to_float(batch["pixels"]))
+    assert np.any(half != codes[0]), "nothing is close"
 
 
 def test_cached_codes_spare_the_work_of_encoding(tokenizer):

@@ -61,6 +61,19 @@ def test_entropy_weight_adds_the_entropy_term(params, batch):
     assert set(task.metrics()) - set(without.metrics()) == {"entropy_loss"}
 
 
+def test_model_without_a_codebook_trains_on_its_flow_alone(params, batch):
+    config = dataclasses.replace(CONFIG, codebook_size=0)
+    task = DarTokenizerTask(config, TokenizerLossConfig(), Compute())
+    params = {name: part for name, part in params.items() if name != "quantizer"}
+    loss, outputs = task.loss(params, batch, jax.random.key(2), {})
+    assert loss == outputs["flow_loss"] > 0
+    assert "code_counts" not in outputs
+    assert not {"codebook_usage", "codebook_perplexity"} & set(task.metrics())
+    task.pictures(params, batch, jax.random.key(0), {})
+    with pytest.raises(ValueError, match="entropy_weight=0.5 needs a codebook"):
+        DarTokenizerTask(config, TokenizerLossConfig(entropy_weight=0.5), Compute())
+
+
 def test_bfloat16_compute_stays_close_and_returns_float32(task, params, batch):
     half = DarTokenizerTask(CONFIG, TokenizerLossConfig(), Compute(dtype="bfloat16"))
     loss, _ = task.loss(params, batch, jax.random.key(2), {})

@@ -98,7 +98,7 @@ class Evaluation:
         sampling: how images are drawn.
         data: of the held-out images.
         directory: for what is made.
-        store: of features; None if there are no distances.
+        store: of features of reconstructions; None if there are no distances of theirs.
         classifier: of the training images, or None.
         lpips: or None.
     """
@@ -112,11 +112,15 @@ class Evaluation:
         self.settings, self.sampling, self.data = config.evaluate, config.sample, config.data
         self._load_model = functools.partial(load_model, compute=config.compute, mesh=config.mesh)
         self.directory = pathlib.Path(workdir) / DIRECTORY_NAME
-        self.store = self._make_store() if self.settings.features else None
-        self._comparison = None
-        if self.store is not None and self.settings.generates:
+        self.store = self._comparison = None
+        if self.settings.features and "reconstruction" in self.settings.names:
+            self.store = self._make_store(self.settings.inception_input or "pytorch_fid")
+        if self.settings.features and self.settings.generates:
             self._comparison = Comparison(
-                self.store, self.settings.reference, self.data, self.settings.num_reference
+                self._make_store(self.settings.inception_input or "tensorflow"),
+                self.settings.reference,
+                self.data,
+                self.settings.num_reference,
             )
         self.classifier = self.lpips = None
         if self.settings.classifier and not self.settings.images:
@@ -124,11 +128,12 @@ class Evaluation:
         if self.settings.lpips and "reconstruction" in self.settings.names:
             self.lpips = LpipsMetric(self.settings.lpips)
 
-    def _make_store(self) -> FeatureStore:
+    def _make_store(self, inception_input: str) -> FeatureStore:
         settings = self.settings
         extractor = FeatureExtractor(
             settings.features,
             settings.weights,
+            inception_input=inception_input,
             batch_size=settings.batch_size,
             sharding=batch_sharding(make_mesh(MeshConfig(), jax.local_devices())),
         )

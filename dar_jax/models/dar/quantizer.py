@@ -24,16 +24,21 @@ class Quantized(NamedTuple):
     """Result of quantisation.
 
     Attributes:
-        indices: int32 [B, N], rows of the codebook.
+        indices: int32 [B, N], rows of the codebook; None where there is none.
         codes: float32 [B, N, C]; equal to `nearest`, with the gradient of `z`.
         z: float32 [B, N, C], the normalised input.
         nearest: float32 [B, N, C], the normalised codebook rows.
     """
 
-    indices: Array
+    indices: Array | None
     codes: Array
     z: Array
     nearest: Array
+
+    @property
+    def tokens(self) -> Array:
+        """What an image is decoded from: indices, or codes where there is no codebook."""
+        return self.codes if self.indices is None else self.indices
 
 
 class QuantizationLosses(NamedTuple):
@@ -68,6 +73,12 @@ class Quantizer(nnx.Module):
     def lookup(self, indices: Int[Array, "B N"]) -> Float[Array, "B N C"]:
         """Return the normalised codes of `indices`."""
         return l2_normalize(self.codebook[...][indices])
+
+
+def normalized(z: Float[Array, "B N C"]) -> Quantized:
+    """Leave z continuous on the unit sphere: it is its own nearest code."""
+    z = l2_normalize(z.astype(jnp.float32))
+    return Quantized(None, z, z, z)
 
 
 def l2_normalize(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.common.image import resize_bicubic
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import solvers
@@ -98,7 +99,7 @@ def steps_of_groups(config: TokenizerConfig, num_steps: int, num_groups: int) ->
 def decode_indices(
     model: FunctionalModel[Tokenizer],
     params: Params,
-    indices: Int[Array, "B N"],
+    indices: Int[Array, "B N"] | Float[Array, "B N C"],
     noise: Float[Array, "B H W 3"],
     *,
     solver: str = "adams_bashforth2",
@@ -114,7 +115,8 @@ def decode_indices(
     Args:
         model: the tokenizer.
         params: its parameters.
-        indices: all N tokens, or a prefix that covers the windows of all steps.
+        indices: all N tokens, or a prefix that covers the windows of all steps; codes [B, N, C] of
+            a model without a codebook.
         noise: initial noise, which also sets the size.
         solver: see `flow.solvers`.
         num_steps: steps of the grid; None takes the model's.
@@ -129,24 +131,24 @@ def decode_indices(
     stop_step = num_steps if stop_step is None else stop_step
     times = shifted_grid(num_steps, config.decoder.time_shift)[start_step : stop_step + 1]
     starts = step_starts(config, num_steps)[start_step:stop_step]
-    tokenizer = model.bind(params)
     x = noise
     if start_image is not None:
         t = jnp.full(len(noise), times[0])
         x = interpolate(start_image * config.decoder.data_std, noise, t)
     solution = solvers.Solution(x, x[None][:0])
     if starts:
-        condition = tokenizer.condition_from_indices(indices)
-        windows = jnp.stack([condition[:, start : start + config.window] for start in starts])
-        solution = solvers.integrate(
-            _velocity(tokenizer, microbatch),
-            x,
-            times,
-            windows,
-            solver=solver,
-            constraint=_constraint(known, noise, config.decoder.data_std),
-        )
-    return jax.tree.map(lambda x: _to_image(x, known, config.decoder.data_std), solution)
+        with model.decoding(params) as tokenizer:
+            condition = tokenizer.condition_from_indices(indices)
+            windows = jnp.stack([condition[:, start : start + config.window] for start in starts])
+            solution = solvers.integrate(
+                _velocity(tokenizer, microbatch),
+                x,
+                times,
+                windows,
+                solver=solver,
+                constraint=_constraint(known, noise, config.decoder.data_std),
+            )
+    return jax.tree.map(lambda x: _to_image(x, known, config), solution)
 
 
 def _velocity(tokenizer: Tokenizer, microbatch: int | None) -> Callable[..., Array]:
@@ -171,10 +173,15 @@ def _constraint(
     return impose
 
 
-def _to_image(x: Float[Array, "*steps B H W 3"], known: Known | None, data_std: float) -> Array:
+def _to_image(
+    x: Float[Array, "*steps B H W 3"], known: Known | None, config: TokenizerConfig
+) -> Array:
     """Scale data to images; known pixels are taken as they are, not as rounding leaves them."""
-    image = x / data_std
-    return image if known is None else jnp.where(known.mask[..., None], known.images, image)
+    image, size = x / config.decoder.data_std, config.output_size
+    if known is not None:
+        image = jnp.where(known.mask[..., None], known.images, image)
+    is_larger = size and max(image.shape[-3:-1]) > size
+    return resize_bicubic(image, (size, size)) if is_larger else image
 
 
 def generate_indices(
@@ -324,20 +331,20 @@ def _flow_step(
     coefficients: solvers.Coefficients,
     *,
     microbatch: int | None,
-) -> tuple[solvers.SolverState, Float[Array, "B H W 3"]]:
+) -> tuple[solvers.SolverState, Float[Array, "B height width 3"]]:
     """Advance one step on the last window of `indices`; return the state and the preview."""
-    tokenizer, config = model.bind(params), model.config
-    data_std = config.decoder.data_std
-    state, preview = solvers.step(
-        _velocity(tokenizer, microbatch),
-        state,
-        times[0],
-        times[1],
-        tokenizer.condition_from_indices(indices)[:, -config.window :],
-        coefficients,
-        _constraint(known, noise, data_std),
-    )
-    return state, jnp.clip(_to_image(preview, known, data_std), -1.0, 1.0)
+    config, data_std = model.config, model.config.decoder.data_std
+    with model.decoding(params) as tokenizer:
+        state, preview = solvers.step(
+            _velocity(tokenizer, microbatch),
+            state,
+            times[0],
+            times[1],
+            tokenizer.condition_from_indices(indices)[:, -config.window :],
+            coefficients,
+            _constraint(known, noise, data_std),
+        )
+    return state, jnp.clip(_to_image(preview, known, config), -1.0, 1.0)
 
 
 def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> None:

@@ -21,7 +21,7 @@ from flax import nnx
 from dar_jax.common.typing import Array, Float, Int
 from dar_jax.models.dar.decoder import FlowDecoder, FlowDecoderConfig, FlowPrediction
 from dar_jax.models.dar.encoder import Encoder, EncoderConfig
-from dar_jax.models.dar.quantizer import Quantized, Quantizer
+from dar_jax.models.dar.quantizer import Quantized, Quantizer, normalized
 from dar_jax.nn.attention import causal_mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import FRAMEWORK_INIT, layer_norm, linear
@@ -46,11 +46,13 @@ class TokenizerConfig:
 
     Attributes:
         image_size: side of the images that the model decodes to, in pixels.
+        output_size: larger ones are resized to squares of this side in the end; 0: none are.
         num_tokens: N, length of the sequence.
         num_groups: number of groups that the sequence forms.
         tokens_per_step: tokens that condition one step; None means N // num_groups.
         num_steps: denoising steps of the sampler.
-        codebook_size: rows of the codebook.
+        codebook_size: rows of the codebook; 0 is a model without one, whose tokens are unit vectors
+            of `code_dim` channels, which no prior draws.
         code_dim: channels of a code.
         max_tokens: rows of the query and position tables, of which the first N are used.
         encoder: image encoder.
@@ -59,6 +61,7 @@ class TokenizerConfig:
     """
 
     image_size: int = 256
+    output_size: int = 0
     num_tokens: int = 256
     num_groups: int = 8
     tokens_per_step: int | None = None
@@ -108,7 +111,11 @@ class Tokenizer(nnx.Module):
             compute=compute,
             rngs=rngs,
         )
-        self.quantizer = Quantizer(config.codebook_size, config.code_dim, rngs=rngs)
+        self.quantizer = (
+            Quantizer(config.codebook_size, config.code_dim, rngs=rngs)
+            if config.codebook_size
+            else None
+        )
         self.condition_layers = ConditionLayers(
             config.condition,
             code_dim=config.code_dim,
@@ -122,15 +129,19 @@ class Tokenizer(nnx.Module):
 
     def encode(self, image: Float[Array, "B H W 3"]) -> Quantized:
         """Encode images in [-1, 1] to indices [B, N] and their codes."""
-        return self.quantizer(self.encoder(image))
+        z = self.encoder(image)
+        return normalized(z) if self.quantizer is None else self.quantizer(z)
 
     def condition(self, codes: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
         """Turn codes into condition tokens; token i depends on codes 0 .. i only."""
         return self.condition_layers(codes)
 
-    def condition_from_indices(self, indices: Int[Array, "B N"]) -> Float[Array, "B N D"]:
-        """Return the condition tokens of codebook indices."""
-        return self.condition(self.quantizer.lookup(indices))
+    def condition_from_indices(
+        self, indices: Int[Array, "B N"] | Float[Array, "B N C"]
+    ) -> Float[Array, "B N D"]:
+        """Return the condition tokens of codebook indices, or of codes if there is no codebook."""
+        codes = indices if self.quantizer is None else self.quantizer.lookup(indices)
+        return self.condition(codes)
 
     def velocity(
         self,

@@ -1,9 +1,10 @@
 """The Inception network of FID: the graph `inception-2015-12-05` of TensorFlow's model zoo.
 
-Szegedy et al. 2015, arXiv:1512.00567; its use for FID: Heusel et al. 2017, arXiv:1706.08500. The
-network is fed as in the graph: 8-bit images are resized to 299 x 299 by TensorFlow 1's bilinear
-interpolation, whose source positions are i * size / 299 (no half-pixel centres, no antialiasing),
-and mapped to (x - 128) / 128.
+Szegedy et al. 2015, arXiv:1512.00567; its use for FID: Heusel et al. 2017, arXiv:1706.08500. 8-bit
+images are resized bilinearly to 299 x 299, without antialiasing, in one of two ways:
+
+    tensorflow   as in the graph: pixel i is at i * size / 299 of the source; (x - 128) / 128
+    pytorch_fid  as in the package pytorch-fid: at (i + 1/2) * size / 299 - 1/2; 2 (x / 255) - 1
 
     pool     mean over positions of the last block                           2048: FID, KID, P, R
     spatial  first 7 channels of the graph's `mixed_6/conv`, 17 x 17 x 7     2023: sFID
@@ -27,7 +28,9 @@ from dar_jax.common.typing import Array, Float, UInt8
 from dar_jax.nn.compute import Compute
 
 IMAGE_SIZE = 299
-PIXEL_CENTRE = 128.0
+SCALES = {"tensorflow": 128.0, "pytorch_fid": 127.5}
+"""Half the range of a pixel, by the way in which the network is fed, see the module."""
+INPUTS = tuple(SCALES)
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
 NUM_LOGITS = 1008
@@ -294,9 +297,13 @@ class Inception(nnx.Module):
             channels = block.out_channels
         self.logits = nnx.Linear(channels, NUM_LOGITS, use_bias=False, rngs=rngs)
 
-    def __call__(self, pixels: UInt8[Array, "B H W 3"]) -> InceptionFeatures:
-        """Compute the features, see the module."""
-        x = (resize_bilinear(pixels.astype(jnp.float32)) - PIXEL_CENTRE) / PIXEL_CENTRE
+    def __call__(
+        self, pixels: UInt8[Array, "B H W 3"], fed_as: str = "tensorflow"
+    ) -> InceptionFeatures:
+        """Compute the features of images that enter as one of `INPUTS`, see the module."""
+        half_pixel = fed_as == "pytorch_fid"
+        x = resize_bilinear(pixels.astype(jnp.float32), half_pixel=half_pixel)
+        x = x / SCALES[fed_as] - 1.0
         for convs in self.config.stem:
             for conv in convs:
                 x = getattr(self, conv.name)(x)
@@ -310,15 +317,18 @@ class Inception(nnx.Module):
 
 
 def resize_bilinear(
-    image: Float[Array, "B H W C"], size: int = IMAGE_SIZE
+    image: Float[Array, "B H W C"], size: int = IMAGE_SIZE, *, half_pixel: bool
 ) -> Float[Array, "B size size C"]:
     """Resize as TensorFlow 1 did: output i samples at i * size_in / size, held at the last pixel.
 
-    `jax.image.resize` and PyTorch sample at half-pixel centres; FID differs by whole points.
+    With `half_pixel` as PyTorch does, at (i + 1/2) * size_in / size - 1/2, held at both ends; FID
+    differs by whole points.
     """
     for axis in (2, 1):
         size_in = image.shape[axis]
-        positions = np.arange(size, dtype=np.float32) * np.float32(size_in / size)
+        offset = np.float32(half_pixel / 2)
+        positions = np.arange(size, dtype=np.float32) + offset
+        positions = np.maximum(positions * np.float32(size_in / size) - offset, 0)
         lower = positions.astype(np.int32)
         upper = np.minimum(lower + 1, size_in - 1)
         share = np.expand_dims(positions - lower, tuple(range(1, image.ndim - axis)))

@@ -39,6 +39,7 @@ class TransDiffConfig:
         buffer_size: tokens that hold the class.
         dim: width of both transformers.
         num_heads: attention heads of both.
+        mlp_ratio: width of the MLPs over `dim`.
         encoder_depth: blocks of the encoder.
         decoder_depth: blocks of the decoder.
         attention_dropout: on attention weights.
@@ -55,6 +56,7 @@ class TransDiffConfig:
     buffer_size: int = 64
     dim: int = 1024
     num_heads: int = 16
+    mlp_ratio: float = 4.0
     encoder_depth: int = 32
     decoder_depth: int = 16
     attention_dropout: float = 0.1
@@ -84,7 +86,13 @@ class TransDiffConfig:
 
     @property
     def branches(self) -> BranchConfig:
-        return BranchConfig(self.dim, self.num_heads, self.attention_dropout, self.dropout)
+        return BranchConfig(
+            self.dim,
+            self.num_heads,
+            int(self.dim * self.mlp_ratio),
+            self.attention_dropout,
+            self.dropout,
+        )
 
 
 def _size(encoder_depth: int, decoder_depth: int, num_heads: int, dim: int) -> dict[str, int]:

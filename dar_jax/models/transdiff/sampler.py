@@ -153,7 +153,8 @@ def decode(
 ) -> Float[Array, "B H W 3"]:
     """Decode scaled latents to images, clipped to [-1, 1]."""
     samples = latents / vae.config.latent_scale
-    return jnp.clip(vae.bind(params).decode(samples, microbatch=microbatch), -1.0, 1.0)
+    with vae.decoding(params) as bound:
+        return jnp.clip(bound.decode(samples, microbatch=microbatch), -1.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "guided"))
