@@ -9,6 +9,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MAX_SIZE = 2**15
+MAX_SIZES = {"num_classes": 2**20, "codebook_size": 2**20, "vocab_size": 2**20}
+"""Largest sizes of an architecture: of tables with a row per class or code, and of all else."""
+MAY_BE_ZERO = (
+    *("depth", "encoder_depth", "decoder_depth", "feature_layer", "attention_levels"),
+    *("num_classes", "buffer_size"),
+)
+
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build the dataclass `cls` from `values`; absent keys keep the dataclass's defaults.
@@ -53,6 +61,24 @@ def check_keys(values: Iterable[str], valid: Sequence[str], where: str) -> None:
             nearest = difflib.get_close_matches(key, valid, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(valid)}"
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def check_sizes(block: Any, where: str) -> None:
+    """Check all whole numbers of an architecture, a dataclass, before anything is made of them.
+
+    Raises:
+        ValueError: one is zero, negative or larger than anything that can be meant.
+    """
+    for field in _fields(type(block)):
+        name, value = f"{where}.{field.name}", getattr(block, field.name)
+        if dataclasses.is_dataclass(value):
+            check_sizes(value, name)
+            continue
+        least = 0 if field.name in MAY_BE_ZERO else 1
+        most = MAX_SIZES.get(field.name, MAX_SIZE)
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and not least <= size <= most:
+                raise ValueError(f"{name}={size} is out of range, expected {least} to {most:,}")
 
 
 def defaults_of(cls: type) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -46,6 +48,28 @@ def read_regular(path: str | os.PathLike, max_bytes: int) -> bytes:
             reason = f"{status.st_size:,} bytes, more than {max_bytes:,}"
             raise OSError(errno.EFBIG, reason, str(path))
         return file.read()
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it is none, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Write values of JSON types, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:

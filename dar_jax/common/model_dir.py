@@ -2,6 +2,8 @@
 
 `config.json` holds `kind`, `model` (the architecture) and whatever else sampling needs;
 `model.safetensors` holds the parameters under names such as "encoder/blocks/mlp/up/kernel".
+`digests.json` holds the digests of both (`common.digests`): damaged weights are refused, and of a
+changed config a warning is given. A directory without it is taken as it is.
 A model that needs another one, as a prior its tokenizer, holds that one's directory inside.
 """
 
@@ -19,10 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors
+from absl import logging
 
-from dar_jax.common import hub, tree
-from dar_jax.common.files import write_safetensors
+from dar_jax.common import digests, hub, tree
+from dar_jax.common.files import parse_json, read_regular, write_safetensors
 from dar_jax.common.model_card import CARD_NAME, model_card
+from dar_jax.common.tensors import Tensor, open_tensors, read_whole, what_is
 from dar_jax.common.typing import Params
 
 CONFIG_NAME = "config.json"
@@ -32,6 +36,7 @@ WORKDIR_NAME = "model"
 SHIPPED_SCHEME = "package://"
 SHIPPED = pathlib.Path(__file__).parents[1] / "shipped"
 """Small trained models that are part of the package, by name."""
+MAX_CONFIG_BYTES = 2**26
 MAX_LISTED = 5
 MIN_FITTING = 0.5
 """Share of the parameters that a model has to have in common with another that starts from it."""
@@ -78,6 +83,7 @@ def save_model(
         (content / CARD_NAME).write_text(card)
         for name, companion in companions.items():
             shutil.copytree(companion, content / name)
+        digests.write(content)
         if target.exists():
             # A directory cannot be renamed over another one that has files in it.
             os.rename(target, temporary / "old")
@@ -99,7 +105,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
     if str(path).startswith(SHIPPED_SCHEME):
         return _locate_shipped(str(path))
     if hub.is_address(path):
-        names = [CONFIG_NAME, WEIGHTS_NAME]
+        names = [CONFIG_NAME, WEIGHTS_NAME, digests.DIGESTS_NAME]
         names += [f"*/{name}" for name in names]  # companions
         return pathlib.Path(hub.download_directory(str(path), names))
     outer = pathlib.Path(path).expanduser()
@@ -122,8 +128,8 @@ def load_model(directory: str | os.PathLike) -> tuple[dict[str, Any], Params]:
         ValueError: it is missing, unreadable or incomplete.
     """
     config = load_config(directory)
-    with _open_weights(directory) as file:
-        return config, tree.unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    with _open_weights(directory) as tensors:
+        return config, tree.unflatten({name: read_whole(t) for name, t in tensors.items()})
 
 
 def load_config(directory: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
@@ -132,17 +138,26 @@ def load_config(directory: str | os.PathLike, kind: str | None = None) -> dict[s
     Raises:
         ValueError: it is missing, unreadable or not of the kind that is asked for.
     """
+    path = pathlib.Path(directory) / CONFIG_NAME
     try:
-        config = json.loads((pathlib.Path(directory) / CONFIG_NAME).read_text())
+        config = parse_json(read_regular(path, MAX_CONFIG_BYTES))
     except (OSError, ValueError) as error:
-        raise _unreadable(directory, error) from error
+        raise _unreadable(directory, f"{CONFIG_NAME}: {what_is(path) or error}") from error
     if not (
-        isinstance(config, dict) and isinstance(config.get("model"), dict) and "kind" in config
+        isinstance(config, dict)
+        and isinstance(config.get("model"), dict)
+        and isinstance(config.get("kind"), str)
     ):
         raise _unreadable(directory, f"{CONFIG_NAME} has no kind and model")
     if kind not in (None, config["kind"]):
         raise ValueError(f"{directory} holds a {config['kind']}, expected a {kind}")
+    if damage := _find_damage(path.parent, CONFIG_NAME):
+        logging.warning("%s: %s; what it says is taken as it is", directory, damage)
     return config
+
+
+def _find_damage(directory: pathlib.Path, name: str) -> str:
+    return digests.find_damage(directory, [name]) if digests.has(directory) else ""
 
 
 def companion(directory: str | os.PathLike, name: str) -> pathlib.Path:
@@ -171,8 +186,7 @@ def fingerprint(directory: str | os.PathLike) -> str:
     for folder in (pathlib.Path(directory), *nested):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             try:
-                with (folder / name).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(bytes.fromhex(digests.of_file(folder / name)))
             except OSError as error:
                 raise _unreadable(folder, error) from error
     return digest.hexdigest()
@@ -196,8 +210,7 @@ def load_params(
     """
     leaves = tree.flatten(like)
     flat_shardings = {} if shardings is None else tree.flatten(shardings)
-    with _open_weights(directory) as file:
-        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    with _open_weights(directory) as tensors:
         _check_fit(directory, leaves, tensors)
         return tree.unflatten(
             {
@@ -241,12 +254,11 @@ def load_fitting(
         ValueError: the directory is unreadable, or less than half of the parameters fit.
     """
     leaves, flat_shardings = tree.flatten(like), tree.flatten(shardings)
-    with _open_weights(directory) as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    with _open_weights(directory) as found:
         shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
         fitting = {n: found[n] for n, leaf in leaves.items() if shapes.get(n) == leaf.shape}
         adapted = {
-            name: adapt(found[name][:], leaves[name].shape)
+            name: adapt(read_whole(found[name]), leaves[name].shape)
             for name, adapt in adapters.items()
             if name in found and name not in fitting
         }
@@ -297,14 +309,16 @@ def _listed(items: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _open_weights(directory: str | os.PathLike) -> Iterator[safetensors.safe_open]:
+def _open_weights(directory: str | os.PathLike) -> Iterator[dict[str, Tensor]]:
+    path = pathlib.Path(directory) / WEIGHTS_NAME
+    if damage := _find_damage(path.parent, WEIGHTS_NAME):
+        way_out = f"delete {digests.DIGESTS_NAME} there if you changed it yourself"
+        raise _unreadable(directory, f"{what_is(path) or damage}; {way_out}")
     try:
-        with safetensors.safe_open(
-            pathlib.Path(directory) / WEIGHTS_NAME, framework="numpy"
-        ) as file:
-            yield file
+        with open_tensors(path) as tensors:
+            yield tensors
     except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(directory, error) from error
+        raise _unreadable(directory, f"{WEIGHTS_NAME}: {what_is(path) or error}") from error
 
 
 def _unreadable(directory: str | os.PathLike, reason: Exception | str) -> ValueError:

@@ -12,7 +12,7 @@ class ConvertConfig:
     """What is converted.
 
     Attributes:
-        source: an official checkpoint, `.pt`, `.pth`, `.ckpt` or `.safetensors`, as a path or
+        source: an official checkpoint, see `checkpoints.read_checkpoint`, as a path or
             `hf://owner/name/file`; towards torch a model directory, where empty is WORKDIR/model.
         to: "jax" writes the model directory WORKDIR/model, "torch" writes WORKDIR/KIND.safetensors
             under the reference's names.

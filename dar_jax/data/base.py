@@ -2,14 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from dar_jax.common.files import read_regular
+from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.typing import Any
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.transforms import CROPS
@@ -237,18 +236,6 @@ def read_classes(path: str) -> dict[str, str] | None:
             '{"name in the data": "name for people"}'
         )
     return named
-
-
-def parse_json(text: bytes | str) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: it is none, or nested too deep.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
 
 
 def existing_directory(config: DataConfig) -> pathlib.Path:

@@ -148,11 +148,14 @@ class TrainIterator(grain.DatasetIterator):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        return {"next_index": self._next}
+        return {"next_index": self._next, "batch_size": self._examples.config.batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Go on with the batch of `state`, or, if batches have another size, with its pictures."""
         self.close()
-        self._next = self._waited_since = state["next_index"]
+        size = self._examples.config.batch_size
+        number = state["next_index"] * state.get("batch_size", size) // size
+        self._next = self._waited_since = number
 
     def start_prefetch(self) -> None:
         """Nothing to do: reading starts with the first batch."""

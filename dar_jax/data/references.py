@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from dar_jax.common.files import parse_json
 from dar_jax.common.typing import Any, Int
-from dar_jax.data.base import DataConfig, EncodedPicture, EncodedSource, Source, parse_json
+from dar_jax.data.base import DataConfig, EncodedPicture, EncodedSource, Source
 from dar_jax.data.decode import UnreadablePictureError
 
 MEMBERS = "members"

@@ -7,6 +7,10 @@
 Shards and sidecar appear whole or not at all. The sidecar is written first with `complete` false
 and at the end with `complete` true: so a directory that was cut short is told apart from a whole
 one, and the same command can finish it, but no other.
+
+Every shard has a digest, beside it while others are being written and then in the sidecar. The
+command that writes a directory checks all of them, and writes what is damaged again; whoever reads
+records is told by ArrayRecord's own hashes.
 """
 
 import json
@@ -23,9 +27,11 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jax.experimental import multihost_utils
 
-from dar_jax.common.files import read_regular, replacing
+from dar_jax.common import digests
+from dar_jax.common.files import parse_json, read_regular, replacing, write_json
 from dar_jax.common.typing import Any
-from dar_jax.data.base import MAX_JSON_BYTES, SPLITS, parse_json
+from dar_jax.data.base import MAX_JSON_BYTES, SPLITS
+from dar_jax.parallel import distributed
 
 SIDECAR_NAME = "dataset.json"
 
@@ -65,6 +71,11 @@ KEYS = {
     ),
 }
 """Keys of every sidecar of a complete cache."""
+DIGESTS = "digests"
+DIGESTS_KEY = Key(
+    "digests by shard",
+    lambda value: isinstance(value, dict) and all(map(TEXT.fits, value.values())),
+)
 MAX_SHOWN = 40
 """Characters of a wrong value that are shown."""
 WRITER_OPTIONS = "group_size:1"
@@ -113,24 +124,66 @@ def write_splits(
         ValueError: the directory holds another data set.
         OSError: it cannot be written.
     """
-    if begin(directory, contents):
-        logging.info("%s is complete", directory)
-        return
+    known = begin(directory, contents)
     size = contents["pictures_per_shard"]
     num_shards = {split: math.ceil(n / size) for split, n in contents["pictures"].items()}
     progress = _Progress(sum(num_shards.values()))
+    found, written = {}, 0
     for split, number in num_shards.items():
         for shard in range(jax.process_index(), number, jax.process_count()):
             path = shard_path(directory, split, shard, number)
-            if not path.exists():
+            digest = _digest_if_whole(path, known)
+            if not digest:
                 pictures = range(contents["pictures"][split])[shard * size :][:size]
+                _digest_path(path).unlink(missing_ok=True)
                 write_shard(path, records(split, pictures))
+                digest = digests.of_file(path)
+                _digest_path(path).write_text(digest)
+                written += 1
+            found[path.name] = digest
             progress.step(path)
-    counts = finish(directory, contents, num_shards)
+    written = sum(map(int, distributed.gather_texts(str(written))))
+    if known and not written:
+        logging.info("%s is complete, and its %d shards are whole", directory, len(known))
+        return
+    counts = finish(directory, contents, num_shards, found)
     logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})
 
 
-def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
+def _digest_path(path: pathlib.Path) -> pathlib.Path:
+    """Where the digest of a shard is while others are being written."""
+    return path.with_suffix(".sha256")
+
+
+def _digest_if_whole(path: pathlib.Path, known: Mapping[str, str] | None) -> str:
+    """Return the digest of a shard that is there as it was written, else "".
+
+    Args:
+        path: of the shard.
+        known: digests of a complete directory by name, none where it is older than these; None
+            where it is not complete.
+
+    Raises:
+        ValueError: a shard without a digest is broken.
+    """
+    if not path.exists():
+        return ""
+    digest = digests.of_file(path)
+    if known:
+        expected = known.get(path.name)
+    elif known is None:
+        beside = _digest_path(path)
+        expected = beside.read_text() if beside.is_file() else None
+    else:
+        count_records(path)
+        expected = digest
+    if digest == expected:
+        return digest
+    logging.warning("%s is damaged or was cut short: it is written again", path)
+    return ""
+
+
+def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> dict[str, str] | None:
     """Bind the directory to `contents`; called by every process.
 
     Args:
@@ -138,7 +191,7 @@ def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
         contents: JSON types that determine every shard; `kind` says what the records are.
 
     Returns:
-        Whether it is complete already.
+        Digests of the shards by name, if it is complete already.
 
     Raises:
         ValueError: it holds something else.
@@ -146,7 +199,7 @@ def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
     """
     path = directory / SIDECAR_NAME
     if jax.process_index() == 0 and not path.exists():
-        _write_sidecar(path, {**contents, "complete": False})
+        write_json(path, {**contents, "complete": False})
     multihost_utils.sync_global_devices("sidecar written")
     sidecar = _read_json(path)
     for name, value in json.loads(json.dumps(contents)).items():
@@ -155,13 +208,27 @@ def begin(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
                 f"{directory} holds a cache with other {name}; use the same config to finish it, "
                 "or another workdir"
             )
-    return sidecar.get("complete") is True
+    if sidecar.get("complete") is not True:
+        return None
+    known = sidecar.get(DIGESTS, {})
+    if not DIGESTS_KEY.fits(known):
+        raise ValueError(f"{path} has {DIGESTS}={_short(known)}, expected {DIGESTS_KEY.expected}")
+    return known
 
 
 def finish(
-    directory: pathlib.Path, contents: Mapping[str, Any], num_shards: Mapping[str, int]
+    directory: pathlib.Path,
+    contents: Mapping[str, Any],
+    num_shards: Mapping[str, int],
+    found: Mapping[str, str],
 ) -> dict[str, list[int]]:
     """Say that the shards of every split are there; called by every process after its own.
+
+    Args:
+        directory: of the shards.
+        contents: see `begin`.
+        num_shards: by split.
+        found: digests of the shards of this process, by name.
 
     Returns:
         The number of records in each shard of each split, which the sidecar holds as `counts`.
@@ -175,8 +242,14 @@ def finish(
         split: [count_records(shard_path(directory, split, i, number)) for i in range(number)]
         for split, number in num_shards.items()
     }
+    everywhere: dict[str, str] = {}
+    for text in distributed.gather_texts(json.dumps(dict(found))):
+        everywhere |= json.loads(text)
     if jax.process_index() == 0:
-        _write_sidecar(directory / SIDECAR_NAME, {**contents, "counts": counts, "complete": True})
+        ending = {"counts": counts, DIGESTS: dict(sorted(everywhere.items())), "complete": True}
+        write_json(directory / SIDECAR_NAME, {**contents, **ending})
+        for path in directory.glob(_digest_path(pathlib.Path("*")).name):
+            path.unlink()
     multihost_utils.sync_global_devices("sidecar complete")
     return counts
 
@@ -271,11 +344,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
-
-
-def _write_sidecar(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 class _Progress:

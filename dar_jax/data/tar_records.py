@@ -22,8 +22,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dar_jax.common.files import parse_json
 from dar_jax.common.typing import Any
-from dar_jax.data.base import parse_json
 from dar_jax.data.listing import Leaving, Seen
 from dar_jax.data.names import printable
 from dar_jax.data.tar_index import LABEL_SUFFIXES, Member, index_tar, open_tar

@@ -1,14 +1,14 @@
 """Evaluation of a model that is being trained: `--mode=evaluate` every so many steps."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
 
 import jax
 
-from dar_jax.common.model_dir import CONFIG_NAME
+from dar_jax.common.files import parse_json, read_regular
+from dar_jax.common.model_dir import CONFIG_NAME, MAX_CONFIG_BYTES
 from dar_jax.common.typing import Any
 from dar_jax.evaluation.evaluators import evaluate_model
 from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation, Metrics
@@ -43,7 +43,10 @@ class TrainEvaluation:
     def is_pending(self, step: int) -> bool:
         """Tell whether the evaluation of this step was begun and not finished."""
         path = self._path / CONFIG_NAME
-        return path.exists() and json.loads(path.read_text())["step"] == step
+        try:
+            return parse_json(read_regular(path, MAX_CONFIG_BYTES))["step"] == step
+        except (OSError, ValueError, TypeError, LookupError):
+            return False  # what is left of it will be written over
 
     def __call__(self, write_model: Callable[[pathlib.Path], None]) -> dict[str, float]:
         """Evaluate; return metrics as they are logged, lists one by one.

@@ -7,8 +7,6 @@ the same images share the result. What is computed is the same for any number of
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dar_jax.common import model_dir
+from dar_jax.common import digests, model_dir
 from dar_jax.common.progress import Progress, wait_for
 from dar_jax.common.typing import Any, Float, UInt8
 from dar_jax.evaluation.features import FeatureExtractor
@@ -26,7 +24,6 @@ from dar_jax.generation.resumable_arrays import Pieces
 
 PIECE = 256
 """Images whose features are one file; more of them are lost when a run is killed."""
-DIGEST_LENGTH = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,5 +82,4 @@ def read_ahead(
 
 def digest(settings: Mapping[str, Any]) -> str:
     """A short name for settings of JSON types."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+    return digests.of_json(settings)[: digests.SHORT]

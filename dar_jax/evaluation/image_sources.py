@@ -20,6 +20,7 @@ from absl import logging
 
 from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any, UInt8
+from dar_jax.data import identity
 from dar_jax.data.base import SPLIT_SEED, DataConfig
 from dar_jax.data.decode import (
     MAX_FILE_BYTES,
@@ -125,15 +126,17 @@ class SplitImages:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        names = ("source", "path", "classes", "test_fraction", "image_size")
-        values = {name: getattr(self.config, name) for name in names}
         own_order = len(self) == len(self._source)
         return {
-            **values,
+            "image_size": self.config.image_size,
             "split": self.split,
-            "pictures": len(self._source),
+            "pictures": self._fingerprint,
             "order": "its own" if own_order else "random",
         }
+
+    @functools.cached_property
+    def _fingerprint(self) -> Mapping[str, Any]:
+        return identity.identify(self._source, self.config.num_threads)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -192,8 +195,19 @@ class FolderImages:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        newest = max(path.stat().st_mtime_ns for path in self.paths)
-        return {"folder": str(self.root.absolute()), "files": len(self.paths), "newest": newest}
+        return {"files": self._fingerprint}
+
+    @functools.cached_property
+    def _fingerprint(self) -> Mapping[str, Any]:
+        names = (path.relative_to(self.root).as_posix() for path in self.paths)
+        stamps = map(identity.stamp_of, map(str, self.paths), names)
+        return identity.fingerprint(stamps, len(self.paths), self._bytes, threads=NUM_THREADS)
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            return read_regular(self.paths[index], MAX_FILE_BYTES)
+        except OSError:
+            return b""  # whoever reads it as a picture says so
 
     @property
     def size(self) -> tuple[int, int]:

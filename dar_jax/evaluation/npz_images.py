@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dar_jax.common.tensors import what_is
 from dar_jax.common.typing import Any, UInt8
 
 ARRAY = "arr_0"
@@ -33,12 +34,15 @@ class NpzImages:
         """
         self.path = pathlib.Path(path)
         try:
-            self._file = zipfile.ZipFile(path).open(f"{ARRAY}.npy")  # noqa: SIM115 - read in parts
+            archive = zipfile.ZipFile(path)
+            self._checksum = archive.getinfo(f"{ARRAY}.npy").CRC
+            self._file = archive.open(f"{ARRAY}.npy")
             self.shape, is_fortran, dtype = self._read_header()
         except KeyError as error:
             raise ValueError(f"{path} has no images: it lacks the array {ARRAY}") from error
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a readable .npz ({error})") from error
+            reason = what_is(path) or error
+            raise ValueError(f"{path} is not a readable .npz ({reason})") from error
         if dtype != np.uint8 or is_fortran or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(
                 f"{path}: {ARRAY} is {dtype} {self.shape}, expected uint8 (N, height, width, 3)"
@@ -48,8 +52,8 @@ class NpzImages:
     @property
     def identity(self) -> Mapping[str, Any]:
         status = self.path.stat()
-        path = str(self.path.absolute())
-        return {"file": path, "bytes": status.st_size, "modified": status.st_mtime_ns}
+        size, time = status.st_size, status.st_mtime_ns
+        return {"checksum": self._checksum, "bytes": size, "modified": time}
 
     @property
     def size(self) -> tuple[int, int]:

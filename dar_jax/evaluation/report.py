@@ -4,7 +4,6 @@ Figures are numbers by their path, `generation/fid`, or lists of numbers where s
 `generation/fid_of_previews`, `guidance/fid`.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -24,12 +23,6 @@ LABELS = {
 }
 PANEL_INCHES = (4.0, 3.0)
 DPI = 110
-
-
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Write values of JSON types, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def table(values: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from dar_jax.common.files import replacing
 from dar_jax.common.typing import Int, Shaped, UInt8
-from dar_jax.generation.resumable_arrays import Pieces
+from dar_jax.generation.resumable_arrays import DAMAGE, Pieces
 
 FORMATS = ("npz", "png")
 PIXELS = "arr_0"
@@ -88,6 +88,16 @@ class ImageSet(Pieces):
                     file.write(np.ascontiguousarray(pixels).data)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, self.labels_of(0, self.count))
+
+    def _is_whole(self, path: pathlib.Path) -> bool:
+        if path.suffix != ".png":
+            return super()._is_whole(path)
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except (*DAMAGE, SyntaxError):  # the latter is what Pillow raises
+            return False
+        return True
 
     def _read(self, path: pathlib.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
         if path.suffix != ".png":

@@ -1,7 +1,8 @@
 """Arrays on disk that grow in pieces, survive a kill and are made by several processes.
 
 Row i of every array belongs to example i. Pieces appear whole or not at all under names that say
-which rows they hold, so their names alone say what is missing:
+which rows they hold, so their names alone say what is missing; pieces that were damaged since, as
+their check sums show, are deleted when a directory is bound, and made again:
 
     manifest.json            what the rows depend on
     00000064-00000128.npz    arrays [64, ...] by name
@@ -14,15 +15,32 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-from dar_jax.common.files import replacing, write_npz
+from dar_jax.common.files import parse_json, read_regular, replacing, write_npz
 from dar_jax.common.typing import Bool, Shaped
 
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 2**24
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises."""
+NUM_THREADS = 8
+"""Pieces that are checked at the same time."""
+
+
+def is_whole_archive(path: pathlib.Path) -> bool:
+    """Tell whether an `.npz` can be read and has the content that its check sums say."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except DAMAGE:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +60,45 @@ class Pieces:
             settings: whatever the rows depend on, as JSON types.
 
         Raises:
-            ValueError: it holds rows of other settings.
+            ValueError: it holds rows of other settings, or cannot be read.
         """
         text = json.dumps(settings, indent=2) + "\n"
         path = self.directory / MANIFEST_NAME
         # In this order: another process writes its manifest before its pieces.
         pieces = self._pieces()
         if path.exists():
-            self._compare(json.loads(path.read_text()), json.loads(text))
+            self._compare(self._read_manifest(path), json.loads(text))
+            self._delete_damaged([piece for _, _, piece in pieces])
         elif pieces:
             raise ValueError(f"{self.directory} has pieces but no {MANIFEST_NAME}; delete it")
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_text(text)
+
+    def _read_manifest(self, path: pathlib.Path) -> dict[str, Any]:
+        try:
+            found = parse_json(read_regular(path, MAX_MANIFEST_BYTES))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no object")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"cannot read {path} ({error}), so what {self.directory} is made with is not "
+                "known; choose another --workdir or delete that directory"
+            ) from error
+        return found
+
+    def _delete_damaged(self, paths: Sequence[pathlib.Path]) -> None:
+        """Delete damaged pieces; every process does, and so knows what is missing."""
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for path, is_whole in zip(paths, pool.map(self._is_whole, paths), strict=True):
+                if not is_whole:
+                    logging.warning("%s is damaged: it is made again", path)
+                    path.unlink(missing_ok=True)
+
+    def _is_whole(self, path: pathlib.Path) -> bool:
+        """Tell whether a piece can be read and has the content that its check sums say."""
+        return is_whole_archive(path)
 
     def _compare(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         for name in {**found, **expected}:
@@ -146,5 +189,5 @@ class Pieces:
         try:
             with np.load(path) as arrays:
                 return arrays[name]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (*DAMAGE, KeyError) as error:
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error

@@ -11,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dar_jax.common import model_dir
-from dar_jax.common.config_build import build
+from dar_jax.common.config_build import build, check_sizes
 from dar_jax.common.typing import Any
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
@@ -82,12 +82,18 @@ def open_model(path: str | os.PathLike, kind: str | None = None) -> Opened:
     directory = model_dir.locate(path)
     loaded = model_dir.load_config(directory, kind)
     found = find_kind(loaded["kind"], str(path))
-    architecture = build(found.architecture, loaded["model"], str(directory))
+    try:
+        architecture = build(found.architecture, loaded["model"], str(directory))
+    except ZeroDivisionError as error:
+        raise ValueError(f"{directory}: a size of the model is 0, expected 1 or more") from error
+    check_sizes(architecture, str(directory))
     sampling = found.sampling and build(
         found.sampling, loaded.get("sampling", {}), f"{directory}: sampling"
     )
-    class_names = tuple(loaded.get("class_names", ()))
-    return Opened(directory, found, architecture, class_names, sampling)
+    class_names = loaded.get("class_names", [])
+    if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
+        raise ValueError(f"{directory}: class_names must be a list of names")
+    return Opened(directory, found, architecture, tuple(class_names), sampling)
 
 
 def from_pretrained(

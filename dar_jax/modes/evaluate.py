@@ -23,6 +23,7 @@ import pathlib
 import jax
 from absl import logging
 
+from dar_jax.common.files import write_json
 from dar_jax.common.typing import Any
 from dar_jax.common.version import revision, version
 from dar_jax.config import Config
@@ -55,7 +56,7 @@ def evaluate(config: Config, workdir: str) -> None:
         results = {**evaluate_model(evaluation, subject), **evaluation.made_with(subject)}
     if jax.process_index() == 0:
         results |= {"version": version(), "revision": revision()}
-        report.write_json(directory / RESULT_NAME, results)
+        write_json(directory / RESULT_NAME, results)
         logging.info("Wrote %s:\n%s", directory / RESULT_NAME, report.table(results))
         draw(directory / DIRECTORY_NAME, results)
     # A process that left a job long before the others would take them with it.

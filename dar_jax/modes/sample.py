@@ -23,6 +23,7 @@ from dar_jax.generation.batches import (
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
+from dar_jax.generation.resumable_arrays import is_whole_archive
 from dar_jax.parallel.workdir import open_workdir
 from dar_jax.pipelines.base import Pipeline
 
@@ -78,7 +79,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     fill(image_set, pipeline, settings)
     size = pipeline.output_size
     path = directory / f"samples_{total}x{size}x{size}x3.npz"
-    if jax.process_index() == 0 and (lacking or not path.exists()):
+    if jax.process_index() == 0 and (lacking or not is_whole_archive(path)):
         image_set.merge(path)
     # A process that left a job long before the others would take them with it.
     wait_for(path.exists, "process 0 to write the merged file")

@@ -9,6 +9,7 @@ waits for the host. Everything that a configuration can get wrong fails before t
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,8 +18,7 @@ from absl import logging
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from dar_jax.common import model_dir
-from dar_jax.common.files import replacing
+from dar_jax.common import files, model_dir
 from dar_jax.common.progress import Progress
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
@@ -28,9 +28,9 @@ from dar_jax.evaluation.during_training import TrainEvaluation
 from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import build_task
 from dar_jax.parallel import distributed, sharding
-from dar_jax.parallel.workdir import open_workdir
+from dar_jax.parallel.workdir import exclusive, open_workdir
 from dar_jax.tasks.base import Task
-from dar_jax.training import checkpoint, metrics
+from dar_jax.training import checkpoint, metrics, origin
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
@@ -56,6 +56,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     frozen: Params
     evaluation: TrainEvaluation | None
+    made_from: Mapping[str, Any]
 
 
 def train_and_evaluate(config: Config, workdir: str) -> None:
@@ -82,6 +83,7 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     sharding.check_heads(task.model_config(), mesh)
     step_lib.check_accumulation(config.data.batch_size, config.train.accumulation, mesh)
     config.sample.recommendation(find_kind(config.task, "config.task"))
+    origin.check_keys(config.train.allowed, config.bound())
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(config.data, config.seed, part)
     sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
@@ -91,14 +93,43 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     frozen = task.frozen()
     evaluation = TrainEvaluation(config, workdir) if config.train.evaluate_every else None
     directory = open_workdir(workdir)
-    checkpoints = checkpoint.Checkpoints(
+    with exclusive(directory):
+        made = _made_from(config, iterator.source)
+        checkpoints = _open_checkpoints(config, directory, made)
+        run = Run(task, config, mesh, directory, iterator, checkpoints, frozen, evaluation, made)
+        state = _run(run, abstract, initial)
+        done = int(state.step) >= config.train.steps
+        if done:
+            _export(run, state, run.workdir / "model")
+            distributed.wait_for_all("export")
+    return done
+
+
+def _made_from(config: Config, source: sources.Source) -> dict[str, Any]:
+    """Fingerprints of models and data, which one process takes for all."""
+    made = {}
+    if jax.process_index() == 0:
+        made = origin.made_from(config.companions, source, config.data.num_threads)
+    return json.loads(distributed.gather_texts(json.dumps(made))[0])
+
+
+def _open_checkpoints(
+    config: Config, directory: pathlib.Path, made: Mapping[str, Any]
+) -> checkpoint.Checkpoints:
+    """Open the checkpoints, bound to the configuration and to what the run is made from."""
+    return checkpoint.Checkpoints(
         directory / CHECKPOINTS,
-        config.bound(),
+        {**config.bound(), origin.MADE_FROM: made},
         keep=config.train.keep_checkpoints,
         keep_every=config.train.keep_every,
         defaults=config.bound_defaults(),
+        allowed=config.train.allowed,
     )
-    run = Run(task, config, mesh, directory, iterator, checkpoints, frozen, evaluation)
+
+
+def _run(run: Run, abstract: TrainState, initial: Params | None) -> TrainState:
+    """Train; whatever happens, what is under way is ended."""
+    checkpoints = run.checkpoints
     try:
         _describe(run, abstract)
         state = _fit(run, *_restore_or_create(run, abstract, initial))
@@ -115,12 +146,8 @@ def train(config: Config, workdir: str, task: Task) -> bool:
         )
     finally:
         checkpoints.close()
-        iterator.close()
-    done = int(state.step) >= config.train.steps
-    if done:
-        _export(run, state, run.workdir / "model")
-        distributed.wait_for_all("export")
-    return done
+        run.iterator.close()
+    return state
 
 
 def _describe(run: Run, abstract: TrainState) -> None:
@@ -136,8 +163,9 @@ def _describe(run: Run, abstract: TrainState) -> None:
     if jax.process_index() != 0:
         return
     for name, text in texts.items():
-        with replacing(run.workdir / name) as temporary:
+        with files.replacing(run.workdir / name) as temporary:
             temporary.write_text(f"{text}\n")
+    origin.record(run.workdir, run.checkpoints.latest_step or 0, run.checkpoints.changes)
 
 
 def _initial_params(
@@ -282,7 +310,7 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     if jax.process_index() != 0:
         return
     source = sources.load_source(run.config.data, "test")
-    companions = {name: model_dir.locate(path) for name, path in run.config.companions.items()}
+    companions = {name: _unchanged(run, name) for name in run.config.companions}
     extra = {
         "class_names": source.class_names,
         "step": int(state.step),
@@ -303,6 +331,19 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
         about=about,
     )
     logging.info("Wrote the model directory %s", directory)
+
+
+def _unchanged(run: Run, name: str) -> pathlib.Path:
+    """Return the directory of a model that the run needs, unless it is another one by now."""
+    path = run.config.companions[name]
+    directory = model_dir.locate(path)
+    if model_dir.fingerprint(directory) != run.made_from[name]:
+        raise ValueError(
+            f"the {name} {path} has changed since this run began, so no model can be written with "
+            f"it; {run.checkpoints.describe_latest()}; bring the {name} back and run the same "
+            "command again"
+        )
+    return directory
 
 
 class _Report:

@@ -1,9 +1,19 @@
 """The directory of a run."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
+import socket
+from collections.abc import Iterator
+
+import jax
+from absl import logging
 
 from dar_jax.parallel import distributed
+
+LOCK_NAME = ".lock"
+MAX_OWNER = 200
 
 
 def open_workdir(workdir: str) -> pathlib.Path:
@@ -23,3 +33,35 @@ def open_workdir(workdir: str) -> pathlib.Path:
         raise ValueError(f"cannot use workdir {path}: no permission to write it; choose another")
     distributed.check_shared(path)
     return path
+
+
+@contextlib.contextmanager
+def exclusive(directory: pathlib.Path) -> Iterator[None]:
+    """Keep a workdir for this run, of whatever number of processes; a kill lets go of it.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    path = directory / LOCK_NAME
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read(MAX_OWNER).strip() or "unknown"
+            raise ValueError(
+                f"another run is at work in {directory} (process {owner}); wait for its end, or "
+                "use another workdir"
+            ) from error
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): start no second run in it", path, error)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

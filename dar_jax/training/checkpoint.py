@@ -1,35 +1,54 @@
 """Checkpoints of the whole run: train state, position in the data, configuration (Orbax).
 
 Saving is asynchronous and atomic: a step directory appears under its final name only when it is
-complete, so a killed run resumes from the last complete one. Nothing in a checkpoint depends on
-the mesh or the number of processes that wrote it.
+complete, so a killed run resumes from the last complete one. With it come the digests of its files
+(`common.digests`): one that is damaged is set aside, and the run resumes from the one before.
+Nothing in a checkpoint depends on the mesh or the number of processes that wrote it.
 """
 
 import contextlib
 import json
 import pathlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from dar_jax.common import tree
+from dar_jax.common import digests
+from dar_jax.parallel import distributed
+from dar_jax.training import origin
 from dar_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 """Subdirectory of the workdir that holds them."""
-ABSENT = "(absent)"
+DAMAGED_SUFFIX = ".damaged"
+"""Of the names under which damaged checkpoints are set aside."""
+TEMPORARY = "*.orbax-checkpoint-tmp*"
+"""Checkpoints that are being written."""
+UNFINISHED = "_CHECKPOINT_METADATA"
+"""Times of a checkpoint, which Orbax writes last and no item needs."""
 SAVE_ERRORS = (OSError, RuntimeError, ValueError)
 """What the storage layers raise when they cannot write."""
+READ_ERRORS = (*SAVE_ERRORS, KeyError, TypeError, AttributeError, AssertionError)
+"""What they raise when they cannot read."""
 
 
 def has_any(directory: pathlib.Path) -> bool:
     """Tell whether a directory, which need not exist, holds a complete checkpoint."""
-    return directory.is_dir() and bool(ocp.utils.checkpoint_steps(directory))
+    return bool(_steps(directory))
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Complete checkpoints, the latest first; whatever else lies there is passed over."""
+    if not directory.is_dir():
+        return []
+    complete = sorted(set(ocp.utils.checkpoint_steps(directory)), reverse=True)
+    return [step for step in complete if (directory / str(step)).is_dir()]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -54,19 +73,21 @@ class Checkpoints:
         keep: int,
         keep_every: int = 0,
         defaults: Mapping[str, Any] = types.MappingProxyType({}),
+        allowed: Collection[str] = (),
     ):
         """Open or create `directory`.
 
         Args:
             directory: an absolute path, shared by all processes.
-            config: the part of the configuration that a checkpoint is bound to, as JSON types.
+            config: what a checkpoint is bound to, as JSON types; see `origin.find_changes`.
             keep: number of latest checkpoints that are kept.
             keep_every: checkpoints of multiples of this step are kept as well; 0: none.
             defaults: of `config`: what checkpoints were made with that do not know a key yet.
+            allowed: keys of `config`, or of blocks in it, that may have changed.
 
         Raises:
-            ValueError: the latest checkpoint was made with another configuration. Nothing is
-                written then.
+            ValueError: the latest checkpoint was made with another configuration, or all are
+                damaged. Nothing is written then.
         """
         self._directory = directory
         self._config = json.loads(json.dumps(config))
@@ -75,15 +96,22 @@ class Checkpoints:
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         kept = checkpoint_managers.AnyPreservationPolicy(policies)
-        options = ocp.CheckpointManagerOptions(preservation_policy=kept)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+        )
+        good, damaged = self._verify()
         self._manager = _Manager(directory, options=options)
-        if self.latest_step is not None:
-            self._check_config()
+        self.changes = {} if good is None else self._check_config(good, allowed)
+        self._set_aside(damaged)
+
+    changes: Mapping[str, tuple[Any, Any]]
+    """What was allowed to change and has: old and new values by key."""
 
     @property
     def latest_step(self) -> int | None:
         """The last complete step, or None."""
-        return max(ocp.utils.checkpoint_steps(self._directory), default=None)
+        return max(_steps(self._directory), default=None)
 
     def describe_latest(self, *, wait: bool = True) -> str:
         """Name the last complete checkpoint, if told so after a save under way."""
@@ -148,6 +176,9 @@ class Checkpoints:
             abstract: a `TrainState` of `ShapeDtypeStruct`s, whose shardings may differ from
                 those that the checkpoint was saved with.
             iterator: a fresh iterator of the same pipeline; changed in place.
+
+        Raises:
+            ValueError: the checkpoint does not fit, or cannot be read.
         """
         step = self.latest_step
         logging.info("Resuming from step %d of %s", step, self._directory)
@@ -156,9 +187,10 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
             interval=ocp.args.JsonRestore(),
         )
-        restored: Any = self._manager.restore(step, args=args)
-        iterator.set_state(restored.data)
-        return restored.state, restored.interval["metrics"]
+        with self._explained_damage(step):
+            restored: Any = self._manager.restore(step, args=args)
+            iterator.set_state(restored.data)
+            return restored.state, restored.interval["metrics"]
 
     def close(self) -> None:
         """Stop the background threads; a save under way ends first, and its failure is dropped."""
@@ -176,15 +208,78 @@ class Checkpoints:
                 "room and run the same command to go on from there"
             ) from error
 
-    def _check_config(self) -> None:
+    @contextlib.contextmanager
+    def _explained_damage(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except READ_ERRORS as error:
+            (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"the checkpoint {self._directory / str(step)} cannot be read, or is of another "
+                f"model ({reason}); move it away to go on from the one before"
+            ) from error
+
+    def _write_digests(self) -> None:
+        """Add the digests to a checkpoint before it gets its final name; in the background."""
+        if jax.process_index() == 0:
+            for directory in self._directory.glob(TEMPORARY):
+                if not digests.has(directory):
+                    digests.write(directory, but=[UNFINISHED])
+
+    def _verify(self) -> tuple[int | None, dict[int, str]]:
+        """Find the latest checkpoint that is whole, and what is wrong with those after it."""
+        damaged = {}
+        if jax.process_index() == 0:
+            for step in _steps(self._directory):
+                damaged[step] = _find_damage(self._directory / str(step))
+                if not damaged[step]:
+                    break
+        (found, *_) = distributed.gather_texts(json.dumps(list(damaged.items())))
+        damaged = {step: reason for step, reason in json.loads(found) if reason}
+        good = next((step for step, reason in json.loads(found) if not reason), None)
+        if damaged and good is None:
+            raise ValueError(
+                f"all checkpoints in {self._directory} are damaged: {_list_damage(damaged)}; bring "
+                "one back from a copy, or begin anew in another workdir"
+            )
+        return good, damaged
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        """Rename damaged checkpoints, whose steps are to be saved again."""
+        if not damaged:
+            return
+        logging.warning(
+            "%s: damaged and set aside under names *%s: %s",
+            self._directory,
+            DAMAGED_SUFFIX,
+            _list_damage(damaged),
+        )
+        if jax.process_index() == 0:
+            for step in damaged:
+                path, number = self._directory / str(step), 0
+                while (aside := path.with_name(f"{step}-{number}{DAMAGED_SUFFIX}")).exists():
+                    number += 1
+                path.rename(aside)
+        distributed.wait_for_all("damaged checkpoints")
+        self._manager.reload()
+
+    def _check_config(self, step: int, allowed: Collection[str]) -> dict[str, tuple[Any, Any]]:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        restored: Any = self._manager.restore(self.latest_step, args=args)
-        saved = tree.flatten(restored.config)
-        wanted, defaults = tree.flatten(self._config), tree.flatten(self._defaults)
-        for name in sorted(saved.keys() | wanted.keys()):
-            old, new = saved.get(name, defaults.get(name, ABSENT)), wanted.get(name, ABSENT)
-            if old != new:
-                raise ValueError(
-                    f"{self._directory} holds a checkpoint with {name.replace('/', '.')}={old!r}, "
-                    f"the config has {new!r}; use the same config or another workdir"
-                )
+        with self._explained_damage(step):
+            restored: Any = self._manager.restore(step, args=args)
+        changes = origin.find_changes(restored.config, self._config, self._defaults)
+        origin.check_allowed(changes, allowed, str(self._directory))
+        return changes
+
+
+def _find_damage(directory: pathlib.Path) -> str:
+    if digests.has(directory):
+        return digests.find_damage(directory)
+    if not (directory / "state").is_dir():
+        return "it is no checkpoint"
+    logging.warning("%s has no digests: it is taken as it is", directory)
+    return ""
+
+
+def _list_damage(damaged: Mapping[int, str]) -> str:
+    return "; ".join(f"step {step}, {reason}" for step, reason in damaged.items())

@@ -24,6 +24,16 @@ class TrainConfig:
     """Microbatches per step, one after the other: the same step with less memory."""
     profile_steps: tuple[int, ...] = ()
     """First and last step to record with `jax.profiler` to WORKDIR/profile; empty: none."""
+    allow_change: str = ""
+    """What may differ from what the run began with when it goes on, with commas between: keys of
+    config files, such as "optimizer.learning_rate,data.batch_size", blocks of them, "classes", and
+    "data" and the names of models, such as "tokenizer", whose contents count. See
+    `training.origin`."""
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The keys of `allow_change`."""
+        return tuple(key.strip() for key in self.allow_change.split(",") if key.strip())
 
     def __post_init__(self):
         if self.profile_steps and not (

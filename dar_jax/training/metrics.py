@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,14 @@ from absl import logging
 from clu import metrics as clu_metrics
 from PIL import Image
 
+from dar_jax.common.files import parse_json, replacing
 from dar_jax.common.typing import UInt8
 from dar_jax.parallel.chips import chip_of
 from dar_jax.tasks.base import Task
 from dar_jax.training.tracking import Tracker, WandbConfig
 
 FILE_NAME = "metrics.jsonl"
+BAD_SUFFIX = ".bad"
 
 
 def collection(task: Task) -> type[clu_metrics.Collection]:
@@ -189,15 +190,36 @@ class Writer:
 def cut_lines(path: pathlib.Path, last_step: int) -> None:
     """Keep the lines of a metrics file up to `last_step`, so that a resumed curve has no doubles.
 
-    A last line that a killed run left half-written is dropped as well.
+    A last line that a killed run left half-written is dropped as well. Other lines that are none,
+    because the file was damaged or edited, are set aside, to the file's name with `BAD_SUFFIX`.
     """
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    kept, bad = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        step = _step_of(line)
+        if step is None:
+            bad.append(line)
+        elif step <= last_step and line.endswith(b"\n"):
+            kept.append(line)
+    if bad and not bad[-1].endswith(b"\n"):
+        bad.pop()
+    if bad:
+        aside = path.with_name(path.name + BAD_SUFFIX)
+        logging.warning("%s: %d lines are no figures, moved to %s", path, len(bad), aside.name)
+        with aside.open("ab") as file:
+            file.writelines(bad)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line of figures, None if it is something else."""
+    try:
+        step = parse_json(line)["step"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return step if type(step) is int else None
 
 
 def last_evaluation(path: pathlib.Path, last_step: int) -> dict[str, str]:

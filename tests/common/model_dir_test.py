@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 from dar_jax.common import model_dir
+from tests.damage import DAMAGES, damage, outcome, warnings
 
 PARAMS = {
     "blocks": {"kernel": jnp.linspace(0, 1, 24).reshape(2, 3, 4).swapaxes(1, 2)},
@@ -99,3 +100,64 @@ def test_fingerprint_tells_models_apart(tmp_path):
     assert model_dir.fingerprint(tmp_path / "model") != before
     with pytest.raises(ValueError, match="not a readable model directory"):
         model_dir.fingerprint(tmp_path / "none")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "digests.json"])
+def test_damaged_model_is_one_line_or_a_warning_or_the_same(tmp_path, caplog, name, how):
+    _save(tmp_path / "model")
+    expected = model_dir.load_model(tmp_path / "model")
+    assert damage(tmp_path / "model" / name, how)
+    with warnings(caplog) as told:
+        found, refusal = outcome(lambda: model_dir.load_model(tmp_path / "model"))
+    if refusal:
+        assert str(tmp_path / "model") in refusal
+        return
+    config, params = found
+    assert name != "model.safetensors"
+    assert config == expected[0] or any("has changed" in text for text in told)
+    np.testing.assert_array_equal(params["scale"], expected[1]["scale"])
+
+
+def test_config_that_was_edited_is_read_with_a_warning(tmp_path, caplog):
+    _save(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace('"a"', '"z"'))
+    with warnings(caplog) as told:
+        assert model_dir.load_config(tmp_path / "model")["class_names"] == ["z", "b"]
+    assert len(told) == 1 and "config.json has changed" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ("<html>not found</html>", "HTML page"),
+        ("version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        ('{"kind": ["toy"], "model": {}}', "has no kind and model"),
+    ],
+)
+def test_config_that_is_something_else_is_called_so(tmp_path, text, message):
+    _save(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        model_dir.load_config(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_8_bit_floats_are_read(tmp_path):
+    _save(tmp_path / "model", {"a": jnp.ones((2, 3)), "b": jnp.zeros(2)})
+    values = np.float32([[1.5, -2, 3], [4, 0.5, 6]])
+    header = {
+        "a": {"dtype": "F8_E4M3", "shape": [2, 3], "data_offsets": [0, 6]},
+        "b": {"dtype": "F8_E5M2", "shape": [2], "data_offsets": [6, 8]},
+    }
+    text = json.dumps(header).encode()
+    data = values.astype(jnp.float8_e4m3fn).tobytes() + bytes(2)
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (tmp_path / "model" / "digests.json").unlink()
+    params = model_dir.load_params(tmp_path / "model", {"a": jnp.ones((2, 3)), "b": jnp.ones(2)})
+    np.testing.assert_array_equal(params["a"], values)
+    assert params["a"].dtype == np.float32
+    np.testing.assert_array_equal(model_dir.load_model(tmp_path / "model")[1]["b"], [0, 0])

@@ -1,5 +1,6 @@
 """Checkpoints without torch: `.safetensors`, and what is answered to anything else."""
 
+import json
 import sys
 
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def test_missing_file_directory_and_unknown_suffix_are_refused(tmp_path):
     for source, message in (
         (tmp_path / "none.pt", r"none\.pt is not a file"),
         (tmp_path, "is not a file"),
-        (tmp_path / "weights.h5", r"suffixes \.pt, \.pth, \.ckpt, \.safetensors"),
+        (tmp_path / "weights.h5", r"suffixes \.pt, .*\.pth\.tar, \.safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
             read_checkpoint(str(source))
@@ -88,3 +89,91 @@ def test_hub_address_is_downloaded(tmp_path, monkeypatch):
     address = "hf://owner/name/a.safetensors"
     assert read_checkpoint(address).state_dict.keys() == WEIGHTS.keys()
     assert asked == [address]
+
+
+def test_safetensors_of_8_bit_floats_become_float32(tmp_path):
+    """The header is written by hand: the library's NumPy side knows no such type."""
+    values = np.float32([[1.5, -2.0], [0.25, 448.0]])
+    data = values.astype(jnp.float8_e4m3fn).tobytes() + np.float32(3).tobytes()
+    header = {
+        "a": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [4, 8]},
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    state_dict = read_checkpoint(str(path)).state_dict
+    np.testing.assert_array_equal(state_dict["a"], values)
+    assert state_dict["a"].dtype == np.float32 and state_dict["b"] == 3
+
+
+@pytest.mark.parametrize("folder", [".", "below"])
+def test_shards_are_read_through_their_index(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    index = write_shards(tmp_path / folder)
+    source = "model.safetensors.index.json" if folder == "." else str(index)
+    assert read_checkpoint(source).state_dict.keys() == WEIGHTS.keys()
+
+
+def write_shards(folder):
+    folder.mkdir(exist_ok=True)
+    places = {}
+    for number, (name, array) in enumerate(WEIGHTS.items()):
+        places[name] = f"model-0000{number}.safetensors"
+        write_safetensors(folder / places[name], {f"module.{name}": array})
+    index = folder / "model.safetensors.index.json"
+    places = {f"module.{name}": place for name, place in places.items()}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda i: (i.parent / "model-00001.safetensors").unlink(), "model-00001.* is missing"),
+        (lambda i: i.write_text('{"weight_map": {"a": "../b.safetensors"}}'), "files beside it"),
+        (lambda i: i.write_text('{"weight_map": {}}'), "not the index of a checkpoint"),
+        (lambda i: i.write_text("[]"), "not the index of a checkpoint"),
+        (lambda i: i.write_text("[" * 100_000), "nested too deep"),
+        (lambda i: i.write_text("<html>"), "HTML page"),
+        (
+            lambda i: i.write_text(i.read_text().replace('"module.a"', '"module.c"')),
+            r"names module\.c, which the shards do not hold",
+        ),
+    ],
+)
+def test_broken_index_is_one_line(tmp_path, spoil, message):
+    index = write_shards(tmp_path)
+    spoil(index)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_checkpoint(str(index))
+    assert "\n" not in str(caught.value)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 133466304\n"
+IMPOSTORS = {
+    "HTML page": b"\n<!DOCTYPE html><html><body>404</body></html>",
+    "git-lfs pointer": LFS,
+    "is empty": b"",
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin", ".pth.tar"])
+@pytest.mark.parametrize("what", IMPOSTORS)
+def test_impostor_is_called_what_it_is(tmp_path, what, suffix):
+    if suffix != ".safetensors":
+        pytest.importorskip("torch")
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(IMPOSTORS[what])
+    with pytest.raises(ValueError, match=what) as caught:
+        read_checkpoint(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [9, 40, -1])
+def test_safetensors_that_end_early_are_called_cut_short(tmp_path, kept):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, WEIGHTS)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="cut short"):
+        read_checkpoint(str(path))

@@ -8,6 +8,7 @@ import pytest
 
 from dar_jax.data import codes, encoded, latents, records, shards
 from dar_jax.data.sources import DataConfig, load_source
+from tests.damage import DAMAGES, damage, outcome, warnings
 from tests.data import tiny_sets
 from tests.data.small_files import open_split, refusal
 
@@ -112,7 +113,7 @@ def test_cache_without_its_mark_of_completion_is_not_taken_for_complete(cache):
     path = root / shards.SIDECAR_NAME
     contents = {k: v for k, v in sidecar.items() if k not in ("complete", "counts")}
     path.write_text(json.dumps({**contents, "complete": "yes"}))
-    assert shards.begin(root, contents) is False
+    assert shards.begin(root, contents) is None
     path.write_text(json.dumps(sidecar))
 
 
@@ -137,3 +138,60 @@ def test_record_without_a_label_is_an_unreadable_picture(tmp_path):
     source = records.RecordSource(write_records(tmp_path, [b"abc"]), "set train", ("a",))
     with pytest.raises(records.UnreadablePictureError, match="set train record 0: .* no label"):
         source[0]
+
+
+def write_codes(root):
+    """Write a cache of codes; return the shards that had to be written."""
+    written = []
+
+    def make(split, pictures):
+        written.append((split, pictures.start))
+        for index in pictures:
+            yield codes.FORM.pack(np.full((2, 4), index), index % 2)
+
+    contents = {"kind": codes.FORM.kind, **CONTENTS, **FORMS["codes"][1]}
+    shards.write_splits(root, contents, make)
+    return written
+
+
+def codes_of(root):
+    data = DataConfig(source="codes", path=str(root))
+    return [load_source(data, "train")[index]["codes"].tolist() for index in range(4)]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_shard_is_written_again(tmp_path, caplog, how):
+    assert write_codes(tmp_path) == [("train", 0), ("train", 3), ("test", 0)]
+    assert write_codes(tmp_path) == []
+    expected = codes_of(tmp_path)
+    path = tmp_path / "train-00000-of-00002.array_record"
+    assert damage(path, how)
+    assert outcome(lambda: codes_of(tmp_path))[1], "the codes have changed in silence"
+    with warnings(caplog) as told:
+        assert write_codes(tmp_path) == [("train", 0)]
+    assert how == "deleted" or (len(told) == 1 and path.name in told[0])
+    assert codes_of(tmp_path) == expected
+    assert write_codes(tmp_path) == []
+    assert not list(tmp_path.glob("*.sha256"))
+
+
+@pytest.mark.parametrize("how", ["emptied", "truncated", "flipped"])
+def test_shard_that_is_damaged_before_the_end_is_written_again(tmp_path, monkeypatch, how):
+    def stop(*_):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "finish", stop)
+        with pytest.raises(OSError, match="killed"):
+            write_codes(tmp_path)
+    damage(tmp_path / "train-00001-of-00002.array_record", how)
+    assert write_codes(tmp_path) == [("train", 3)]
+
+
+def test_cache_that_is_older_than_digests_gets_them(tmp_path):
+    write_codes(tmp_path)
+    path = tmp_path / shards.SIDECAR_NAME
+    sidecar = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in sidecar.items() if k != "digests"}))
+    assert write_codes(tmp_path) == []
+    assert json.loads(path.read_text())["digests"] == sidecar["digests"]

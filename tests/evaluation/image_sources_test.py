@@ -1,6 +1,7 @@
 """Images to be judged: which, in which order, and what is refused."""
 
 import os
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +148,33 @@ def test_rounding_to_eight_bits():
     np.testing.assert_array_equal(images.to_pixels(jnp.asarray(symmetric))[:, 0], LEVELS)
     lost = LEVELS - np.trunc(np.float32(255) * ((symmetric[:, 0] + 1) / 2))
     assert (lost.sum(), lost.max()) == (63, 1)
+
+
+def rewrite(path):
+    """Put another picture into a file of the same size, at the same time."""
+    times, size = path.stat(), path.stat().st_size
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 255
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("change", [rewrite, lambda path: path.rename(path.with_name("z.bmp"))])
+def test_folder_with_other_pictures_is_another_and_a_copy_is_the_same(folder, tmp_path, change):
+    before = open_images(str(folder)).identity
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert open_images(str(copy)).identity == before
+    change(folder / "c.bmp")
+    assert open_images(str(folder)).identity != before
+
+
+def test_npz_is_known_by_its_content(tmp_path):
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    identities = []
+    for name, value in (("a", 0), ("b", 0), ("c", 1)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pixels + np.uint8(value))
+        os.utime(tmp_path / f"{name}.npz", (5, 5))
+        identities.append(open_images(str(tmp_path / f"{name}.npz")).identity)
+    assert identities[0] == identities[1] != identities[2]

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from dar_jax.generation.image_set import PIXELS, ImageSet
-from dar_jax.generation.resumable_arrays import MANIFEST_NAME
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME, is_whole_archive
+from tests.damage import DAMAGES, damage, warnings
 
 LABELS = (7, 2, 5)
 SIZE = 4
@@ -172,3 +173,39 @@ def test_rows_are_read_across_pieces(image_set):
         rows = np.concatenate(list(image_set.rows(PIXELS, first, stop)))
         np.testing.assert_array_equal(rows, [picture(index) for index in range(first, stop)])
     assert image_set.names() == (PIXELS, "labels", "indices")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("image_format", ["npz", "png"])
+def test_damaged_pieces_are_made_again(tmp_path, caplog, image_format, how):
+    image_set = ImageSet(tmp_path, 9, LABELS, image_format)
+    image_set.bind(SETTINGS)
+    fill(image_set, batch_size=3)
+    before = image_set.array(PIXELS)
+    path = sorted(tmp_path.glob(f"*.{image_format}"))[1]
+    assert damage(path, how)
+    with warnings(caplog) as told:
+        image_set.bind(SETTINGS)
+    assert how == "deleted" or (len(told) == 1 and "is damaged: it is made again" in told[0])
+    assert image_set.missing().any()
+    fill(image_set, batch_size=3)
+    np.testing.assert_array_equal(image_set.array(PIXELS), before)
+
+
+@pytest.mark.parametrize("how", ["emptied", "truncated"])
+def test_damaged_manifest_is_one_line(image_set, how):
+    fill(image_set, batch_size=8)
+    damage(image_set.directory / MANIFEST_NAME, how)
+    with pytest.raises(ValueError, match=r"cannot read .*manifest\.json") as caught:
+        image_set.bind(SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_merged_file_is_noticed(image_set, tmp_path, how):
+    fill(image_set, batch_size=8)
+    path = tmp_path / "merged.npz"
+    image_set.merge(path)
+    assert is_whole_archive(path)
+    damage(path, how)
+    assert not is_whole_archive(path)

@@ -82,11 +82,13 @@ def test_official_tokenizer_gives_average_weights_and_config(official):
     assert checkpoint.config == CONFIG
 
 
-@pytest.mark.parametrize("container", ["ema", "model", "module", "state_dict", ""])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("container", ["ema", "model", "module", "state_dict", "", "ema.module"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.module.", "_fsdp_wrapped_module._orig_mod."])
 def test_every_container_and_prefix_is_read(tmp_path, container, prefix):
     state_dict = tensors(prefix)
-    torch.save({container: state_dict, "steps": 1} if container else state_dict, tmp_path / "a.pt")
+    for name in reversed(container.split(".") if container else []):
+        state_dict = {name: state_dict, "steps": 1}
+    torch.save(state_dict, tmp_path / "a.pt")
     checkpoint = read_checkpoint(str(tmp_path / "a.pt"))
     assert_weights(checkpoint)
     assert checkpoint.container == container and checkpoint.config is None
@@ -97,6 +99,47 @@ def test_other_precisions_become_float32(tmp_path, dtype):
     state_dict = {name: torch.nn.Parameter(tensor) for name, tensor in tensors(dtype=dtype).items()}
     torch.save(state_dict, tmp_path / "a.pt")
     assert_weights(read_checkpoint(str(tmp_path / "a.pt")))
+
+
+def test_wrappers_are_taken_out_of_the_middle_of_names(tmp_path):
+    wrapped = {
+        "module._fsdp_wrapped_module.norm._orig_mod.weight": torch.tensor(WEIGHTS["norm.weight"]),
+        "layers.0._checkpoint_wrapped_module._fsdp_wrapped_module.weight": torch.eye(2),
+    }
+    torch.save(wrapped, tmp_path / "a.pt")
+    assert_weights(read_checkpoint(str(tmp_path / "a.pt")))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".pth.tar"])
+def test_old_format_and_every_suffix_are_read(tmp_path, suffix):
+    content = {
+        "state_dict": tensors(scale=-1.0),
+        "state_dict_ema": tensors(),
+        "best": np.float64(3.5),
+        "others": [np.float32(1), np.int64(2), np.bool_(True), np.float16(2)],
+    }
+    path = tmp_path / f"a{suffix}"
+    for new_format in (False, True):
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+        checkpoint = read_checkpoint(str(path))
+        assert_weights(checkpoint)
+        assert checkpoint.container == "state_dict_ema"
+
+
+def test_8_bit_floats_become_float32(tmp_path):
+    torch.save(tensors(dtype=torch.float8_e4m3fn), tmp_path / "a.pt")
+    assert_weights(read_checkpoint(str(tmp_path / "a.pt")))
+
+
+@pytest.mark.parametrize("kept", [40, 0.5, -4])
+def test_old_format_that_ends_early_is_one_line(tmp_path, kept):
+    torch.save(tensors(), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pth").read_bytes()
+    kept = int(kept * len(content)) if isinstance(kept, float) else kept
+    (tmp_path / "a.pth").write_bytes(content[:kept])
+    with pytest.raises(ValueError, match="damaged, cut short") as caught:
+        read_checkpoint(str(tmp_path / "a.pth"))
+    assert "\n" not in str(caught.value)
 
 
 class Run:
@@ -120,10 +163,12 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_nothing_in_a_pickle_is_run(tmp_path, name):
+@pytest.mark.parametrize("new_format", [True, False])
+def test_nothing_in_a_pickle_is_run(tmp_path, name, new_format):
     marker = tmp_path / "marker"
-    torch.save({"ema": tensors(), "args": ATTACKS[name](marker)}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad\.pt is refused: it would import \w+\.") as caught:
+    content = {"ema": tensors(), "args": ATTACKS[name](marker)}
+    torch.save(content, tmp_path / "bad.pt", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(ValueError, match=r"bad\.pt is refused: it would import \w+") as caught:
         read_checkpoint(str(tmp_path / "bad.pt"))
     assert "\n" not in str(caught.value)
     assert not marker.exists()

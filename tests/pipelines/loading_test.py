@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from dar_jax.common import model_dir, tree
-from dar_jax.kinds.loading import from_pretrained
+from dar_jax.common.config_build import MAY_BE_ZERO
+from dar_jax.kinds import KINDS
+from dar_jax.kinds.loading import from_pretrained, open_model
 from dar_jax.nn.compute import DTYPES, Compute
 from dar_jax.parallel.sharding import MIN_SHARDED_SIZE, MeshConfig, make_mesh
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
@@ -65,7 +67,7 @@ def test_hub_repository_is_loaded(workdir, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     pipeline = from_pretrained("hf://owner/name/model")
     assert isinstance(pipeline, DarPipeline)
-    names = ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", "digests.json"]
     names += [f"*/{name}" for name in names]
     assert asked == [("owner/name", [f"model/{name}" for name in names])]
 
@@ -219,3 +221,48 @@ def test_tokenizer_of_another_prior_is_refused(copy):
     spoil(copy / "tokenizer", model={**config["model"], "num_tokens": 32})
     with pytest.raises(ValueError, match=r"num_tokens=16, but the tokenizer in .* num_tokens=32"):
         from_pretrained(copy)
+
+
+SIZES = (0, -1, 10**7, 2**63)
+
+
+def sizes_of(config, path=()):
+    """Yield the paths of all whole numbers of an architecture."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from sizes_of(value, (*path, name))
+        elif type(value) is int or (isinstance(value, list) and value):
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("kind", ["dar_tokenizer", "dar_prior", "transdiff", "kl_vae"])
+def test_sizes_are_bounded_before_anything_is_made(tmp_path, kind):
+    """Every size at zero, negative and huge: one line at once, or a size that has a meaning."""
+    model = json.loads(json.dumps(dataclasses.asdict(KINDS[kind].released)))
+    paths = list(sizes_of(model))
+    assert len(paths) >= 5
+    for path in paths:
+        for size in SIZES:
+            spoilt = json.loads(json.dumps(model))
+            block = spoilt
+            for name in path[:-1]:
+                block = block[name]
+            block[path[-1]] = [size] if isinstance(block[path[-1]], list) else size
+            (tmp_path / "config.json").write_text(json.dumps({"kind": kind, "model": spoilt}))
+            line = refusal_or_none(tmp_path)
+            assert (line is None) == (size == 0 and path[-1] in MAY_BE_ZERO), (path, size, line)
+
+
+def refusal_or_none(directory):
+    try:
+        open_model(directory)
+    except ValueError as error:
+        (line,) = str(error).splitlines()
+        return line
+
+
+@pytest.mark.parametrize("names", [5, "cat", [1, 2], {"0": "cat"}, None])
+def test_class_names_of_another_type_are_one_line(copy, names):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "class_names": names}))
+    assert "class_names must be a list of names" in refusal_or_none(copy)

@@ -129,3 +129,14 @@ def test_progress_names_speed_and_time_left(tmp_path, caplog):
         "0:02:00 left"
     )
     assert expected in caplog.messages
+
+
+def test_lines_that_are_no_figures_are_set_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    bad = [b"\xff\x00\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "2"}\n', b"[" * 100_000 + b"\n"]
+    good = [b'{"step": 1}\n', b'{"step": 2, "loss": 3}\n']
+    path.write_bytes(b"".join([good[0], *bad, good[1], b'{"step": 3}\n', b'{"st']))
+    metrics.cut_lines(path, 2)
+    assert path.read_bytes() == b"".join(good)
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == b"".join(bad)
+    assert len(list(tmp_path.iterdir())) == 2
