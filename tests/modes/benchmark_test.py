@@ -170,7 +170,7 @@ def test_parts_of_transdiff_are_what_sampling_runs(drawn):
     pipeline, _ = drawn["transdiff"]
     sampling = TransDiffSampling(num_steps=3, drift_scale=0.9)
     speed = device_speed.DeviceSpeed(1.0, 1.0, 1.0)
-    timed = TransDiffRuns(pipeline, sampling, speed, 2, None, 1)
+    timed = TransDiffRuns(pipeline, sampling, speed, speed, 2, None, 1)
     encoder, denoising = timed.parts(2.0)
     assert [cache.keys.shape[-2] for cache in encoder.run()] == [4, 8, 12, 16]
     first = denoising.run()[0]
