@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from dar_jax.caching.config import CacheConfig
 from dar_jax.common import config_build
+from dar_jax.common.checks import check_seed
 from dar_jax.convert.config import ConvertConfig
 from dar_jax.data.base import READING_KEYS, DataConfig
 from dar_jax.demo.config import DemoConfig
@@ -135,6 +136,7 @@ def build(config: ConfigDict) -> Config:
     if task:
         kind = find_kind(task, f"{ROOT}.task={task!r}")
         blocks["model"] = _block(kind.architecture, values.pop("model", {}), "model")
+        config_build.check_sizes(blocks["model"], f"{ROOT}.model")
         if kind.loss is not None:
             blocks["loss"] = _block(kind.loss, values.pop("loss", {}), "loss")
         for name in kind.companions:
@@ -144,6 +146,7 @@ def build(config: ConfigDict) -> Config:
     seed = values.pop("seed", 0)
     if type(seed) is not int:
         raise ValueError(f"{ROOT}.seed: expected int, got {seed!r}")
+    check_seed(f"{ROOT}.seed", seed)
     config_build.check_keys(values, [*BLOCKS, "task", "seed", *blocks, *companions], ROOT)
     blocks |= {name: _block(BLOCKS[name], block, name) for name, block in values.items()}
     return Config(task=task, companions=companions, seed=seed, **blocks)

@@ -29,8 +29,11 @@ Modes:
               http://127.0.0.1:7860; config.demo.host and .port change that
 
 Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
---coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1. SIGTERM saves and stops
-with --preempted_status (0); a mistake of the user's is one line and status 2.
+--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1.
+
+SIGTERM saves and stops with --preempted_status (0); so do Ctrl-C (130) and SIGHUP (129), and the
+same command goes on. A second Ctrl-C ends at once. A mistake of the user's is one line and
+status 2.
 
 JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
 
@@ -41,17 +44,25 @@ config.evaluate.num_images, config.train.evaluate_every, config.convert.source,
 config.wandb.project.
 """
 
+import difflib
+import errno
 import logging as python_logging
+import os
 import pathlib
 import pkgutil
+import re
+import signal
 import sys
+import traceback
 import types
+from collections.abc import Sequence
 from typing import NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax.common import config_files
+from dar_jax.common import config_files, interrupts
 
 MODES = {
     "train": "train_and_evaluate",
@@ -64,6 +75,24 @@ MODES = {
     "demo": "demo",
 }
 """Function of every mode, in the module of `dar_jax.modes` that has the mode's name."""
+
+OUT_OF_MEMORY = {
+    "train": "--config.train.accumulation=4, --config.compute.remat=blocks, --config.mesh.fsdp=-1",
+    "evaluate": "a smaller --config.sample.batch_size or --config.evaluate.batch_size",
+    "demo": "a smaller --config.demo.batch_size",
+}
+"""What to try, by mode; others take a smaller batch."""
+STORAGE_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose another --workdir",
+    errno.EEXIST: "move it away",
+    errno.ENOTDIR: "move it away",
+    errno.EISDIR: "move it away",
+}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run reads and writes.")
@@ -88,12 +117,43 @@ def main(argv: list[str]) -> None:
     try:
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
+        _check_devices()
         mode = pkgutil.resolve_name(f"dar_jax.modes.{_MODE.value}:{MODES[_MODE.value]}")
         mode(config, _WORKDIR.value)
     except distributed.Preempted:
-        sys.exit(_PREEMPTED_STATUS.value)
+        sys.exit(_status_of_preempted())
     except ValueError as error:
         _fail(error)
+    except OSError as error:
+        _fail(f"{error}; {STORAGE_ADVICE.get(error.errno, 'check the storage')} and run it again")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = OUT_OF_MEMORY.get(_MODE.value, "a smaller --config.sample.batch_size")
+        (reason, *_) = str(error).splitlines() or ["out of memory"]
+        _fail(f"out of memory: {reason}; try {advice}")
+
+
+def _status_of_preempted() -> int:
+    number = interrupts.first()
+    if number in (None, signal.SIGTERM):
+        return _PREEMPTED_STATUS.value
+    return interrupts.status_of(number)
+
+
+def _check_devices() -> None:
+    """Find the devices before any work: what JAX was told to use may not be there."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second of a platform without a plugin
+        (reason, *_) = str(error).splitlines() or ["there is no such platform"]
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX finds no device with JAX_PLATFORMS={platforms!r}: {reason}; install "
+            "'dar-jax[gpu]' or 'dar-jax[tpu]' and look at the driver, or unset JAX_PLATFORMS"
+        ) from error
 
 
 def _join_job(distributed: types.ModuleType) -> None:
@@ -111,13 +171,23 @@ def _join_job(distributed: types.ModuleType) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line, whoever finds it."""
     flags.mark_flags_as_required(["config", "workdir"])
+    path = ""
     try:
-        return flags.FLAGS(_with_files(argv))
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        _fail(error)
+        # Where the flags of keys are looked for.
+        sys.argv[:] = argv = _last_of_each(_with_files(argv))
+        path = _config_path(argv)
+        words = flags.FLAGS(argv)[1:]
+        if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+            raise ValueError(f"get_config of {path} returns {_CONFIG.value!r}, no ConfigDict")
+    except Exception as error:  # a config file is a program
+        _fail(_explain(error, path))
+    if words:
+        meant = f"--mode={words[0]}" if words[0] in MODES else f"--NAME={words[0]}"
+        _fail(f"{words[0]!r} belongs to no flag; did you mean {meant}?")
+    return argv[:1]
 
 
-def _with_files(argv: list[str]) -> list[str]:
+def _with_files(argv: Sequence[str]) -> list[str]:
     """Give the config its file, whether it comes as `--config=FILE` or in a word of its own."""
     words = []
     for previous, word in zip(["", *argv], argv, strict=False):
@@ -130,12 +200,61 @@ def _with_files(argv: list[str]) -> list[str]:
     return words
 
 
-def _fail(error: Exception) -> NoReturn:
-    """Print one line and exit with status 2."""
-    message = str(error)
+def _last_of_each(argv: Sequence[str]) -> list[str]:
+    """Keep the last value of keys that are given twice, and expand `~`, which no shell has done.
+
+    The library would join tuples that are given twice.
+    """
+    kept: dict[str, str] = {}
+    for number, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        is_key = bool(equals) and re.match(r"--?config\.", key) is not None
+        name = key.lstrip("-") if is_key else f"{number}"
+        kept.pop(name, None)
+        kept[name] = f"{key}={os.path.expanduser(value)}" if equals else argument
+    return list(kept.values())
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """Return the path of the config file.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    given = [a.partition("=")[2] for a in argv if re.match(r"--?config=", a)]
+    if not given:
+        return ""
+    path = pathlib.Path(given[-1].partition(":")[0])
+    if not path.is_file():
+        names = [file.as_posix() for file in path.parent.glob("*.py")]
+        nearest = difflib.get_close_matches(path.as_posix(), names, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "name one, such as mnist.py"
+        raise ValueError(f"--config={given[-1]}: there is no file {path} in {os.getcwd()}; {hint}")
+    return str(path)
+
+
+def _explain(error: Exception, path: str) -> str:
+    """Return the message of an error of parsing, with its line where the config file has it."""
+    text = str(error).strip() or type(error).__name__
     if isinstance(error, flags.Error):
-        # A config file that cannot be read comes with its traceback; what matters is its end.
-        message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
+        # What the config file refuses comes with its traceback; what matters is its end.
+        message = text.splitlines()[-1].removeprefix("ValueError: ")
+        return f"{path}: {message}" if "\n" in text else message
+    if match := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text):
+        return f"unknown key {match[2]!r}; did you mean {match[1]!r}?"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines = [error.lineno]
+    if "no attribute 'get_config'" in text:
+        return f"{path} has no function get_config, which returns the configuration"
+    if path and lines:
+        return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}"
+    return text
+
+
+def _fail(message: Exception | str) -> NoReturn:
+    """Print one line and exit with status 2."""
+    message = str(message)
     message = message.replace("\\n", " ").replace("\\'", "'")  # nested KeyErrors
     print(f"dar_jax: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
@@ -156,12 +275,20 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
 
 def run() -> None:
     """Run the command line."""
+    interrupts.install()
     _set_up_logging()
     # `--help` shows the docstring and the flags of the program, whichever it was started as.
     sys.modules["__main__"].__doc__ = __doc__
     for flag in flags.FLAGS.get_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except interrupts.Interrupted as interrupted:
+        interrupts.leave(
+            f"dar_jax: stopped by {interrupted}; run the same command again: what is complete is "
+            "kept",
+            interrupted.status,
+        )
 
 
 if __name__ == "__main__":

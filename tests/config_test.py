@@ -127,6 +127,28 @@ def test_value_of_another_type_is_refused(path, value, message):
         read_config(ml_collections.ConfigDict(config))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimizer.learning_rate", float("nan"), r"expected a finite number, got nan"),
+        ("sample.temperature", float("nan"), r"expected a finite number, got nan"),
+        ("sample.guidance_scale", (1.0, float("inf")), r"expected a finite number, got inf"),
+        ("seed", -1, r"config\.seed=-1 must be in 0\.\.4294967295"),
+        ("seed", 2**32, r"config\.seed=4294967296 must be in 0\.\.4294967295"),
+        ("sample.seed", 10**20, r"config\.sample: seed=1000000\d+ must be in 0\.\.4294967295"),
+    ],
+)
+def test_number_that_would_be_misread_is_refused(path, value, message):
+    config = mnist.get_config("dar").to_dict()
+    *blocks, key = path.split(".")
+    place = config
+    for block in blocks:
+        place = place[block]
+    place[key] = value
+    with pytest.raises(ValueError, match=message):
+        read_config(config_lib.ConfigDict(config))
+
+
 def test_missing_companion_is_one_line():
     config = mnist.get_config("dar")
     del config.tokenizer

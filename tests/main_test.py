@@ -7,7 +7,9 @@ import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,6 +106,7 @@ def test_sample_mode_writes_grid_strip_and_indices(trained):
 IN_THE_FLAGS = {
     "unknown key": (["--config.data.batchsize=4"], "batch_size"),
     "unknown mode": (["--mode=dance"], "dance"),
+    "stray word": (["sample"], "did you mean --mode=sample?"),
     "unknown variant": (["--config=configs/mnist.py:cifar"], "'cifar'"),
     "label": (
         ["--mode=sample", "--config.sample.model={r}/dar/model", "--config.sample.labels=(3, 12)"],
@@ -122,6 +125,80 @@ def test_mistake_on_the_command_line_is_one_line_with_status_2(trained, tmp_path
     assert line.startswith("dar_jax: error: ")
     assert expected in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["--config.a.b=1", "--config.c=2", "--config.a.b=3"], ["--config.c=2", "--config.a.b=3"]),
+        (["-config.a=1", "--config.a=2"], ["--config.a=2"]),
+        (["--mode=train", "word", "word"], ["--mode=train", "word", "word"]),
+        (["--workdir=~/x", "--config.a=~/y"], ["--workdir={h}/x", "--config.a={h}/y"]),
+    ],
+)
+def test_last_value_of_a_key_counts_and_home_is_found(arguments, kept):
+    home = os.path.expanduser("~")
+    assert main._last_of_each(["main", *arguments]) == ["main", *(k.format(h=home) for k in kept)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("configs/mnst.py:dar", "no file configs/mnst.py in .*; did you mean configs/mnist.py"),
+        ("configs", "no file configs in .*; name one, such as configs/mnist.py"),
+        ("/dev/zero", "no file /dev/zero"),
+    ],
+)
+def test_config_file_that_is_none_is_refused(value, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        main._config_path(["main", f"--config={value}"])
+
+
+BROKEN = {
+    "def get_config():\n    return name": "broken.py, line 2: NameError: name 'name' is not",
+    "def get_config(): return int('a')": "broken.py: invalid literal for int.*'a'",
+    "def get_config() return 3": "broken.py, line 1: SyntaxError: expected ':'",
+    "import no_such_module": "broken.py, line 1: ModuleNotFoundError: No module named 'no_such",
+    "name = 3": "broken.py has no function get_config",
+    "def get_config(): return 3": "get_config of .*broken.py returns 3, no ConfigDict",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_broken_config_file_is_one_line(text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["main", f"--config={path}", "--workdir=none"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    with pytest.raises(SystemExit) as left:
+        main.parse_flags(sys.argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and re.search(BROKEN[text], line), line
+
+
+def test_memory_and_devices_that_are_not_there_are_one_line(monkeypatch, capsys):
+    def fail(error):
+        def mode(*_):
+            raise error
+
+        monkeypatch.setattr(main, "_CONFIG", mock.Mock(value=mnist.get_config("dar")))
+        monkeypatch.setattr(main, "_MODE", mock.Mock(value="train"))
+        monkeypatch.setattr(main, "_WORKDIR", mock.Mock(value="none"))
+        monkeypatch.setattr(main, "_join_job", lambda _: None)
+        monkeypatch.setattr(main.pkgutil, "resolve_name", lambda _: mode)
+        with pytest.raises(SystemExit, match="2"):
+            main.main([])
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes\nmore")
+    assert "try --config.train.accumulation=4, --config.compute.remat=blocks" in fail(error)
+    assert "make room and run it again" in fail(OSError(28, "No space left on device"))
+    failing = mock.Mock(side_effect=RuntimeError("Unable to initialize backend 'cuda': no\nmore"))
+    monkeypatch.setattr(jax, "devices", failing)
+    assert "backend 'cuda': no; install 'dar-jax[gpu]'" in fail(error)
 
 
 IN_THE_CONFIG = {

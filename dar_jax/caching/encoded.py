@@ -16,6 +16,7 @@ import numpy as np
 
 from dar_jax.common import model_dir
 from dar_jax.common.batches import pad
+from dar_jax.common.checks import check_finite
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Array, Params, UInt8
 from dar_jax.data import shards
@@ -119,7 +120,8 @@ def write_encoded(
         pictures_per_shard: the last shard of a split may have fewer.
 
     Raises:
-        ValueError: the directory holds another cache, or too many pictures cannot be read.
+        ValueError: the directory holds another cache, too many pictures cannot be read, or what
+            the model makes of one is not finite.
         OSError: the directory cannot be written.
     """
     contents = {
@@ -139,9 +141,12 @@ def write_encoded(
         examples = _read(
             sources[split], pictures, seen, num_threads=data.num_threads, tally=tallies[split]
         )
-        progress = Progress(len(pictures))
+        progress, packed = Progress(len(pictures)), pictures.start
         for group in encoder.encode(examples, len(pictures), seen.count):
             progress.add(len(group))
+            for number, (array, _) in enumerate(group, packed):
+                check_finite(f"{form.kind} of {split} record {number}", array)
+            packed += len(group)
             yield from (form.pack(array, label) for array, label in group)
 
     shards.write_splits(directory, contents, records)

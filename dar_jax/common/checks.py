@@ -1,10 +1,14 @@
-"""Checks of what callers hand in: shapes, ranges and parts of batches, said in one line."""
+"""Checks of what callers hand in and of what is computed: shapes, ranges, finite numbers."""
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
 from dar_jax.common.typing import Any
+
+MAX_SEED = 2**32 - 1
+"""Keys are made of 32 bits of a seed: of larger ones the rest would be dropped in silence."""
 
 
 def check_shape(name: str, array: Any, expected: Sequence[int | str]) -> None:
@@ -24,6 +28,81 @@ def check_range(name: str, values: Any, stop: int) -> None:
     wrong = values[(values < 0) | (values >= stop)]
     if wrong.size:
         raise ValueError(f"{name}: {wrong.flat[0]} is out of range, expected 0..{stop - 1}")
+
+
+def check_integers(name: str, array: Any, meaning: str) -> None:
+    """Raise ValueError unless an array holds integers, and at least one of them.
+
+    Args:
+        name: of the array.
+        array: of NumPy or JAX.
+        meaning: what the integers are.
+    """
+    if not array.size:
+        raise ValueError(f"{name} are empty, expected {meaning}")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} are {array.dtype}, expected integers: {meaning}")
+
+
+def check_labels(labels: Any, num_classes: int, *, null: bool = False) -> Any:
+    """Return class labels as an array.
+
+    Args:
+        labels: one for every image.
+        num_classes: of the model.
+        null: `num_classes`, the label of no class, is one of them.
+
+    Raises:
+        ValueError: they are something else, or none.
+    """
+    labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+    check_integers("labels", labels, f"classes in 0..{num_classes - 1}")
+    check_shape("labels", labels, ("B",))
+    check_range("labels", labels, num_classes + null)
+    return labels
+
+
+def check_number(name: str, value: Any, kind: type = numbers.Real) -> None:
+    """Raise ValueError unless a value is a number, or an integer if `kind` is `numbers.Integral`.
+
+    Arrays are none, nor is what JAX puts into the place of numbers while it compiles.
+    """
+    if not isinstance(value, kind) or isinstance(value, bool):
+        what = "an integer" if kind is numbers.Integral else "a number"
+        raise ValueError(f"{name}={value!r} must be {what}")
+
+
+def read_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """Return one number, or a sequence of them, as a tuple.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    array = np.ravel(values)
+    if array.size and array.dtype.kind not in "iuf":
+        raise ValueError(f"{name}={values!r} must be a number, or several")
+    return tuple(map(float, array))
+
+
+def check_finite(name: str, array: Any) -> None:
+    """Raise ValueError if a floating-point array holds NaN or infinity, with the first of them."""
+    array = np.asarray(array)
+    # Extended types such as bfloat16 have a kind of their own, integers are always finite.
+    if array.dtype.kind in "iub":
+        return
+    finite = np.isfinite(array)
+    if not finite.all():
+        first = tuple(map(int, np.argwhere(~finite)[0])) if array.ndim else ()
+        raise ValueError(
+            f"{name}: {array.size - np.count_nonzero(finite)} of {array.size} numbers are not "
+            f"finite, the first is {array[first]} at {first}"
+        )
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ValueError unless a seed is in 0..`MAX_SEED`."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"{name}={seed} must be in 0..{MAX_SEED}")
 
 
 def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ MAY_BE_ZERO = (
     *("depth", "encoder_depth", "decoder_depth", "feature_layer", "attention_levels"),
     *("num_classes", "buffer_size"),
 )
+MAX_INT = 2**32
+"""No setting is as large, and some libraries stop at 32 bits, in silence or with a traceback."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -48,6 +51,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    except ZeroDivisionError as error:
+        raise ValueError(f"{where}: a size is 0, expected 1 or more: {values}") from error
 
 
 def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
@@ -105,7 +110,7 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
     """Check a value of a config or of JSON against an annotation; lists become tuples.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: it is of another type, or no finite number.
     """
     if isinstance(annotation, types.UnionType) and type(value) in typing.get_args(annotation):
         return value
@@ -123,4 +128,8 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
         return float(value)
     if annotation in (bool, int, float, str) and type(value) is not annotation:
         raise ValueError(f"{where}: expected {annotation.__name__}, got {value!r}")
+    if annotation is int and abs(value) >= MAX_INT:
+        raise ValueError(f"{where}: expected an int of at most 32 bits, got {value}")
+    if annotation is float and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value!r}")
     return value

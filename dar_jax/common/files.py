@@ -5,6 +5,9 @@ import errno
 import json
 import os
 import pathlib
+import re
+import shutil
+import socket
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,12 +24,40 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     A failure or a kill leaves `path` as it was.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: pathlib.Path) -> pathlib.Path:
+    """Name a sibling to write to, after this process, so that `sweep` finds it after a kill."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    return path.with_name(f".{path.stem}-{owner}{path.suffix}")
+
+
+def sweep(directory: pathlib.Path) -> None:
+    """Delete what killed processes of this host were writing in a directory, and below."""
+    own = re.compile(rf"\..*-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{32}}(\.\w+)?")
+    for folder, folders, names in os.walk(directory):
+        for name in [*folders, *names]:
+            if (match := own.fullmatch(name)) and not _is_alive(int(match[1])):
+                path = pathlib.Path(folder, name)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if name in folders:
+                    folders.remove(name)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_regular(path: str | os.PathLike, max_bytes: int) -> bytes:
@@ -92,5 +123,8 @@ def write_safetensors(
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        safetensors.numpy.save_file(contiguous, temporary, metadata)
+        try:
+            safetensors.numpy.save_file(contiguous, temporary, metadata)
+        except safetensors.SafetensorError as error:  # what it makes of an error of the system
+            raise OSError(f"cannot write {path}: {error}") from error
         temporary.chmod(mode)

@@ -1,6 +1,9 @@
 """Images and pixels: `image` is float in [-1, 1], `pixels` is uint8; channels last."""
 
+import importlib.util
 import math
+import pathlib
+import unicodedata
 from collections.abc import Sequence
 
 import einops
@@ -8,12 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dar_jax.common.typing import AnyArray, Array, Float, UInt8
+from dar_jax.common.checks import check_finite
+from dar_jax.common.typing import Any, AnyArray, Array, Float, UInt8
 
 RGB = 3
+MAX_VALUE = 16.0
+"""Resizing and reconstructing overshoot [-1, 1] by less; pixels that were not scaled by more."""
 LEGIBLE_SIZE = 64
 FONT_SIZE = 14
 FONT_MARGIN = 6
+FONT_NAME = "DejaVuSans.ttf"
+NO_CHARACTER = "\uffff"
+"""No font has it."""
 BICUBIC_A = -0.75
 """Cubic coefficient of the reference's resize (`torch.nn.functional.interpolate`)."""
 
@@ -23,6 +32,28 @@ def to_float(
 ) -> Float[AnyArray, "*batch C"]:
     """Map uint8 0..255 to float32 [-1, 1]."""
     return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def as_image(name: str, images: AnyArray) -> AnyArray:
+    """Return images as floats in [-1, 1]; uint8 is taken for pixels.
+
+    Raises:
+        ValueError: they are of another type, not finite or far out of range, as far as can be seen
+            without waiting for a device.
+    """
+    if images.dtype == np.uint8:
+        return to_float(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} are {images.dtype}, expected floats in [-1, 1], or uint8 pixels in 0..255"
+        )
+    if isinstance(images, np.ndarray) and images.size:
+        check_finite(name, images)
+        if (largest := np.max(np.abs(images))) > MAX_VALUE:
+            raise ValueError(
+                f"{name} hold {largest:g}, expected floats in [-1, 1], or uint8 pixels in 0..255"
+            )
+    return images
 
 
 def to_pixels(
@@ -90,6 +121,35 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
     return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
 
 
+def _larger_font() -> ImageFont.FreeTypeFont | None:
+    """Return a font of more than ASCII letters, of Matplotlib or the system, if there is one."""
+    places = [FONT_NAME]
+    if spec := importlib.util.find_spec("matplotlib"):
+        folder = pathlib.Path(spec.origin or "").parent
+        places.insert(0, str(folder / "mpl-data" / "fonts" / "ttf" / FONT_NAME))
+    for place in places:
+        try:
+            return ImageFont.truetype(place, FONT_SIZE)
+        except OSError:
+            continue
+    return None
+
+
+def _draws(font: Any, character: str) -> bool:
+    """Whether a font has the character, and does not draw the box of what it has not."""
+    return bytes(font.getmask(character)) != bytes(font.getmask(NO_CHARACTER))
+
+
+def _legible(font: Any, name: str) -> str:
+    """Replace what the font does not have: letters by those without accent, others by "?"."""
+
+    def letter(character: str) -> str:
+        plain = unicodedata.normalize("NFKD", character)[:1]
+        return next((c for c in (character, plain) if _draws(font, c)), "?")
+
+    return "".join(map(letter, name))
+
+
 def labelled_grid(
     pixels: UInt8[np.ndarray, "N H W C"],
     names: Sequence[str],
@@ -104,6 +164,9 @@ def labelled_grid(
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     body = grid(pixels, columns)
     font = ImageFont.load_default(FONT_SIZE)
+    if not all(_draws(font, character) for name in names for character in name):
+        font = _larger_font() or font
+        names = [_legible(font, name) for name in names]
     left = max(math.ceil(font.getlength(name)) for name in names) + 2 * FONT_MARGIN
     top = FONT_SIZE + 2 * FONT_MARGIN if header else 0
     canvas = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ import safetensors
 from absl import logging
 
 from dar_jax.common import digests, hub, tree
-from dar_jax.common.files import parse_json, read_regular, write_safetensors
+from dar_jax.common.checks import check_finite
+from dar_jax.common.files import parse_json, read_regular, temporary_path, write_safetensors
 from dar_jax.common.model_card import CARD_NAME, model_card
 from dar_jax.common.tensors import Tensor, open_tensors, read_whole, what_is
 from dar_jax.common.typing import Params
@@ -62,15 +62,21 @@ def save_model(
         extra: further entries of `config.json`, e.g. `class_names` and `sampling`.
         companions: other model directories to copy in, by subdirectory name.
         about: facts for its card, `README.md`, by what they are called.
+
+    Raises:
+        ValueError: a parameter is not finite.
     """
     config = {"kind": kind, "model": model_config, **extra}
     target = pathlib.Path(directory).absolute()
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = temporary_path(target)
+    temporary.mkdir()
     try:
         content = temporary / "new"
         content.mkdir()
         (content / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         arrays = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+        for name, array in arrays.items():
+            check_finite(f"{target}: parameter {name}", array)
         write_safetensors(content / WEIGHTS_NAME, arrays)
         card = model_card(
             target.name,
@@ -104,6 +110,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
     """
     if str(path).startswith(SHIPPED_SCHEME):
         return _locate_shipped(str(path))
+    path = os.path.expanduser(path)
     if hub.is_address(path):
         names = [CONFIG_NAME, WEIGHTS_NAME, digests.DIGESTS_NAME]
         names += [f"*/{name}" for name in names]  # companions
@@ -125,11 +132,14 @@ def load_model(directory: str | os.PathLike) -> tuple[dict[str, Any], Params]:
     """Read a model directory: its config and its parameters as NumPy arrays.
 
     Raises:
-        ValueError: it is missing, unreadable or incomplete.
+        ValueError: it is missing, unreadable or incomplete, or a parameter is not finite.
     """
     config = load_config(directory)
     with _open_weights(directory) as tensors:
-        return config, tree.unflatten({name: read_whole(t) for name, t in tensors.items()})
+        arrays = {name: read_whole(tensor) for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        check_finite(f"{directory}: parameter {name}", array)
+    return config, tree.unflatten(arrays)
 
 
 def load_config(directory: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
@@ -206,7 +216,8 @@ def load_params(
             a whole model. None returns NumPy arrays.
 
     Raises:
-        ValueError: the directory is unreadable, or its parameters are others than `like`.
+        ValueError: the directory is unreadable, or its parameters are others than `like` or not
+            finite.
     """
     leaves = tree.flatten(like)
     flat_shardings = {} if shardings is None else tree.flatten(shardings)
@@ -214,7 +225,9 @@ def load_params(
         _check_fit(directory, leaves, tensors)
         return tree.unflatten(
             {
-                name: _read(tensors[name], leaf, flat_shardings.get(name))
+                name: _read(
+                    f"{directory}: parameter {name}", tensors[name], leaf, flat_shardings.get(name)
+                )
                 for name, leaf in leaves.items()
             }
         )
@@ -280,9 +293,13 @@ def load_fitting(
     return Fitting(tree.unflatten(params), list(adapted), lacking, unused)
 
 
-def _read(tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None) -> Any:
+def _read(
+    name: str, tensor: Any, leaf: Any, sharding: jax.sharding.Sharding | None
+) -> np.ndarray | jax.Array:
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        return tensor[index].astype(leaf.dtype, copy=False)
+        array = tensor[index].astype(leaf.dtype, copy=False)
+        check_finite(name, array)
+        return array
 
     if sharding is None:
         return part((slice(None),) * len(leaf.shape))

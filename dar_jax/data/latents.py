@@ -64,6 +64,10 @@ class LatentFolder:
     def labels(self) -> tuple[int, ...]:
         return self.files.labels
 
+    def name(self, index: int) -> str:
+        """Say where a latent is."""
+        return self.files.name(index)
+
     @property
     def seen(self) -> Seen:
         return self.files.seen

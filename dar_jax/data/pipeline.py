@@ -64,9 +64,7 @@ class TrainingExamples:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Return the example `number` of this part."""
-        batch, offset = divmod(number, self.part_size)
-        index, count = self.part
-        position = ((self.first_batch + batch) * count + index) * self.part_size + offset
+        position = self._position(number)
         picture = cast(int, self.order[position])  # only a filter gives None
         example = self._read(picture)
         rng = np.random.default_rng([self.seed, position // len(self.source), picture])
@@ -76,6 +74,23 @@ class TrainingExamples:
         stacked = {name: np.stack([view[name] for view in views]) for name in views[0]}
         return {**stacked, "label": example["label"]}
 
+    def _position(self, number: int) -> int:
+        batch, offset = divmod(number, self.part_size)
+        index, count = self.part
+        return ((self.first_batch + batch) * count + index) * self.part_size + offset
+
+    def suspects(self, batch: int) -> list[str]:
+        """Name the records of this part of a batch that are not finite; if none is, all of them."""
+        first = (batch - self.first_batch) * self.part_size
+        names = {self._name(first + i): self(first + i) for i in range(self.part_size)}
+        wrong = [name for name, example in names.items() if not _is_finite(example)]
+        return sorted(wrong or names)
+
+    def _name(self, number: int) -> str:
+        index = cast(int, self.order[self._position(number)])
+        name = getattr(self.source, "name", None)
+        return name(index) if name else f"record {index}"
+
     def _read(self, index: int) -> dict[str, Any]:
         """Read the picture, or the first readable one after it; the tally ends the search."""
         while True:
@@ -84,6 +99,10 @@ class TrainingExamples:
             except UnreadablePictureError as error:
                 self.tally.add(index, error)
             index = (index + 1) % len(self.source)
+
+
+def _is_finite(example: dict[str, Any]) -> bool:
+    return all(np.isfinite(array).all() for array in example.values())
 
 
 def training_view(
@@ -146,6 +165,10 @@ class TrainIterator(grain.DatasetIterator):
         self._next += 1
         self._waited += time.monotonic() - start
         return batch
+
+    def suspects(self, batch: int) -> list[str]:
+        """See `TrainingExamples.suspects`."""
+        return self._examples.suspects(batch)
 
     def get_state(self) -> dict[str, int]:
         return {"next_index": self._next, "batch_size": self._examples.config.batch_size}

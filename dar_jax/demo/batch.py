@@ -15,7 +15,7 @@ import numpy as np
 
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
-from dar_jax.common.checks import check_range
+from dar_jax.common.checks import check_finite, check_range
 from dar_jax.common.typing import Int, UInt8
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.transforms import center_crop
@@ -154,7 +154,9 @@ class BatchGenerator:
         rng = jax.random.key(request.seed)
         for preview in self.pipeline.stream(labels, rng=rng, **self._options(request)):
             # Further work on the device would queue behind the next step.
-            pixels = images.to_pixels(np.asarray(preview.images))[: len(request.labels)]
+            image = np.asarray(preview.images)
+            check_finite("the model drew an image that", image)
+            pixels = images.to_pixels(image)[: len(request.labels)]
             num_tokens = getattr(preview, "num_tokens", 0)
             yield PixelPreview(preview.step, num_tokens, time.monotonic() - started, pixels)
 

@@ -2,7 +2,7 @@
 
     fid                 Frechet distance of the pool features, `evaluation.frechet`
     sfid                of the spatial features
-    inception_score     of the logits, in 10 parts in the images' order
+    inception_score     of the logits, in 10 parts in the images' order; of 10 images or more
     kid                 100 subsets of up to 1000 images
     precision, recall   3 neighbours
 
@@ -31,6 +31,7 @@ from dar_jax.evaluation.feature_store import FeatureStore
 from dar_jax.evaluation.features import INCEPTION, FeatureExtractor, metric_name
 from dar_jax.evaluation.frechet import frechet_distance
 from dar_jax.evaluation.image_sources import Images, SplitImages, check_size
+from dar_jax.evaluation.inception_score import SPLITS as SPLITS_OF_SCORE
 from dar_jax.evaluation.inception_score import inception_score
 from dar_jax.evaluation.kid import SUBSET_SIZE, kid
 from dar_jax.evaluation.moments import Gaussian, Moments
@@ -85,7 +86,13 @@ class Comparison:
             check_size(images, self._images)
         features = self._store.features(images)
         metrics = self._distances(images, features)
-        if "logits" in features:
+        if "logits" in features and len(features["logits"]) < SPLITS_OF_SCORE:
+            logging.warning(
+                "The Inception score needs %d images at least, there are %d: left out",
+                SPLITS_OF_SCORE,
+                len(features["logits"]),
+            )
+        elif "logits" in features:
             metrics["inception_score"] = inception_score(features["logits"])[0]
         pool, real = features["pool"], self._reference.features
         if real is not None:

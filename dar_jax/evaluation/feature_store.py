@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from dar_jax.common import digests, model_dir
+from dar_jax.common.checks import check_finite
 from dar_jax.common.progress import Progress, wait_for
 from dar_jax.common.typing import Any, Float, UInt8
 from dar_jax.evaluation.features import FeatureExtractor
@@ -44,7 +45,7 @@ class FeatureStore:
         """Read the features of all images, each kind one array; compute those that are missing.
 
         Raises:
-            ValueError: an image or a file of features cannot be read.
+            ValueError: an image or a file of features cannot be read, or a feature is not finite.
         """
         settings = {"images": images.identity, "network": self._network}
         pieces = Pieces(self.directory / f"features-{digest(settings)}", len(images))
@@ -55,10 +56,19 @@ class FeatureStore:
             logging.info("Features (%s) of %d images", self.extractor.name, total)
             progress = Progress(total)
             for first, pixels in read_ahead(images, runs):
-                pieces.save(first, self.extractor.features(pixels))
+                made = self.extractor.features(pixels)
+                for kind, array in made.items():
+                    last = first + len(pixels) - 1
+                    check_finite(
+                        f"{kind} features ({self.extractor.name}) of images {first}..{last}", array
+                    )
+                pieces.save(first, made)
                 progress.add(len(pixels))
         wait_for(lambda: not pieces.missing().any(), "the features of other processes")
-        return {kind: pieces.array(kind) for kind in self.extractor.dims}
+        features = {kind: pieces.array(kind) for kind in self.extractor.dims}
+        for kind, array in features.items():
+            check_finite(f"{pieces.directory}: {kind}", array)
+        return features
 
     @functools.cached_property
     def _network(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ roots where a covariance has no full rank, as with fewer images than features.
 
 import numpy as np
 
-from dar_jax.common.checks import check_shape
+from dar_jax.common.checks import check_finite, check_shape
 from dar_jax.common.typing import Float
 from dar_jax.evaluation.moments import Gaussian
 
@@ -20,9 +20,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two normal distributions, at any rank, in float64.
 
     Raises:
-        ValueError: their features differ in number.
+        ValueError: their features differ in number, or are not finite.
     """
     check_shape("mean of the second distribution", b.mean, a.mean.shape)
+    for place, gaussian in (("first", a), ("second", b)):
+        check_finite(f"mean of the {place} distribution", gaussian.mean)
+        check_finite(f"covariance of the {place} distribution", gaussian.covariance)
     difference = a.mean.astype(np.float64) - b.mean
     spread = np.trace(a.covariance) + np.trace(b.covariance)
     singular_values = np.linalg.svd(root(a.covariance).T @ root(b.covariance), compute_uv=False)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dar_jax.common.checks import check_finite
 from dar_jax.common.files import write_npz
 from dar_jax.common.typing import Float
 from dar_jax.evaluation.features import FeatureExtractor
@@ -66,13 +67,16 @@ class ReferenceStatistics:
             extractor: the features must be of its kind.
 
         Raises:
-            ValueError: the file is unreadable, holds other features, or neither statistics nor
-                images.
+            ValueError: the file is unreadable, holds other features or numbers that are not
+                finite, or neither statistics nor images.
         """
         arrays, names = _read_arrays(path)
         found = str(arrays.get(EXTRACTOR, extractor.identity))
         if found != extractor.identity:
             raise ValueError(f"{path} holds features of {found}, expected {extractor.identity}")
+        for name, array in arrays.items():
+            if name != EXTRACTOR:
+                check_finite(f"{path}: {name}", array)
         gaussians = {kind: _gaussian(path, arrays, kind, extractor) for kind in GAUSSIANS}
         features = _features(path, arrays, extractor)
         if gaussians["pool"] is None and ARRAY not in names:

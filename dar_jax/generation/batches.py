@@ -18,8 +18,8 @@ from dar_jax.common.typing import Any, Int, UInt8
 from dar_jax.generation.config import SampleConfig
 from dar_jax.kinds.loading import from_pretrained, open_model
 from dar_jax.nn.compute import Compute
-from dar_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
-from dar_jax.pipelines.base import Autoencoder, Pipeline, class_index
+from dar_jax.parallel.sharding import MeshConfig, make_mesh, num_batch_shards
+from dar_jax.pipelines.base import Autoencoder, Pipeline, check_sound, class_index, is_sound
 from dar_jax.training.checkpoint import CHECKPOINTS
 
 MAX_CLASSES = 10
@@ -155,7 +155,7 @@ def generate(
         **per_image: further arguments of `Pipeline.stream` with one row per label.
 
     Raises:
-        ValueError: a label is not a class.
+        ValueError: a label is not a class, or what the model draws is not finite.
     """
     progress = Progress(len(labels))
     size = whole_batch(pipeline, min(config.batch_size, len(labels)))
@@ -165,6 +165,8 @@ def generate(
         how = {**options(config, pipeline, first), **rows}
         steps = list(pipeline.stream(pad(labels[part], size), **how))
         count = len(labels[part])
+        kept = [getattr(steps[-1], name) for name in pipeline.kept_fields]
+        check_sound(is_sound(steps[-1].images, *kept)[:count], first)
         previews = np.stack([images.to_pixels(step.images)[:count] for step in steps])
         yield Batch(labels[part], previews, _kept(pipeline, steps[-1], count))
         progress.add(count)
@@ -194,9 +196,7 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
 
 def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:
     """The least batch size from `size` on that divides over the devices."""
-    if pipeline.mesh is None:
-        return size
-    shards = math.prod(pipeline.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_batch_shards(pipeline.mesh)
     return math.ceil(size / shards) * shards
 
 

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from dar_jax.common.checks import check_seed
 from dar_jax.common.config_build import build
 from dar_jax.generation.image_set import FORMATS
 from dar_jax.kinds import KINDS
@@ -59,6 +60,7 @@ class SampleConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_seed("seed", self.seed)
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format!r} must be one of {', '.join(FORMATS)}")
         if self.variations and not self.prefix_image:

@@ -17,10 +17,12 @@ from dar_jax.common.typing import Array
 from dar_jax.generation.batches import options, whole_batch
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
-from dar_jax.pipelines.base import Pipeline
+from dar_jax.pipelines.base import Pipeline, check_sound, is_sound
 
 PREVIEW = "after_{}"
 """Name of the array of first, second, ... previews; the last ones, the images, are `PIXELS`."""
+SOUND = "sound"
+"""Name of the array that tells of which images all is finite; it is not written."""
 
 
 def fill(
@@ -33,17 +35,20 @@ def fill(
         pipeline: the model.
         config: how they are drawn.
         previews: keep the previews as well, see `PREVIEW`.
+
+    Raises:
+        ValueError: what the model draws is not finite.
     """
 
     def generate(first: int, stop: int, size: int) -> dict[str, Array]:
         labels = pad(image_set.labels_of(first, stop), size)
         how = options(config, pipeline, first)
-        stream = pipeline.stream(labels, **how) if previews else [pipeline.generate(labels, **how)]
         kept, number, last = {}, 0, None
-        for number, last in enumerate(stream, 1):
+        for number, last in enumerate(pipeline.stream(labels, previews=previews, **how), 1):
             kept[PREVIEW.format(number)] = images.to_pixels(last.images)
         kept[PIXELS] = kept.pop(PREVIEW.format(number))
-        return {**kept, **{name: getattr(last, name) for name in pipeline.kept_fields}}
+        others = {name: getattr(last, name) for name in pipeline.kept_fields}
+        return {**kept, **others, SOUND: is_sound(last.images, *others.values())}
 
     def write(first: int, arrays: dict[str, np.ndarray]) -> None:
         image_set.write(first, arrays.pop(PIXELS), arrays)
@@ -70,6 +75,12 @@ def write_batch(
     first: int,
     stop: int,
 ) -> None:
-    """Fetch what the batch holds, without padding, and write it."""
-    write(first, {name: np.asarray(array)[: stop - first] for name, array in arrays.items()})
+    """Fetch what the batch holds, without padding, and write it.
+
+    Raises:
+        ValueError: the images are not finite, by the array `SOUND`.
+    """
+    rows = {name: np.asarray(array)[: stop - first] for name, array in arrays.items()}
+    check_sound(rows.pop(SOUND), first)
+    write(first, rows)
     progress.add(stop - first)

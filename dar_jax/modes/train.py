@@ -34,6 +34,7 @@ from dar_jax.training import checkpoint, metrics, origin
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
+from dar_jax.training.finite import SkippedSteps, check_parameters
 from dar_jax.training.optimizer import learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.state import TrainState
@@ -76,8 +77,8 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     Returns whether it got there: a preempted run saves and stops early.
 
     Raises:
-        ValueError: the configuration or the workdir cannot be used, or the loss stopped being
-            finite.
+        ValueError: the configuration or the workdir cannot be used, or parameters, or the losses
+            of too many steps, are not finite.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_heads(task.model_config(), mesh)
@@ -258,10 +259,11 @@ def _loop(
         preempted = notice.reached(step)
         if preempted or _is_due(step, config.checkpoint_every, config.steps):
             report.flush()
+            check_parameters(step, state.params, run.checkpoints.describe_latest)
             run.checkpoints.save(state, step, run.iterator, report.interval())
             report.restart_clock(step)
         if preempted:
-            logging.info("Preempted after step %d; run the same command to go on", step)
+            logging.info("Stopped after step %d, all is saved; run the same command to go on", step)
             break
         if _is_due(step, config.image_every, config.steps):
             report.flush()
@@ -298,10 +300,21 @@ def _look(
 
 
 def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:
-    """Measure the averaged parameters as `--mode=evaluate` does."""
+    """Measure the averaged parameters as `--mode=evaluate` does.
+
+    Training is worth more than a figure: where no other process waits, it goes on without.
+    """
     assert run.evaluation is not None
     logging.info("Evaluating step %d", step)
-    writer.scalars(step, run.evaluation(lambda directory: _export(run, state, directory)))
+    try:
+        figures = run.evaluation(lambda directory: _export(run, state, directory))
+    except Exception as error:
+        if jax.process_count() > 1:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logging.error("The evaluation of step %d failed, training goes on: %s", step, reason)
+        return
+    writer.scalars(step, figures)
 
 
 def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
@@ -362,6 +375,9 @@ class _Report:
         self._schedule = learning_rate_schedule(run.config.optimizer)
         self._interval.resume(interval)
         self._pending = None
+        self._skipped = SkippedSteps(
+            run.config.train.max_skipped, run.iterator.suspects, run.checkpoints.describe_latest
+        )
 
     def interval(self) -> list[Any]:
         """Return the metrics of the steps since the last line."""
@@ -370,17 +386,18 @@ class _Report:
     def push(self, step: int, update: clu_metrics.Collection) -> None:
         """Take the metrics of the step just dispatched and handle those of the one before."""
         self.flush()
-        self._pending = (step, update)
+        batch = self._run.iterator.get_state()["next_index"] - 1
+        self._pending = (step, batch, update)
 
     def flush(self) -> None:
         """Wait for the pending step and handle its metrics."""
         if self._pending is None:
             return
-        step, update = self._pending
+        step, batch, update = self._pending
         self._pending = None
         update = jax.device_get(update)
-        self._check_finite(step, update)
-        self._interval.add(step, update)
+        if self._skipped.is_applied(step, batch, update):
+            self._interval.add(step, update)
         config = self._run.config.train
         is_due = _is_due(step, config.log_every, config.steps)
         self._progress.add(1, told=is_due)
@@ -391,13 +408,3 @@ class _Report:
 
     def restart_clock(self, step: int) -> None:
         self._interval.restart_clock(step)
-
-    def _check_finite(self, step: int, update: Any) -> None:
-        loss, norm = float(update.loss.compute()), float(update.grad_norm.compute())
-        if np.isfinite(loss) and np.isfinite(norm):
-            return
-        raise ValueError(
-            f"step {step}: loss {loss}, gradient norm {norm}; "
-            f"{self._run.checkpoints.describe_latest()}; "
-            "lower optimizer.learning_rate in a new workdir"
-        )

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dar_jax.common import tree
+from dar_jax.common import interrupts, tree
 
 TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS")
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
@@ -190,14 +190,15 @@ def wait_for_all(what: str) -> None:
 
 
 class PreemptionNotice:
-    """Catches SIGTERM, which spot machines and schedulers send before they take a machine away.
+    """Catches Ctrl-C, SIGHUP and SIGTERM, which schedulers send before they take a machine away.
 
-    A context manager; where the processes form a job, JAX catches the signal from the start.
+    A context manager; where the processes form a job, JAX catches SIGTERM from the start, and the
+    others end this process.
     """
 
     def __init__(self):
         self._received = False
-        self._previous = None
+        self._previous = {}
 
     def reached(self, step: int) -> bool:
         """Tell whether to save and stop after this step; the same on all processes.
@@ -212,7 +213,8 @@ class PreemptionNotice:
     def __enter__(self) -> "PreemptionNotice":
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and not jax.distributed.is_initialized():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            for number in interrupts.handled():
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -221,8 +223,10 @@ class PreemptionNotice:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._received = True

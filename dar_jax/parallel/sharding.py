@@ -69,6 +69,10 @@ class MeshConfig:
     half, and a sum over 256 devices is 1.5 to 2 % off instead of 0.1 %."""
 
     def __post_init__(self):
+        for name in ("data", "fsdp", "tensor", "dcn_data"):
+            size = getattr(self, name)
+            if not (size >= 1 or (size == -1 and name != "dcn_data")):
+                raise ValueError(f"mesh.{name} {size} must be a number of devices, or -1: the rest")
         if self.reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(
                 f"mesh.reduce_dtype {self.reduce_dtype!r} must be one of {', '.join(REDUCE_DTYPES)}"
@@ -216,9 +220,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def num_batch_shards(mesh: Mesh | None) -> int:
+    """Devices that a batch is split over."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raise ValueError unless the global batch divides over the data-parallel devices."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_batch_shards(mesh)
     if batch_size % shards:
         raise ValueError(
             f"batch_size {batch_size} does not divide over {shards} data-parallel devices "

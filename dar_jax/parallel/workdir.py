@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
+from dar_jax.common.files import sweep
 from dar_jax.parallel import distributed
 
 LOCK_NAME = ".lock"
@@ -32,6 +33,7 @@ def open_workdir(workdir: str) -> pathlib.Path:
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise ValueError(f"cannot use workdir {path}: no permission to write it; choose another")
     distributed.check_shared(path)
+    sweep(path)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import abc
 import collections
+import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dar_jax.common.batches import pad, padded_size
+from dar_jax.common.checks import check_seed
 from dar_jax.common.tree import num_parameters
-from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Any, Array, Bool, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel, M
-from dar_jax.parallel.sharding import batch_sharding, check_batch_size, fsdp_sharding
+from dar_jax.parallel.sharding import (
+    batch_sharding,
+    check_batch_size,
+    fsdp_sharding,
+    num_batch_shards,
+)
 
 T = TypeVar("T")
 Labels = Array | np.ndarray | Sequence[int | str] | int | str
 """Classes by index or name: one or several; where a model takes captions, those."""
+PER_IMAGE = ("prefix", "caption_mask", "known", "mask")
+"""Arguments of `Pipeline.stream` that have a row for every image."""
 
 
 class ModelPipeline(Generic[M]):
@@ -207,7 +217,11 @@ class Pipeline(abc.ABC):
         first_index: int = 0,
         **options: Any,
     ) -> Any:
-        """Return the end of `stream`: `.images` and the kept fields."""
+        """Return the end of `stream`: `.images` and the kept fields.
+
+        Raises:
+            ValueError: see `stream`, or what the model draws is not finite.
+        """
 
     @abc.abstractmethod
     def stream(
@@ -216,12 +230,60 @@ class Pipeline(abc.ABC):
         *,
         rng: PRNGKeyArray | int,
         first_index: int = 0,
+        previews: bool = True,
         **options: Any,
     ) -> Iterator[Preview]:
         """Return previews of one image per label; the last one is the image.
 
-        Image i depends on `fold_in(rng, first_index + i)` and its label only.
+        With `previews=False` there is nothing but the image. Image i depends on
+        `fold_in(rng, first_index + i)` and its label only.
         """
+
+    def finish(self, labels: Any, *, first_index: int = 0, **options: Any) -> Any:
+        """Return the end of `stream`, checked.
+
+        A small batch is padded to one of few sizes, so that all sizes share few programs; with
+        `microbatch` it is as large as the caller says.
+        """
+        given = {name: options[name] for name in PER_IMAGE if options.get(name) is not None}
+        if np.ndim(given.get("mask")) == 2:
+            del given["mask"]  # one for all images
+        rows = {"labels": self.class_indices(labels), **given}
+        sizes = {len(value) if np.ndim(value) else 0 for value in rows.values()}
+        size = padded = sizes.pop()
+        if not sizes and options.get("microbatch") is None:
+            padded = padded_size(size, num_batch_shards(self.mesh))
+        if padded != size:
+            rows = {name: pad(np.asarray(value), padded) for name, value in rows.items()}
+        last = last_of(self.stream(**{**options, **rows}, first_index=first_index, previews=False))
+        kept = {name: getattr(last, name) for name in ("images", *self.kept_fields)}
+        check_sound(is_sound(*kept.values()), first_index)
+        if padded == size:
+            return last
+        # On the host, where no size needs a program.
+        part = {name: self.prior.put(np.asarray(value)[:size]) for name, value in kept.items()}
+        return dataclasses.replace(last, **part)
+
+
+@jax.jit
+def is_sound(*arrays: Array) -> Bool[Array, " B"]:
+    """Tell for every row whether its numbers are finite and its integers, tokens, not negative."""
+
+    def rows(array: Array) -> Array:
+        whole = array >= 0 if jnp.issubdtype(array.dtype, jnp.integer) else jnp.isfinite(array)
+        return jnp.all(whole.reshape(len(array), -1), axis=1)
+
+    return jnp.all(jnp.stack([rows(array) for array in arrays]), axis=0)
+
+
+def check_sound(sound: Bool[Array | np.ndarray, " B"], first_index: int = 0) -> None:
+    """Raise ValueError, with the first image, unless all are sound."""
+    wrong = np.flatnonzero(~np.asarray(sound))
+    if wrong.size:
+        raise ValueError(
+            f"image {first_index + wrong[0]}: what the model draws is not finite, as of "
+            f"{wrong.size} of {len(sound)} images; check its weights, and the sampling options"
+        )
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
@@ -253,11 +315,17 @@ def require_rng(rng: PRNGKeyArray | int | None) -> PRNGKeyArray:
     """Return the key, or that of a seed.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is something else.
     """
-    if rng is None:
-        raise ValueError("rng is missing: pass rng=jax.random.key(seed), or a seed")
-    return jax.random.key(rng) if isinstance(rng, int | np.integer) else rng
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        check_seed("rng", int(rng))
+        return jax.random.key(rng)
+    if not isinstance(rng, jax.Array) or not (
+        jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.dtype == jnp.uint32
+    ):
+        what = "is missing" if rng is None else f"is no key but {rng!r}"
+        raise ValueError(f"rng {what}: pass rng=jax.random.key(seed), or a seed")
+    return rng
 
 
 def _count(params: Params) -> str:

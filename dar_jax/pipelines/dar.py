@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.image import as_image
 from dar_jax.common.pictures import Images
-from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling, FlowSampling
@@ -28,9 +29,9 @@ from dar_jax.pipelines.base import (
     require_rng,
 )
 from dar_jax.pipelines.dar_inputs import (
+    check_condition,
     check_indices,
     check_known,
-    check_labels,
     check_prefix,
     check_steps,
 )
@@ -70,7 +71,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
 
     def reconstruct(
         self,
-        images: Float[Array | np.ndarray, "B H W 3"],
+        images: Shaped[Array | np.ndarray, "B H W 3"],
         *,
         rng: PRNGKeyArray,
         first_index: int = 0,
@@ -84,21 +85,25 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         return Reconstruction(decoded, tokens if self.codebook_size else None)
 
     def encode(
-        self, images: Float[Array | np.ndarray, "B H W 3"]
+        self, images: Shaped[Array | np.ndarray, "B H W 3"]
     ) -> Int[Array, "B N"] | Float[Array, "B N C"]:
-        """Encode images in [-1, 1]; both sides must be multiples of the encoder's patch size.
+        """Encode images in [-1, 1], or uint8 pixels.
+
+        Both sides must be multiples of the encoder's patch size.
 
         In float32, whatever decoding is in. A model without a codebook gives codes.
 
         Raises:
-            ValueError: another shape, or a batch that does not divide over the mesh.
+            ValueError: another shape or type, numbers that are not finite, or a batch that does not
+                divide over the mesh.
         """
         check_shape("images", images, ("B", "H", "W", 3))
+        images = as_image("images", images)
         return _encode(self.model, self.params, self.put(images))
 
     def decode(
         self,
-        indices: Int[Array | np.ndarray, "B n"] | Float[Array | np.ndarray, "B n C"],
+        indices: Shaped[Array | np.ndarray, "B n"] | Float[Array | np.ndarray, "B n C"],
         *,
         rng: PRNGKeyArray | None = None,
         noise: Float[Array | np.ndarray, "B H W 3"] | None = None,
@@ -106,8 +111,8 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         num_groups: int | None = None,
         num_steps: int | None = None,
         start_step: int = 0,
-        start_image: Float[Array | np.ndarray, "B H W 3"] | None = None,
-        known: Float[Array | np.ndarray, "B H W 3"] | None = None,
+        start_image: Shaped[Array | np.ndarray, "B H W 3"] | None = None,
+        known: Shaped[Array | np.ndarray, "B H W 3"] | None = None,
         mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
     ) -> Float[Array, "B height width 3"]:
@@ -145,6 +150,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         check_shape("noise", noise, (len(indices), "H", "W", 3))
         if start_image is not None:
             check_shape("start_image", start_image, noise.shape)
+            start_image = as_image("start_image", start_image)
         return _decode(
             self.model,
             self.sampling_params,
@@ -175,7 +181,7 @@ class PriorPipeline(ModelPipeline[Llama]):
         return unstack(cast_kernels(self.params, self.model.compute.jnp_dtype))
 
     def logits(
-        self, labels: Array | np.ndarray, indices: Int[Array | np.ndarray, "B n"]
+        self, labels: Array | np.ndarray, indices: Shaped[Array | np.ndarray, "B n"]
     ) -> Float[Array, "B n V"]:
         """Teacher-forced logits: position i predicts token i from the tokens before it.
 
@@ -186,7 +192,7 @@ class PriorPipeline(ModelPipeline[Llama]):
         Raises:
             ValueError: a label or token out of range, or captions of another shape.
         """
-        labels = self.put(check_labels(labels, self.config))
+        labels = self.put(check_condition(labels, self.config, null=True))
         check_range("indices", indices, self.config.vocab_size)
         return _logits(self.model, self.params, labels, self.put(indices))
 
@@ -196,7 +202,7 @@ class PriorPipeline(ModelPipeline[Llama]):
         *,
         rng: PRNGKeyArray | None = None,
         sampling: DarSampling = DarSampling(),
-        prefix: Int[Array | np.ndarray, "B K"] | None = None,
+        prefix: Shaped[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
         **options: Any,
     ) -> Int[Array, "B N"]:
@@ -209,7 +215,7 @@ class PriorPipeline(ModelPipeline[Llama]):
         greedy = sampling.temperature == 0 and rng is None
         rng = jax.random.key(0) if greedy else require_rng(rng)
         config = self.config
-        labels = check_labels(labels, config)
+        labels = check_condition(labels, config, null=True)
         put = self.put
         groups = sampler.generate_indices(
             self.model.unstacked(),
@@ -264,12 +270,13 @@ class DarPipeline(Pipeline):
         *,
         rng: PRNGKeyArray | int,
         sampling: DarSampling | None = None,
-        prefix: Int[Array | np.ndarray, "B K"] | None = None,
+        prefix: Shaped[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
-        known: Float[Array | np.ndarray, "B H W 3"] | None = None,
+        known: Shaped[Array | np.ndarray, "B H W 3"] | None = None,
         mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
         first_index: int = 0,
+        previews: bool = True,
         **options: Any,
     ) -> Iterator[sampler.DarPreview]:
         """Return the previews after every group of tokens; the last one is the image.
@@ -291,6 +298,7 @@ class DarPipeline(Pipeline):
             mask: [B, H, W] or [H, W], 1 or True where `known` is kept, 0 where it is redrawn.
             microbatch: images that the flow decoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
+            previews: False leaves all but the image out.
             **options: fields of `DarSampling`, e.g. guidance_scale=(1.1, 8.0), temperature=0.
 
         Raises:
@@ -300,9 +308,9 @@ class DarPipeline(Pipeline):
         config, size = self.prior.config, self.image_size
         sampling = dataclasses.replace(sampling or self.sampling, **options)
         sampling.check(config)
-        labels = check_labels(self.class_indices(labels), config)
+        labels = check_condition(self.class_indices(labels), config)
         put = self.prior.put
-        return sampler.stream(
+        stream = sampler.stream(
             self.prior.model.unstacked(),
             self.prior.sampling_params,
             self.tokenizer.model,
@@ -315,11 +323,18 @@ class DarPipeline(Pipeline):
             known=put(check_known(known, mask, (len(labels), size, size))),
             microbatch=check_microbatch(microbatch, len(labels)),
         )
+        return stream if previews else map(last_of, (stream,))
 
     @takes_options(DarSampling, like=stream)
     def generate(self, labels: Labels, **options: Any) -> Generated:
-        """Generate one image per label: the last preview of `stream`."""
-        last = last_of(self.stream(labels, **options))
+        """Generate one image per label: the last preview of `stream`.
+
+        Batches of up to 32 images share six programs: they are padded to powers of two.
+
+        Raises:
+            ValueError: see `stream`, or what the model draws is not finite.
+        """
+        last = self.finish(labels, **options)
         return Generated(last.images, last.indices)
 
 

@@ -3,26 +3,30 @@
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.common.checks import check_range, check_shape
+from dar_jax.common.checks import check_integers, check_labels, check_range, check_shape
+from dar_jax.common.image import as_image
 from dar_jax.common.typing import Any, Array
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 
 
-def check_labels(labels: Any, config: LlamaConfig) -> np.ndarray | Array:
+def check_condition(labels: Any, config: LlamaConfig, *, null: bool = False) -> np.ndarray | Array:
     """Return labels (or captions) as an array.
 
+    Args:
+        labels: classes, or captions.
+        config: of the prior.
+        null: whether `num_classes`, the label of no class, is one of them.
+
     Raises:
-        ValueError: another shape, or a label that is not a class.
+        ValueError: another shape or type, or a label that is not a class.
     """
-    labels = labels if isinstance(labels, Array) else np.asarray(labels)
     if config.caption_dim is None:
-        check_shape("labels", labels, ("B",))
-        check_range("labels", labels, config.num_classes + 1)
-    else:
-        check_shape("captions", labels, ("B", config.condition_tokens, config.caption_dim))
-    return labels
+        return check_labels(labels, config.num_classes, null=null)
+    captions = labels if isinstance(labels, Array) else np.asarray(labels)
+    check_shape("captions", captions, ("B", config.condition_tokens, config.caption_dim))
+    return captions
 
 
 def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | None:
@@ -33,14 +37,16 @@ def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | N
     """
     if prefix is None:
         return None
-    prefix = jnp.asarray(prefix, jnp.int32)
+    prefix = prefix if isinstance(prefix, Array) else np.asarray(prefix)
+    if prefix.size:
+        check_integers("prefix", prefix, "tokens")
     check_shape("prefix", prefix, (batch_size, "K"))
     if prefix.shape[1] >= config.num_tokens:
         raise ValueError(
             f"prefix holds {prefix.shape[1]} tokens, expected fewer than {config.num_tokens}"
         )
     check_range("prefix", prefix, config.vocab_size)
-    return prefix
+    return jnp.asarray(prefix, jnp.int32)
 
 
 def check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> None:
@@ -51,6 +57,8 @@ def check_indices(indices: Any, config: TokenizerConfig, num_groups: int) -> Non
     """
     of_code = () if config.codebook_size else (config.code_dim,)
     check_shape("indices" if config.codebook_size else "codes", indices, ("B", "n", *of_code))
+    if config.codebook_size:
+        check_integers("indices", indices, "tokens")
     needed = config.num_tokens * num_groups // config.num_groups
     if not needed <= indices.shape[1] <= config.num_tokens:
         raise ValueError(
@@ -90,6 +98,7 @@ def check_known(known: Any, mask: Any, shape: tuple[int, ...]) -> sampler.Known 
         return None
     if known is None or mask is None:
         raise ValueError("in-painting needs both known= (images) and mask= (1 where known)")
+    known = as_image("known", known)
     check_shape("known", known, (*shape, 3))
     mask = np.asarray(mask)
     check_shape("mask", mask, shape if mask.ndim == len(shape) else shape[1:])

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_shape
-from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray
+from dar_jax.common.image import as_image
+from dar_jax.common.typing import Any, Array, Float, Params, PRNGKeyArray, Shaped
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines.base import Autoencoder, Reconstruction
@@ -17,8 +18,10 @@ class KlVaePipeline(Autoencoder[KlVae]):
 
     config: KlVaeConfig
 
-    def encode(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w C2"]:
-        """Encode images in [-1, 1] to moments; `models.kl_vae.posterior` makes a Gaussian of them.
+    def encode(self, images: Shaped[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w C2"]:
+        """Encode images in [-1, 1], or uint8 pixels, to moments.
+
+        `models.kl_vae.posterior` makes a Gaussian of them.
 
         In float32, whatever decoding is in.
 
@@ -27,6 +30,7 @@ class KlVaePipeline(Autoencoder[KlVae]):
                 not divide over the mesh.
         """
         check_shape("images", images, ("B", "H", "W", 3))
+        images = as_image("images", images)
         return _encode(self.model, self.params, self.put(images))
 
     def decode(
@@ -47,7 +51,7 @@ class KlVaePipeline(Autoencoder[KlVae]):
 
     def reconstruct(
         self,
-        images: Float[Array | np.ndarray, "B H W 3"],
+        images: Shaped[Array | np.ndarray, "B H W 3"],
         *,
         rng: PRNGKeyArray,
         first_index: int = 0,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.checks import check_labels, check_microbatch, check_shape
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
 from dar_jax.models.transdiff import sampler
@@ -82,9 +82,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         Raises:
             ValueError: a label is not a class, or the guidance scales do not fit the model.
         """
-        labels = np.asarray(labels)
-        check_shape("labels", labels, ("B",))
-        check_range("labels", labels, self.config.num_classes + 1)
+        labels = np.asarray(check_labels(labels, self.config.num_classes, null=True))
         sampling.check(self.config)
         return sampler.run(
             self.model,
@@ -178,8 +176,8 @@ class TransDiffPipeline(Pipeline):
         """
         config = self.prior.config
         sampling = dataclasses.replace(sampling or self.sampling, **options)
-        labels = self.class_indices(labels)
         num_steps = sampling.num_steps
+        labels = check_labels(self.class_indices(labels), config.num_classes)
         if preview_every is None:
             preview_every = sampler.steps_per_preview(config, num_steps)
         if preview_every < 1:
@@ -193,8 +191,14 @@ class TransDiffPipeline(Pipeline):
 
     @takes_options(TransDiffSampling, like=stream)
     def generate(self, labels: Labels, **options: Any) -> GeneratedLatents:
-        """Generate one image per label: the last one of `stream`, without previews."""
-        last = last_of(self.stream(labels, **options, previews=False))
+        """Generate one image per label: the last one of `stream`, without previews.
+
+        Batches of up to 32 images share six programs: they are padded to powers of two.
+
+        Raises:
+            ValueError: see `stream`, or what the model draws is not finite.
+        """
+        last = self.finish(labels, **options)
         return GeneratedLatents(last.images, last.latents)
 
     def _decode(

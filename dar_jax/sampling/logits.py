@@ -14,6 +14,8 @@ MIN_LINEAR_START = 1.001
 """A linear schedule "from 1" starts here: the reference decides by the first scale whether the
 unconditional branch runs at all."""
 SCHEDULES = ("linear", "cosine")
+NO_TOKEN = -1
+"""What is drawn of logits that are not finite: no model takes it for a token."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +37,10 @@ class SamplingConfig:
 
     def __post_init__(self):
         # What JAX builds inside and between compiled programs holds no number.
-        if isinstance(self.temperature, int | float) and self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy)")
+        if isinstance(self.temperature, int | float) and not 0 <= self.temperature < np.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be at least 0 (0 is greedy) and finite"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off)")
         if not 0 < self.top_p <= 1:
@@ -68,8 +72,10 @@ def guidance_schedule(
     if len(ends) not in (1, 2):
         raise ValueError(f"guidance_scale={guidance_scale} must be one scale or (first, last)")
     first, last = ends[0], ends[-1]
-    if not min(first, last) >= 1:
-        raise ValueError(f"guidance_scale={guidance_scale} must be at least 1 (1 is no guidance)")
+    if not all(1 <= scale < np.inf for scale in ends):
+        raise ValueError(
+            f"guidance_scale={guidance_scale} must be at least 1 (1 is no guidance) and finite"
+        )
     if schedule not in SCHEDULES:
         raise ValueError(f"guidance_schedule {schedule!r} must be one of {', '.join(SCHEDULES)}")
     if first == 1 and last > 1:
@@ -134,7 +140,11 @@ def scale_and_filter(logits: Float[Array, "B V"], config: SamplingConfig) -> Arr
 def sample_token(
     rngs: PRNGKeys, logits: Float[Array, "B V"], config: SamplingConfig
 ) -> Int[Array, " B"]:
-    """Draw one token per row with the row's own key; temperature 0 takes the arg-max."""
+    """Draw one token per row with the row's own key; temperature 0 takes the arg-max.
+
+    Of logits that are not finite it is `NO_TOKEN`.
+    """
     drawn = jax.vmap(jax.random.categorical)(rngs, scale_and_filter(logits, config))
     greedy = jnp.argmax(logits, axis=-1)
-    return jnp.where(config.temperature == 0, greedy, drawn).astype(jnp.int32)
+    token = jnp.where(config.temperature == 0, greedy, drawn)
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), token, NO_TOKEN).astype(jnp.int32)

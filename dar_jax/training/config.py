@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from dar_jax.training.optimizer import MAX_STEPS
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -20,6 +22,9 @@ class TrainConfig:
     """0: no pictures."""
     evaluate_every: int = 0
     """Evaluate as `config.evaluate` says; 0: never. See `evaluation.during_training`."""
+    max_skipped: int = 100
+    """Steps that one command may skip because their loss or gradient is not finite: they are not
+    applied, and the records of their batches are named."""
     accumulation: int = 1
     """Microbatches per step, one after the other: the same step with less memory."""
     profile_steps: tuple[int, ...] = ()
@@ -45,3 +50,8 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"steps {self.steps} is more than {MAX_STEPS}")
+        for name in ("keep_every", "image_every", "evaluate_every", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is negative")

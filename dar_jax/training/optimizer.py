@@ -23,6 +23,8 @@ from dar_jax.parallel import sharding
 from dar_jax.tasks.base import DISCRIMINATOR
 
 OPTIMIZERS = ("adamw", "muon")
+MAX_STEPS = 2**31 - 1
+"""Steps are counted in 32 bits."""
 DECAY_SHAPES = ("linear", "cosine")
 MUON_UPDATE_RMS = 0.2
 """Size of Muon's updates at learning rate 1, which makes its rates those of AdamW (Liu et al. 2025,
@@ -60,6 +62,20 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(f"name {self.name!r} must be one of {', '.join(OPTIMIZERS)}")
+        for name in ("learning_rate", "warmup_steps", "decay_start", "decay_end", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is negative")
+        for name in ("warmup_steps", "decay_start", "decay_end"):
+            if getattr(self, name) > MAX_STEPS:
+                raise ValueError(f"{name} {getattr(self, name)} is more than {MAX_STEPS}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1)")
+        for name in ("eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.decay_end and self.decay_shape == "cosine" and not self.learning_rate:
+            raise ValueError("learning_rate 0.0 has no cosine decay; use decay_shape='linear'")
         if self.decay_shape not in DECAY_SHAPES:
             raise ValueError(
                 f"decay_shape {self.decay_shape!r} must be one of {', '.join(DECAY_SHAPES)}"

@@ -76,6 +76,8 @@ def train_step(
 ) -> tuple[TrainState, clu_metrics.Collection]:
     """Take one step; see `make_train_step`.
 
+    A loss or gradient that is not finite is not applied: nothing changes but the step.
+
     Args:
         task: what the loss is.
         config: the optimizer.
@@ -94,10 +96,17 @@ def train_step(
     ema_params = state.ema_params
     if config.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - config.ema_decay)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(outputs["loss"]).all()
+    params, ema_params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, ema_params, opt_state),
+        (state.params, state.ema_params, state.opt_state),
+    )
     state = dataclasses.replace(
         state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
-    return state, measure(task, outputs, optax.tree.norm(grads))
+    return state, measure(task, outputs, norm)
 
 
 def gradient(

@@ -1,10 +1,12 @@
 """Reading what must be a file."""
 
 import os
+import socket
+import subprocess
 
 import pytest
 
-from dar_jax.common.files import read_regular
+from dar_jax.common.files import read_regular, sweep, temporary_path
 
 
 def test_read_regular_returns_the_content_of_a_file_or_of_what_a_link_leads_to(tmp_path):
@@ -28,3 +30,21 @@ def test_read_regular_refuses_everything_else_without_waiting(make, reason, tmp_
     make(tmp_path / "a")
     with pytest.raises(OSError, match=reason):
         read_regular(tmp_path / "a", 7)
+
+
+def test_sweep_deletes_what_dead_processes_were_writing(tmp_path, monkeypatch):
+    mine = temporary_path(tmp_path / "a.npz")
+    mine.touch()
+    with monkeypatch.context() as patch:
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        patch.setattr(os, "getpid", lambda: dead.pid)
+        left = [temporary_path(tmp_path / "below" / name) for name in ("b.png", "model")]
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        theirs = temporary_path(tmp_path / "c.npz")
+    (tmp_path / "below").mkdir()
+    left[0].touch(), theirs.touch(), (tmp_path / ".hidden-0.npz").touch()
+    left[1].mkdir(), (left[1] / "config.json").touch()
+    sweep(tmp_path)
+    kept = {tmp_path / "below", mine, theirs, tmp_path / ".hidden-0.npz"}
+    assert set(tmp_path.rglob("*")) == kept

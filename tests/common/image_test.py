@@ -1,10 +1,13 @@
 """Pixels and floats, picture grids, the reference's bicubic resize."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax.common import image as image_lib
 from dar_jax.common.image import grid, resize_bicubic, to_float, to_pixels
 
 
@@ -57,3 +60,18 @@ def test_rows_and_columns_are_resized_alike():
     image = jax.random.normal(jax.random.key(0), (1, 6, 9, 2))
     turned = resize_bicubic(image.transpose(0, 2, 1, 3), (4, 5)).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(resize_bicubic(image, (5, 4)), turned, atol=1e-6)
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_names_of_other_letters_are_drawn_or_replaced(larger, monkeypatch):
+    """No two of them look alike, as the boxes of a font without them would."""
+    if not larger:
+        monkeypatch.setattr(image_lib, "_larger_font", lambda: None)
+    pixels = np.full((1, 64, 64, 3), 255, np.uint8)
+    grid = functools.partial(image_lib.labelled_grid, pixels, columns=1)
+    assert np.any(grid(["éa"]) != grid(["üa"]))
+    if larger:
+        assert np.any(grid(["кот"]) != grid(["тко"]))
+    else:
+        np.testing.assert_array_equal(grid(["éa"]), grid(["ea"]))
+        np.testing.assert_array_equal(grid(["кот (5)"]), grid(["??? (5)"]))

@@ -39,6 +39,23 @@ def test_round_trip_is_bitwise(tmp_path):
     assert len(modes) == 1, "who can read one file can read both"
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    _save(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    arrays["blocks/kernel"] = arrays["blocks/kernel"].copy()
+    arrays["blocks/kernel"][1, 2, 0] = np.nan
+    message = r"model: parameter blocks/kernel: 1 of 24 .* the first is nan at \(1, 2, 0\)"
+    with pytest.raises(ValueError, match=message):
+        _save(tmp_path / "other_model", {"blocks": {"kernel": arrays["blocks/kernel"]}})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    safetensors.numpy.save_file(arrays, path)
+    with pytest.raises(ValueError, match=message):
+        model_dir.load_model(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        model_dir.load_params(tmp_path / "model", PARAMS)
+
+
 def test_failed_save_keeps_the_old_model_and_leaves_nothing(tmp_path, monkeypatch):
     _save(tmp_path / "model")
 

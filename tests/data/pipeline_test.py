@@ -111,3 +111,40 @@ def test_eval_batches_cover_the_split_in_order_with_a_short_last_one():
     assert len(batches[-1]) == NUM_PICTURES % 20
     expected = sources.load_source(config, "test").pixels
     np.testing.assert_array_equal(np.concatenate(batches), expected)
+
+
+class Latents:
+    """Ten records, of which the fourth is not finite."""
+
+    class_names = ("a",)
+    num_classes = 1
+
+    def __len__(self):
+        return 10
+
+    def name(self, index):
+        return f"latent {index}"
+
+    def __getitem__(self, index):
+        moments = np.full((2, 1, 1, 2), np.nan if index == 3 else index, np.float32)
+        return {"moments": moments, "label": np.int32(0)}
+
+    def read(self, index):
+        raise ValueError("no pictures")
+
+
+@pytest.mark.parametrize(("part", "next_index"), [((0, 1), 0), ((1, 2), 0), ((0, 1), 3)])
+def test_suspects_are_the_records_that_are_not_finite_or_all(part, next_index, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_source", lambda *_: Latents())
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    iterator = pipeline.train_iterator(config, 0, part)
+    iterator.set_state({**iterator.get_state(), "next_index": next_index})
+    found = 0
+    for number in range(next_index, next_index + 20):
+        seen = {float(m.flat[0]) for m in next(iterator)["moments"]}
+        bad = any(np.isnan(value) for value in seen)
+        expected = ["latent 3"] if bad else sorted(f"latent {int(value)}" for value in seen)
+        assert iterator.suspects(number) == expected
+        found += bad
+    assert 0 < found < 20
+    iterator.close()

@@ -7,6 +7,7 @@ import pytest
 
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.distances import Comparison
+from dar_jax.evaluation.evaluators.base import below
 from dar_jax.evaluation.feature_store import FeatureStore
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.frechet import frechet_distance
@@ -151,3 +152,27 @@ def test_killed_extraction_goes_on_and_is_shared(tmp_path, monkeypatch):
     expected = LinearExtractor().features(read_all(images))
     for kind in expected:
         np.testing.assert_allclose(features[kind], expected[kind], rtol=1e-6)
+
+
+def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path):
+    extractor = LinearExtractor("vgg16")
+    extractor.matrices = {"pool": MATRICES["pool"] * [1, 1, np.nan, 1, 1, 1]}
+    store = FeatureStore(tmp_path, extractor)
+    with pytest.raises(ValueError, match=r"pool features \(vgg16\) of images 0\.\.19: 20 of 120"):
+        store.features(image_set(tmp_path, 20))
+    assert not list(tmp_path.glob("features-*/*.npz"))
+
+
+def test_few_images_have_every_figure_but_the_inception_score(tmp_path, caplog):
+    logging.getLogger("absl").propagate = True
+    with caplog.at_level("WARNING", logger="absl"):
+        metrics = compare(tmp_path, LinearExtractor()).metrics(image_set(tmp_path, 8))
+    assert np.isfinite(metrics["fid"]) and "inception_score" not in metrics
+    assert "The Inception score needs 10 images at least, there are 8: left out" in caplog.messages
+
+
+@pytest.mark.parametrize("value", [np.nan, [1.0, np.nan]])
+def test_metric_that_is_nan_is_refused(value):
+    assert below("generation", {"psnr_db": np.inf}) == {"generation/psnr_db": np.inf}
+    with pytest.raises(ValueError, match="generation/kid is .*nan"):
+        below("generation", {"kid": value})

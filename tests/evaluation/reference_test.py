@@ -156,3 +156,21 @@ def test_images_that_end_too_early_are_one_line(tmp_path):
     images = NpzImages(path)
     with pytest.raises(ValueError, match="is damaged or cut short"):
         images.read(0, 400)
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma", "sigma_s", "feats"])
+def test_statistics_that_are_not_finite_are_refused_with_their_array(tmp_path, name):
+    broken = ARRAYS[name].copy()
+    broken.flat[1] = np.nan
+    np.savez(tmp_path / "r.npz", **{**ARRAYS, name: broken})
+    with pytest.raises(ValueError, match=rf"r\.npz: {name}: 1 of \d+ numbers are not finite"):
+        load(tmp_path / "r.npz")
+
+
+def test_distance_of_moments_that_are_not_finite_is_none():
+    good = Moments.of(pool(PIXELS)).gaussian()
+    for name in ("mean", "covariance"):
+        broken = good._replace(**{name: getattr(good, name) * np.nan})
+        for pair, place in (((good, broken), "second"), ((broken, good), "first")):
+            with pytest.raises(ValueError, match=f"{name} of the {place} distribution: "):
+                frechet_distance(*pair)

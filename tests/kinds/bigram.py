@@ -125,10 +125,19 @@ class BigramPipeline(Pipeline):
         return self.tokenizer.config.image_size
 
     def generate(self, labels, **options):
-        (last,) = self.stream(labels, **options)
-        return last
+        return self.finish(labels, **options)
 
-    def stream(self, labels, *, rng, sampling=None, first_index=0, microbatch=None, **options):
+    def stream(
+        self,
+        labels,
+        *,
+        rng,
+        sampling=None,
+        first_index=0,
+        previews=True,
+        microbatch=None,
+        **options,
+    ):
         sampling = dataclasses.replace(sampling or BigramSampling(), **options)
         labels = self.prior.put(np.asarray(labels, np.int32))
         rngs = self.prior.put(image_keys(rng, len(labels), first_index))

@@ -165,7 +165,7 @@ def test_running_a_finished_run_again_only_makes_up_for_a_lost_export(half, work
 
 def test_nan_loss_stops_and_names_step_and_last_good_checkpoint(workdir):
     with pytest.raises(ValueError, match="step 3: loss nan") as caught:
-        run(workdir, steps=6, task=ToyTask(nan_from_label=0))
+        run(workdir, steps=6, task=ToyTask(nan_from_label=0), max_skipped=0)
     assert f"the last good checkpoint is {workdir / 'checkpoints' / '2'}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2"]
@@ -174,7 +174,49 @@ def test_nan_loss_stops_and_names_step_and_last_good_checkpoint(workdir):
 
 def test_nan_before_the_first_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"step 1: loss nan.*there is not a checkpoint yet"):
-        run(tmp_path, steps=2, task=ToyTask(nan_from_label=0))
+        run(tmp_path, steps=2, task=ToyTask(nan_from_label=0), max_skipped=0)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_named(tmp_path, caplog):
+    train.logging.get_absl_logger().propagate = True
+    with caplog.at_level("WARNING", logger="absl"):
+        run(tmp_path, steps=4, task=ToyTask(nan_from_label=0))
+    skipped = [message for message in caplog.messages if "skipped, as" in message]
+    assert skipped and all(": loss nan, gradient norm 0.0; it saw record " in s for s in skipped)
+    assert skipped[0].endswith("and 8 more; skipped, as 1 of at most 100")
+    lost = {int(text.split(":")[0].removeprefix("step ")) for text in skipped}
+    assert {line["step"] for line in read_curve(tmp_path) if "train/loss" not in line} == lost
+    state, _ = restored(tmp_path, 4)
+    assert int(state["step"]) == 4
+    model_dir.load_model(tmp_path / "model")  # finite
+
+
+def test_parameters_that_are_not_finite_are_not_saved(workdir):
+    config = make_config(steps=4)
+    config.optimizer = {"learning_rate": 1e39, "warmup_steps": 2, "ema_decay": 0.9}
+    with pytest.raises(ValueError, match=r"not finite.*there is not a checkpoint yet; lower") as c:
+        train.train(read_config(config), str(workdir / "new"), ToyTask())
+    assert "\n" not in str(c.value)
+
+
+def test_failed_evaluation_does_not_end_training(tmp_path, monkeypatch, caplog):
+    class Failing(train.TrainEvaluation):
+        def __init__(self, config, workdir):
+            pass
+
+        def is_pending(self, step):
+            return False
+
+        def __call__(self, write_model):
+            raise RuntimeError("no memory\nand more")
+
+    monkeypatch.setattr(train, "TrainEvaluation", Failing)
+    train.logging.get_absl_logger().propagate = True
+    with caplog.at_level("ERROR", logger="absl"):
+        run(tmp_path, steps=2, evaluate_every=1)
+    expected = "The evaluation of step 1 failed, training goes on: RuntimeError: no memory"
+    assert caplog.messages[0] == expected
+    assert (tmp_path / "model").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -274,14 +316,16 @@ def at_step(step, action, monkeypatch):
     monkeypatch.setattr(train.sharding, "put_batch", put_batch)
 
 
-def test_sigterm_saves_at_once_and_the_same_command_continues_exactly(tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGTERM)
-    at_step(3, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_saves_at_once_and_the_same_command_continues_exactly(tmp_path, monkeypatch, number):
+    handler = signal.SIG_DFL  # whatever started the tests, such as nohup
+    before = signal.signal(number, handler)
+    at_step(3, lambda: signal.raise_signal(number), monkeypatch)
     arguments = dict(steps=4, log_every=2, checkpoint_every=4)
     run(tmp_path / "stopped", **arguments)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["3"]
     assert not (tmp_path / "stopped" / "model").exists()
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.signal(number, before) is handler
     for workdir in ("stopped", "whole"):
         run(tmp_path / workdir, **arguments)
     assert [line["step"] for line in read_curve(tmp_path / "stopped")] == [2, 4]

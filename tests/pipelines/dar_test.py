@@ -9,6 +9,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from dar_jax.common.batches import MAX_PADDED
+from dar_jax.common.image import to_float
 from dar_jax.common.model_dir import save_model
 from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.sampler import initial_noise, one_ahead
@@ -209,6 +211,9 @@ def zeros(*shape):
         (ones(32, 32, 3), r"images has shape \(32, 32, 3\), expected \(B, H, W, 3\)"),
         (ones(1, 3, 32, 32), r"images has shape \(1, 3, 32, 32\)"),
         (ones(1, 32, 36, 3), "image of 32x36 pixels"),
+        (ones(1, 32, 32, 3) * 255, "images hold 255, expected floats in .* or uint8 pixels"),
+        (ones(1, 32, 32, 3) * np.nan, "images: 3072 of 3072 numbers are not finite"),
+        (zeros(1, 32, 32, 3), "images are int32, expected floats in .* or uint8 pixels"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -223,6 +228,7 @@ def test_encode_refuses(tokenizer, images, message):
         (zeros(2, 16) + VOCAB, {}, "indices: 64 is out of range, expected 0..63"),
         (zeros(2, 16) - 1, {}, "indices: -1 is out of range"),
         (zeros(16), {}, r"indices has shape \(16,\)"),
+        (ones(2, 16), {}, "indices are float32, expected integers: tokens"),
         (zeros(2, 7), {}, "indices hold 7 tokens, expected 16 to 16"),
         (zeros(2, 17), {}, "indices hold 17 tokens"),
         (zeros(2, 7), {"num_groups": 2}, "indices hold 7 tokens, expected 8 to 16"),
@@ -262,7 +268,18 @@ def test_decode_refuses(tokenizer, indices, options, message):
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([0, 11], {}, "labels: 11 is out of range, expected 0..10"),
+        ([0, 11], {}, "labels: 11 is out of range, expected 0.."),
+        ([], {}, r"labels are empty, expected classes in 0\.\.9"),
+        ([1.0], {}, "labels are float64, expected integers"),
+        ([True], {}, "labels are bool, expected integers"),
+        (["3"], {}, "labels are <U1, expected integers"),
+        ([1], {"prefix": ones(1, 4)}, "prefix are float32, expected integers: tokens"),
+        ([1], {"rng": 0}, "rng is no key but 0: pass rng=jax.random.key"),
+        ([1], {"guidance_scale": "3"}, "guidance_scale='3' must be a number"),
+        ([1], {"guidance_scale": (2.0, np.inf)}, "guidance_scale=.* must be .* finite"),
+        ([1], {"temperature": np.nan}, "temperature=nan must be at least 0 .* and finite"),
+        ([1], {"top_k": 2.5}, "top_k=2.5 must be an integer"),
+        ([1], {"num_steps": True}, "num_steps=True must be an integer"),
         ([-1], {}, "labels: -1 is out of range"),
         ([[1]], {}, r"labels has shape \(1, 1\)"),
         ([1, 2], {"prefix": zeros(1, 4)}, r"prefix has shape \(1, 4\), expected \(2, K\)"),
@@ -289,6 +306,59 @@ def test_stream_refuses_at_the_call(dar, labels, options, message):
     if not options.keys() & {"solver", "mask", "microbatch"}:
         with pytest.raises(ValueError, match=message):
             dar.prior.generate_indices(labels, **options)
+
+
+def test_label_of_no_class_draws_nothing(dar, prior):
+    with pytest.raises(ValueError, match=r"labels: 10 is out of range, expected 0\.\.9"):
+        dar.generate([NUM_CLASSES], rng=jax.random.key(0))
+    assert prior.logits(zeros(1) + NUM_CLASSES, zeros(1, 16)).shape == (1, 16, VOCAB)
+
+
+def test_pixels_are_encoded_as_what_they_show(tokenizer):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(tokenizer.encode(pixels), tokenizer.encode(to_float(pixels)))
+
+
+def test_padding_to_a_bucket_changes_no_image(dar):
+    """Three images are made in the program of four, bitwise as beside a fourth one."""
+    options = dict(rng=jax.random.key(1), guidance_scale=(1.5, 3.0), first_index=5)
+    prefix = zeros(4, 4) + np.arange(4, dtype=np.int32)[:, None]
+    images, indices = dar.generate([7, 2, 9], **options, prefix=prefix[:3])
+    whole = dar.generate([7, 2, 9, 4], **options, prefix=prefix)
+    assert images.shape == (3, 32, 32, 3) and indices.shape == (3, 16)
+    np.testing.assert_array_equal(indices, whole.indices[:3])
+    np.testing.assert_array_equal(images, whole.images[:3])
+
+
+@pytest.mark.slow
+def test_all_sizes_of_small_batches_share_six_programs(dar):
+    """Only the first size of each bucket compiles anything."""
+    compiled = []
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    options = dict(rng=jax.random.key(0), guidance_scale=2.0)
+    per_size = {}
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for size in range(1, MAX_PADDED + 1):
+            compiled.clear()
+            dar.generate(np.arange(size) % NUM_CLASSES, **options)
+            per_size[size] = len(compiled)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert {size for size, number in per_size.items() if number} <= {1, 2, 3, 5, 9, 17}, per_size
+
+
+def test_what_is_not_finite_is_refused_with_its_image(dar, prior, tokenizer):
+    broken = jax.tree.map(np.asarray, prior.params)
+    broken["condition_embed"]["embedding"] = broken["condition_embed"]["embedding"].copy()
+    broken["condition_embed"]["embedding"][1] = np.nan
+    broken = DarPipeline(PriorPipeline(prior.model, broken), tokenizer)
+    with pytest.raises(ValueError, match="image 8: what the model draws is not finite, as of 1 of"):
+        broken.generate(LABELS, rng=jax.random.key(0), first_index=7)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dar_jax.sampling.logits import (
+    NO_TOKEN,
     SamplingConfig,
     filter_logits,
     guidance_schedule,
@@ -146,3 +147,11 @@ def test_guidance_below_one_is_refused(scale):
 def test_sampling_config_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_logits_that_are_not_finite_give_no_token(bad, temperature):
+    logits = jnp.zeros((3, 5)).at[1, 2].set(bad)
+    tokens = sample_token(keys(3), logits, SamplingConfig(temperature))
+    assert tokens[1] == NO_TOKEN and min(tokens[0], tokens[2]) >= 0

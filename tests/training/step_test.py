@@ -98,6 +98,24 @@ def test_every_step_draws_anew_and_counts_also_without_ema():
     assert jnp.isfinite(first.grad_norm.compute())
 
 
+@pytest.mark.parametrize("ema_decay", [0.9, 0.0])
+def test_step_that_is_not_finite_only_counts(ema_decay):
+    task = ToyTask(nan_from_label=1)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, ema_decay=ema_decay)
+    mesh = _one_device()
+    state = create_state(task, optimizer, jax.random.key(0), mesh=mesh)
+    step = make_train_step(task, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
+    good = next(_batches(1))
+    bad = {**good, "label": good["label"] + 1}
+    state, _ = step(state, sharding.put_batch(good, mesh), task.frozen())
+    before = jax.device_get(state.replace(rng=None, step=None))
+    state, metrics = step(state, sharding.put_batch(bad, mesh), task.frozen())
+    assert int(state.step) == 2 and np.isnan(metrics.loss.compute())
+    jax.tree.map(np.testing.assert_array_equal, state.replace(rng=None, step=None), before)
+    state, _ = step(state, sharding.put_batch(good, mesh), task.frozen())
+    assert np.any(state.params["input"]["bias"] != before.params["input"]["bias"])
+
+
 class PlainTask(ToyTask):
     """Without the noise: the loss of a batch is the mean over its images."""
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Protocol, cast, runtime_checkable
 
 import jax
+import numpy as np
 from absl import logging
 
 from dar_jax.common import model_dir
@@ -223,5 +224,13 @@ class Evaluation:
 
 
 def below(prefix: str, metrics: Metrics) -> Metrics:
-    """Put a prefix before all names."""
+    """Put a prefix before all names.
+
+    Raises:
+        ValueError: a metric is NaN. Infinity there is: the PSNR of equal images.
+    """
+    for name, value in metrics.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(np.isnan(number).any() for number in numbers):
+            raise ValueError(f"{prefix}/{name} is {value}: nothing can be said of these images")
     return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -18,9 +18,9 @@ from dar_jax.evaluation.pairs import codebook_metrics, distance_metrics, pair_me
 from dar_jax.evaluation.perceptual import psnr, ssim
 from dar_jax.generation.batches import whole_batch
 from dar_jax.generation.image_set import PIXELS
-from dar_jax.generation.image_sets import write_batch
+from dar_jax.generation.image_sets import SOUND, write_batch
 from dar_jax.generation.resumable_arrays import Pieces
-from dar_jax.pipelines.base import Autoencoder
+from dar_jax.pipelines.base import Autoencoder, is_sound
 
 INDICES = "indices"
 
@@ -86,5 +86,6 @@ def fill(
         arrays = {PIXELS: images.to_pixels(made.images)}
         if made.indices is not None:
             arrays[INDICES] = made.indices
+        arrays[SOUND] = is_sound(made.images)
         write_batch(pieces.save, progress, arrays, first, first + len(pixels))
     wait_for(lambda: not pieces.missing().any(), "the images of other processes")

@@ -5,10 +5,12 @@ no guidance; recipes set what makes good images.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
+from dar_jax.common.checks import check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
 from dar_jax.models.dar.llama import LlamaConfig
@@ -35,6 +37,7 @@ class FlowSampling:
 
     def __post_init__(self):
         solvers.coefficients(self.solver, num_steps=1)
+        check_number("num_steps", self.num_steps, numbers.Integral)
         if self.num_steps < 0:
             raise ValueError(
                 f"num_steps={self.num_steps} must be at least 1 (0 is the model's own)"
@@ -70,8 +73,11 @@ class DarSampling(FlowSampling):
 
     def __post_init__(self):
         super().__post_init__()
-        scales = tuple(map(float, np.ravel(self.guidance_scale)))
+        scales = read_numbers("guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", scales)
+        check_number("top_k", self.top_k, numbers.Integral)
+        for name in ("temperature", "top_p"):
+            check_number(name, getattr(self, name))
         if not isinstance(self.guidance_interval, int):
             interval = tuple(map(int, self.guidance_interval or ()))
             object.__setattr__(self, "guidance_interval", interval)

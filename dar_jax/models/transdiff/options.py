@@ -4,10 +4,12 @@ The defaults draw as the model was trained to, with no guidance; recipes set wha
 """
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
+from dar_jax.common.checks import check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
 from dar_jax.flow.guidance import ALWAYS
@@ -40,13 +42,19 @@ class TransDiffSampling:
     noise_scale: float = 1.0
 
     def __post_init__(self):
-        scales, times = _floats(self.guidance_scale), _floats(self.guidance_times)
+        scales = read_numbers("guidance_scale", self.guidance_scale)
+        times = read_numbers("guidance_times", self.guidance_times)
         object.__setattr__(self, "guidance_scale", scales)
         object.__setattr__(self, "guidance_times", times)
+        check_number("num_steps", self.num_steps, numbers.Integral)
+        for name in ("drift_scale", "noise_scale"):
+            check_number(name, getattr(self, name))
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1")
-        if not all(scale >= 1 for scale in scales):
-            raise ValueError(f"guidance_scale={scales} must be at least 1 (1 is no guidance)")
+        if not all(1 <= scale < np.inf for scale in scales):
+            raise ValueError(
+                f"guidance_scale={scales} must be at least 1 (1 is no guidance) and finite"
+            )
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r} must be one of {', '.join(SOLVERS)}")
         for name in ("drift_scale", "noise_scale"):
@@ -63,7 +71,7 @@ class TransDiffSampling:
 
     def scale_of(self, step_pass: int) -> float:
         """Guidance scale of a pass."""
-        scales = _floats(self.guidance_scale)
+        scales = read_numbers("guidance_scale", self.guidance_scale)
         return scales[step_pass if len(scales) > 1 else 0]
 
     @property
@@ -85,18 +93,17 @@ class TransDiffSampling:
     @property
     def guided_times(self) -> tuple[float, float]:
         """First and last time that is guided."""
-        times = _floats(self.guidance_times)
+        times = read_numbers("guidance_times", self.guidance_times)
         return (times[0], times[1]) if times else ALWAYS
 
     def check(self, config: TransDiffConfig) -> None:
         """Raise ValueError unless there is one guidance scale, or one for every pass."""
-        given, passes = len(_floats(self.guidance_scale)), config.num_references
+        given, passes = (
+            len(read_numbers("guidance_scale", self.guidance_scale)),
+            config.num_references,
+        )
         if given not in (1, passes):
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be one scale"
                 + (f" or {passes}, one for each pass" if passes > 1 else "")
             )
-
-
-def _floats(numbers: Numbers) -> tuple[float, ...]:
-    return tuple(map(float, np.ravel(numbers)))
