@@ -13,6 +13,7 @@ from the package; its docstring has the commands:
 
 Modes:
     train     train config.task; run the same command again to resume (default)
+    export    the latest checkpoint of a run that is not over -> WORKDIR/model
     sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz; or, with
               config.sample.num_images, a large set that resumes; with .prefix_image, layout
               control or variations; with .inpaint_image and .inpaint_mask, in-painting
@@ -65,16 +66,17 @@ from ml_collections import config_flags
 from dar_jax.common import config_files, interrupts
 
 MODES = {
-    "train": "train_and_evaluate",
-    "sample": "sample",
-    "evaluate": "evaluate",
-    "cache": "cache",
-    "convert": "convert",
-    "compile": "compile_programs",
-    "benchmark": "benchmark",
-    "demo": "demo",
+    "train": "train:train_and_evaluate",
+    "export": "train:export",
+    "sample": "sample:sample",
+    "evaluate": "evaluate:evaluate",
+    "cache": "cache:cache",
+    "convert": "convert:convert",
+    "compile": "compile:compile_programs",
+    "benchmark": "benchmark:benchmark",
+    "demo": "demo:demo",
 }
-"""Function of every mode, in the module of `dar_jax.modes` that has the mode's name."""
+"""Function of every mode, in a module of `dar_jax.modes`."""
 
 OUT_OF_MEMORY = {
     "train": "--config.train.accumulation=4, --config.compute.remat=blocks, --config.mesh.fsdp=-1",
@@ -118,7 +120,7 @@ def main(argv: list[str]) -> None:
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
         _check_devices()
-        mode = pkgutil.resolve_name(f"dar_jax.modes.{_MODE.value}:{MODES[_MODE.value]}")
+        mode = pkgutil.resolve_name(f"dar_jax.modes.{MODES[_MODE.value]}")
         mode(config, _WORKDIR.value)
     except distributed.Preempted:
         sys.exit(_status_of_preempted())

@@ -20,7 +20,7 @@ from dar_jax.kinds.loading import from_pretrained, open_model
 from dar_jax.nn.compute import Compute
 from dar_jax.parallel.sharding import MeshConfig, make_mesh, num_batch_shards
 from dar_jax.pipelines.base import Autoencoder, Pipeline, check_sound, class_index, is_sound
-from dar_jax.training.checkpoint import CHECKPOINTS
+from dar_jax.training.checkpoint import CHECKPOINTS, latest_step
 
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
@@ -100,13 +100,23 @@ def load_model(path: str, *, compute: Compute, mesh: MeshConfig) -> Pipeline | A
 def model_path(config: SampleConfig, workdir: str) -> str:
     """Where the model directory is: what the config names, or the workdir's own.
 
-    A workdir in which training has begun and not ended has none: that is an error, later.
+    Raises:
+        ValueError: training in the workdir has begun and not ended.
     """
     if config.model:
         return config.model
     own = pathlib.Path(workdir) / model_dir.WORKDIR_NAME
-    untrained = not own.exists() and not (pathlib.Path(workdir) / CHECKPOINTS).exists()
-    return config.untrained_model if untrained and config.untrained_model else str(own)
+    checkpoints = pathlib.Path(workdir) / CHECKPOINTS
+    if own.exists():
+        return str(own)
+    if not checkpoints.exists():
+        return config.untrained_model or str(own)
+    step = latest_step(checkpoints)
+    reached = "before its first checkpoint" if step is None else f"at step {step}"
+    raise ValueError(
+        f"{workdir} holds a run that stopped {reached}, and no model yet: go on with --mode=train"
+        + ("" if step is None else ", or write the model of that step with --mode=export")
+    )
 
 
 def classes_of(

@@ -13,13 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from clu import metrics as clu_metrics
 from clu import parameter_overview
 
 from dar_jax.common import files, model_dir
-from dar_jax.common.progress import Progress
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
 from dar_jax.config import Config
@@ -37,12 +34,11 @@ from dar_jax.training.checkpoint import CHECKPOINTS
 from dar_jax.training.finite import SkippedSteps, check_parameters
 from dar_jax.training.optimizer import learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
+from dar_jax.training.report import Report, is_due
 from dar_jax.training.state import TrainState
 
 NUM_PICTURES = 16
 """Held-out pictures given to `task.pictures`."""
-SILENT_SECONDS = 30.0
-"""After which a step is reported, if its figures are not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +65,20 @@ def train_and_evaluate(config: Config, workdir: str) -> None:
     """
     if not train(config, workdir, build_task(config)):
         raise distributed.Preempted
+
+
+def export(config: Config, workdir: str) -> None:
+    """Write `WORKDIR/model` from the latest checkpoint of a run that has not reached its end.
+
+    Raises:
+        ValueError: there is not a checkpoint yet; or see `train`.
+    """
+    step = checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS)
+    if step is None:
+        raise ValueError(f"{workdir} holds no checkpoint to export: train first")
+    # As a run ends that was to go as far as this one has come.
+    ended = dataclasses.replace(config.train, steps=step, evaluate_every=0)
+    train(dataclasses.replace(config, train=ended), workdir, build_task(config))
 
 
 def train(config: Config, workdir: str, task: Task) -> bool:
@@ -173,7 +183,8 @@ def _initial_params(
     config: Config, task: Task, abstract: TrainState, workdir: str
 ) -> Params | None:
     """Load the parameters that a new run starts from, if the configuration names them."""
-    if not config.train.init_from or checkpoint.has_any(pathlib.Path(workdir) / CHECKPOINTS):
+    begun = checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is not None
+    if not config.train.init_from or begun:
         return None
     directory = model_dir.locate(config.train.init_from)
     model_dir.load_config(directory, config.task)
@@ -218,7 +229,23 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
         )
         return state
     writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.config.wandb)
-    report = _Report(run, writer, interval, config.steps - first_step)
+    averages = metrics.Interval(
+        run.config.data.batch_size,
+        step_lib.flops_per_image(run.task),
+        list(run.mesh.devices.flat),
+    )
+    averages.resume(interval)
+    report = Report(
+        config,
+        writer,
+        run.iterator,
+        interval=averages,
+        schedule=learning_rate_schedule(run.config.optimizer),
+        skipped=SkippedSteps(
+            config.max_skipped, run.iterator.suspects, run.checkpoints.describe_latest
+        ),
+        num_steps=config.steps - first_step,
+    )
     try:
         with distributed.PreemptionNotice() as notice:
             if is_pending:
@@ -233,7 +260,7 @@ def _loop(
     state: TrainState,
     first_step: int,
     *,
-    report: "_Report",
+    report: Report,
     writer: metrics.Writer,
     notice: distributed.PreemptionNotice,
 ) -> TrainState:
@@ -257,7 +284,7 @@ def _loop(
         report.push(step, update)
         run.checkpoints.check()
         preempted = notice.reached(step)
-        if preempted or _is_due(step, config.checkpoint_every, config.steps):
+        if preempted or is_due(step, config.checkpoint_every, config.steps):
             report.flush()
             check_parameters(step, state.params, run.checkpoints.describe_latest)
             run.checkpoints.save(state, step, run.iterator, report.interval())
@@ -265,20 +292,16 @@ def _loop(
         if preempted:
             logging.info("Stopped after step %d, all is saved; run the same command to go on", step)
             break
-        if _is_due(step, config.image_every, config.steps):
+        if is_due(step, config.image_every, config.steps):
             report.flush()
             _look(run, state, frozen, step, writer=writer)
             report.restart_clock(step)
-        if _is_due(step, config.evaluate_every, config.steps):
+        if is_due(step, config.evaluate_every, config.steps):
             report.flush()
             _evaluate(run, state, step, writer=writer)
             report.restart_clock(step)
     profile.close()
     return state
-
-
-def _is_due(step: int, every: int, last_step: int) -> bool:
-    return every > 0 and (step % every == 0 or step == last_step)
 
 
 def _look(
@@ -357,54 +380,3 @@ def _unchanged(run: Run, name: str) -> pathlib.Path:
             "command again"
         )
     return directory
-
-
-class _Report:
-    """Checks, averages and writes the metrics of each step, one step late."""
-
-    def __init__(self, run: Run, writer: metrics.Writer, interval: list[Any], num_steps: int):
-        """Begin with the metrics of an interval that is not over, as `interval` returned them."""
-        self._run = run
-        self._writer = writer
-        self._interval = metrics.Interval(
-            run.config.data.batch_size,
-            step_lib.flops_per_image(run.task),
-            list(run.mesh.devices.flat),
-        )
-        self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
-        self._schedule = learning_rate_schedule(run.config.optimizer)
-        self._interval.resume(interval)
-        self._pending = None
-        self._skipped = SkippedSteps(
-            run.config.train.max_skipped, run.iterator.suspects, run.checkpoints.describe_latest
-        )
-
-    def interval(self) -> list[Any]:
-        """Return the metrics of the steps since the last line."""
-        return self._interval.save()
-
-    def push(self, step: int, update: clu_metrics.Collection) -> None:
-        """Take the metrics of the step just dispatched and handle those of the one before."""
-        self.flush()
-        batch = self._run.iterator.get_state()["next_index"] - 1
-        self._pending = (step, batch, update)
-
-    def flush(self) -> None:
-        """Wait for the pending step and handle its metrics."""
-        if self._pending is None:
-            return
-        step, batch, update = self._pending
-        self._pending = None
-        update = jax.device_get(update)
-        if self._skipped.is_applied(step, batch, update):
-            self._interval.add(step, update)
-        config = self._run.config.train
-        is_due = _is_due(step, config.log_every, config.steps)
-        self._progress.add(1, told=is_due)
-        if is_due:
-            rate = {"train/learning_rate": float(np.asarray(self._schedule(step - 1)))}
-            wait = {"perf/data_wait": self._run.iterator.take_wait()}
-            self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})
-
-    def restart_clock(self, step: int) -> None:
-        self._interval.restart_clock(step)

@@ -38,9 +38,9 @@ READ_ERRORS = (*SAVE_ERRORS, KeyError, TypeError, AttributeError, AssertionError
 """What they raise when they cannot read."""
 
 
-def has_any(directory: pathlib.Path) -> bool:
-    """Tell whether a directory, which need not exist, holds a complete checkpoint."""
-    return bool(_steps(directory))
+def latest_step(directory: pathlib.Path) -> int | None:
+    """Step of the last complete checkpoint of a directory, which need not exist; None: none."""
+    return max(_steps(directory), default=None)
 
 
 def _steps(directory: pathlib.Path) -> list[int]:
@@ -111,7 +111,7 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The last complete step, or None."""
-        return max(_steps(self._directory), default=None)
+        return latest_step(self._directory)
 
     def describe_latest(self, *, wait: bool = True) -> str:
         """Name the last complete checkpoint, if told so after a save under way."""

@@ -1,0 +1,87 @@
+"""What a run tells of its steps: checked, averaged, written, one step late."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from clu import metrics as clu_metrics
+
+from dar_jax.common.progress import Progress
+from dar_jax.data.pipeline import TrainIterator
+from dar_jax.training import metrics
+from dar_jax.training.config import TrainConfig
+from dar_jax.training.finite import SkippedSteps
+
+SILENT_SECONDS = 30.0
+"""After which a step is reported, if its metrics are not."""
+
+
+def is_due(step: int, every: int, last_step: int) -> bool:
+    """Tell whether what happens every so many steps, and at the end, happens after this one."""
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+class Report:
+    """Checks, averages and writes the metrics of each step, one step late."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        writer: metrics.Writer,
+        iterator: TrainIterator,
+        *,
+        interval: metrics.Interval,
+        schedule: optax.Schedule,
+        skipped: SkippedSteps,
+        num_steps: int,
+    ):
+        """Begin a report.
+
+        Args:
+            config: when to write.
+            writer: takes a line every so many steps.
+            iterator: of the batches.
+            interval: averages between two lines.
+            schedule: of the learning rate.
+            skipped: judges the steps.
+            num_steps: that are ahead.
+        """
+        self._config = config
+        self._writer = writer
+        self._iterator = iterator
+        self._interval = interval
+        self._schedule = schedule
+        self._skipped = skipped
+        self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
+        self._pending = None
+
+    def interval(self) -> list[Any]:
+        """Return the metrics of the steps since the last line."""
+        return self._interval.save()
+
+    def push(self, step: int, update: clu_metrics.Collection) -> None:
+        """Take the metrics of the step just dispatched and handle those of the one before."""
+        self.flush()
+        batch = self._iterator.get_state()["next_index"] - 1
+        self._pending = (step, batch, update)
+
+    def flush(self) -> None:
+        """Wait for the pending step and handle its metrics."""
+        if self._pending is None:
+            return
+        step, batch, update = self._pending
+        self._pending = None
+        update = jax.device_get(update)
+        if self._skipped.is_applied(step, batch, update):
+            self._interval.add(step, update)
+        due = is_due(step, self._config.log_every, self._config.steps)
+        self._progress.add(1, told=due)
+        if due:
+            rate = {"train/learning_rate": float(np.asarray(self._schedule(step - 1)))}
+            wait = {"perf/data_wait": self._iterator.take_wait()}
+            self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})
+
+    def restart_clock(self, step: int) -> None:
+        """Measure throughput from here on: pictures and saving are not training."""
+        self._interval.restart_clock(step)
