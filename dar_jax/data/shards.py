@@ -13,12 +13,13 @@ command that writes a directory checks all of them, and writes what is damaged a
 records is told by ArrayRecord's own hashes.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import grain
@@ -99,10 +100,21 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
         writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         try:
             for count, record in enumerate(records, start=1):  # noqa: B007
-                writer.write(record)
+                with _errors_of_system(path):
+                    writer.write(record)
         finally:
-            writer.close()
+            with _errors_of_system(path):
+                writer.close()
     return count
+
+
+@contextlib.contextmanager
+def _errors_of_system(path: pathlib.Path) -> Iterator[None]:
+    """Raise OSError for what the writer makes of one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path}: {str(error).partition(';')[0]}") from error
 
 
 def write_splits(

@@ -155,7 +155,7 @@ class BatchGenerator:
         for preview in self.pipeline.stream(labels, rng=rng, **self._options(request)):
             # Further work on the device would queue behind the next step.
             image = np.asarray(preview.images)
-            check_finite("the model drew an image that", image)
+            check_finite("images that the model draws", image)
             pixels = images.to_pixels(image)[: len(request.labels)]
             num_tokens = getattr(preview, "num_tokens", 0)
             yield PixelPreview(preview.step, num_tokens, time.monotonic() - started, pixels)

@@ -34,7 +34,10 @@ def cache(config: Config, workdir: str) -> None:
     try:
         WRITERS[config.cache.kind](config, workdir)
     except OSError as error:
-        raise ValueError(f"cannot write the cache to {workdir}: {error}") from error
+        raise ValueError(
+            f"cannot write the cache to {workdir}: {error}; make room or check the permissions, "
+            "and run it again"
+        ) from error
 
 
 def _cache_images(config: Config, workdir: str) -> None:

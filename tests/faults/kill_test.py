@@ -19,7 +19,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 SMALL = 2**13
 """Bytes; less than the files that are written."""
 MNIST = "--config=configs/mnist.py:"
@@ -38,7 +38,12 @@ COMMANDS = {
         "--config.evaluate.features=vgg16 --config.evaluate.classifier=False"
     ),
 }
-MODES = ["cache", *(pytest.param(m, marks=pytest.mark.slow) for m in COMMANDS if m != "cache")]
+QUICK = [("cache", signal.SIGKILL)]
+DISTURBED = [
+    pytest.param(mode, number, marks=() if (mode, number) in QUICK else pytest.mark.slow)
+    for mode in COMMANDS
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+]
 PASSING = ("checkpoints/", ".lock", "events.")
 """What tells of the way, not of the result; the state in checkpoints is in the model as well."""
 
@@ -99,8 +104,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("mode", "number"), DISTURBED)
 def test_disturbed_command_ends_like_an_undisturbed_one(mode, number, folder, tmp_path):
     expected, seconds = undisturbed(mode, folder / mode)
     when = random.Random(int(number))
@@ -115,7 +119,8 @@ def test_disturbed_command_ends_like_an_undisturbed_one(mode, number, folder, tm
     assert content(tmp_path / "disturbed") == expected
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", COMMANDS)
 def test_full_disk_is_one_line_and_the_command_goes_on_later(mode, folder, tmp_path):
     expected, _ = undisturbed(mode, folder / mode)
     process = start(mode, tmp_path / "full", limit=SMALL)
