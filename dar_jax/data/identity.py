@@ -49,7 +49,8 @@ class Stamp(NamedTuple):
 def identify(source: Source, num_threads: int) -> dict[str, Any]:
     """Fingerprint of what is trained on, as JSON types: pictures, or groups of them."""
     if isinstance(source, GroupSource):
-        groups = hashlib.sha256(np.asarray(source.groups, np.int64).tobytes()).hexdigest()
+        content = np.asarray(source.groups, np.int64).tobytes()
+        groups = hashlib.sha256(f"{source.groups.shape}".encode() + content).hexdigest()
         return {**identify(source.source, num_threads), "groups": groups}
     content = functools.partial(_content, source)
     labels = getattr(source, "labels", ())
