@@ -34,7 +34,7 @@ def to_float(
     return pixels.astype(np.float32) / 127.5 - 1.0
 
 
-def as_image(name: str, images: AnyArray) -> AnyArray:
+def as_image(name: str, images: Array | np.ndarray) -> Any:
     """Return images as floats in [-1, 1]; uint8 is taken for pixels.
 
     Raises:

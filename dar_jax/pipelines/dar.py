@@ -306,22 +306,23 @@ class DarPipeline(Pipeline):
                 does not divide over the mesh; at the call, not at the first preview.
         """
         config, size = self.prior.config, self.image_size
-        sampling = dataclasses.replace(sampling or self.sampling, **options)
-        sampling.check(config)
-        labels = check_condition(self.class_indices(labels), config)
+        how = dataclasses.replace(sampling or self.sampling, **options)
+        how.check(config)
+        condition = check_condition(self.class_indices(labels), config)
+        batch_size = len(condition)
         put = self.prior.put
         stream = sampler.stream(
             self.prior.model.unstacked(),
             self.prior.sampling_params,
             self.tokenizer.model,
             self.tokenizer.sampling_params,
-            put(labels),
-            put(image_keys(require_rng(rng), len(labels), first_index)),
-            sampling,
-            prefix=put(check_prefix(prefix, len(labels), config)),
+            put(condition),
+            put(image_keys(require_rng(rng), batch_size, first_index)),
+            how,
+            prefix=put(check_prefix(prefix, batch_size, config)),
             key_mask=put(caption_mask),
-            known=put(check_known(known, mask, (len(labels), size, size))),
-            microbatch=check_microbatch(microbatch, len(labels)),
+            known=put(check_known(known, mask, (batch_size, size, size))),
+            microbatch=check_microbatch(microbatch, batch_size),
         )
         return stream if previews else map(last_of, (stream,))
 

@@ -175,18 +175,18 @@ class TransDiffPipeline(Pipeline):
                 mesh; at the call, not at the first preview.
         """
         config = self.prior.config
-        sampling = dataclasses.replace(sampling or self.sampling, **options)
-        num_steps = sampling.num_steps
-        labels = check_labels(self.class_indices(labels), config.num_classes)
+        how = dataclasses.replace(sampling or self.sampling, **options)
+        num_steps = how.num_steps
+        classes = check_labels(self.class_indices(labels), config.num_classes)
         if preview_every is None:
             preview_every = sampler.steps_per_preview(config, num_steps)
         if preview_every < 1:
             raise ValueError(f"preview_every={preview_every} must be at least 1")
-        microbatch = check_microbatch(microbatch, len(labels))
-        rngs = self.prior.put(image_keys(require_rng(rng), len(labels), first_index))
+        microbatch = check_microbatch(microbatch, len(classes))
+        rngs = self.prior.put(image_keys(require_rng(rng), len(classes), first_index))
         stops = range(preview_every, num_steps, preview_every) if previews else ()
         noise = sampler.initial_noise(rngs, config)
-        run = self.prior.run(labels, noise, rngs, sampling, stops=stops)
+        run = self.prior.run(classes, noise, rngs, how, stops=stops)
         return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
 
     @takes_options(TransDiffSampling, like=stream)

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from clu import metrics as clu_metrics
 
 from dar_jax.common import tree
-from dar_jax.common.typing import Params
+from dar_jax.common.typing import Any, Params
 
 MAX_SUSPECTS = 8
 """Records that are named of a step that is skipped."""
@@ -34,13 +33,13 @@ class SkippedSteps:
         self._limit, self._suspects, self._advice = limit, suspects, advice
         self._count = 0
 
-    def is_applied(self, step: int, batch: int, update: clu_metrics.Collection) -> bool:
+    def is_applied(self, step: int, batch: int, update: Any) -> bool:
         """Tell whether a step was applied; if not, say which records it saw.
 
         Args:
             step: its number.
             batch: number of its batch.
-            update: its metrics.
+            update: its metrics, a `clu.metrics.Collection` with `loss` and `grad_norm`.
 
         Raises:
             ValueError: too many were not.

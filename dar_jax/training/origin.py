@@ -158,7 +158,8 @@ def record(workdir: pathlib.Path, step: int, changes: Mapping[str, tuple[Any, An
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name.replace(tree.SEPARATOR, "."): value for name, value in tree.flatten(values).items()
+        name.replace(tree.SEPARATOR, "."): value
+        for name, value in tree.flatten(dict(values)).items()
     }
 
 
