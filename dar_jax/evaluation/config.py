@@ -5,7 +5,10 @@ import dataclasses
 from dar_jax.models.frozen.inception import INPUTS
 from dar_jax.models.frozen.lpips import NETWORKS as LPIPS_NETWORKS
 
-EVALUATORS = ("reconstruction", "generation", "previews", "guidance")
+GENERATING = ("generation", "previews", "guidance")
+"""Evaluators of generated images."""
+LIKELIHOOD = "likelihood"
+EVALUATORS = ("reconstruction", *GENERATING, LIKELIHOOD)
 """See `EvaluateConfig`."""
 
 
@@ -22,8 +25,10 @@ class EvaluateConfig:
             previews: the same, and for every preview of one set of samples: after each group of
                 tokens (D-AR), each quarter of the steps, or each pass (TransDiff, MRAR); takes the
                 room of as many sets;
-            guidance: the same for every one of `guidance_scales`.
-        num_images: images that are generated, classes in turns; at most so many reconstructed.
+            guidance: the same for every one of `guidance_scales`;
+            likelihood: nats and bits of the codes of held-out images, the classes that follow from
+                them, and how surprised the model is where; one forward pass per image and class.
+        num_images: images that are generated, classes in turns; at most so many held-out ones.
         images: judge these instead of a model's: a folder of pictures or a `.npz` with `arr_0`.
         features: network of the distances: "inception", "vgg16" (never called FID), or "": none.
         inception_input: how images enter Inception: "tensorflow", as in its graph, or
@@ -88,4 +93,9 @@ class EvaluateConfig:
     @property
     def generates(self) -> bool:
         """Whether there are images to compare with the reference."""
-        return self.names != ("reconstruction",)
+        return any(name in GENERATING for name in self.names)
+
+    @property
+    def compares(self) -> bool:
+        """Whether there are features to compute."""
+        return bool(self.features) and self.names != (LIKELIHOOD,)

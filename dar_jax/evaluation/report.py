@@ -77,6 +77,28 @@ def draw_curves(
         axes.set(xlabel=xlabel, ylabel=LABELS[name])
         axes.set_xticks(range(len(ticks)), ticks)
         axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_calibration(
+    path: pathlib.Path, confidence: Sequence[float], accuracy: Sequence[float]
+) -> None:
+    """Draw how often a classifier is right where it is so sure; on the diagonal it knows.
+
+    Raises:
+        ValueError: Matplotlib is not installed.
+    """
+    figure = _figure(PANEL_INCHES)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
+    axes.plot(confidence, accuracy, marker="o", label="as many images a point")
+    axes.set(xlabel="posterior of the likeliest class", ylabel=LABELS["accuracy"])
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=DPI)
 

@@ -63,6 +63,11 @@ class Kind(abc.ABC, Generic[C]):
         """Whether it makes images of class labels."""
         return issubclass(self.pipeline, Pipeline)
 
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether it says how likely an image is."""
+        return issubclass(self.pipeline, Pipeline) and self.pipeline.has_likelihood
+
     def compute_of(self, compute: Compute) -> Compute:
         """Execution choices of such a model where it is not being trained, given all choices."""
         return compute if self.draws_images else compute.of_decoding()

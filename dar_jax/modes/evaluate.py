@@ -6,6 +6,8 @@
     reconstruction  the held-out split, as the same centre crops in 8 bits that enter the model,
                     against its reconstructions, 8-bit like samples; with the model's own solver and
                     steps, image i drawing its noise from fold_in(seed, i)
+    likelihood      the same crops, encoded; of D-AR only: the codes of a label are scored exactly,
+                    those of the other classes too, for a posterior of equally likely classes
 
 See `evaluation.config.EvaluateConfig` for what is measured, `evaluation.distances` for the
 distances, `evaluation.image_sources` for rounding, `evaluation.features` for the networks.
@@ -30,6 +32,7 @@ from dar_jax.config import Config
 from dar_jax.evaluation import report
 from dar_jax.evaluation.evaluators import evaluate_model
 from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation
+from dar_jax.evaluation.evaluators.likelihood import CALIBRATION
 from dar_jax.evaluation.evaluators.previews import LIST_SUFFIX
 from dar_jax.generation.batches import model_path
 from dar_jax.parallel import distributed
@@ -41,7 +44,8 @@ RESULT_NAME = "evaluation.json"
 def evaluate(config: Config, workdir: str) -> None:
     """Print the metrics that the config asks for and write them to `WORKDIR/evaluation.json`.
 
-    Curves over previews or guidance are drawn to `WORKDIR/evaluation/{previews,guidance}.png`.
+    Curves over previews, guidance or confidence are drawn to
+    `WORKDIR/evaluation/{previews,guidance,calibration}.png`.
 
     Raises:
         ValueError: model, images, data, weights or reference cannot be had or do not fit.
@@ -75,6 +79,11 @@ def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
         for name, values in results.items()
         if name.startswith("guidance/")
     }
+    confidence, accuracy = (
+        results.get(f"likelihood/{CALIBRATION}{name}") for name in ("confidence", "accuracy")
+    )
+    if confidence:
+        report.draw_calibration(directory / "calibration.png", confidence, accuracy)
     if previews:
         ticks = [str(i + 1) for i in range(len(next(iter(previews.values()))))]
         report.draw_curves(directory / "previews.png", ticks, "preview", previews)

@@ -134,6 +134,7 @@ class Pipeline(abc.ABC):
         kept_fields: fields of the last preview that are kept beside the images.
         keeps_tokens: whether `stream` takes `prefix`, `known` and `mask`: layout control and
             in-painting.
+        has_likelihood: whether `log_likelihood` and `class_log_likelihoods` score images.
         prior: the model that draws tokens or latents.
         class_names: of the classes that have a name.
     """
@@ -141,6 +142,7 @@ class Pipeline(abc.ABC):
     sampling_class: type
     kept_fields: tuple[str, ...]
     keeps_tokens: bool = False
+    has_likelihood: bool = False
 
     def __init__(self, prior: ModelPipeline, class_names: Sequence[str]):
         self.prior = prior

@@ -21,7 +21,6 @@ from dar_jax.pipelines.base import (
     Autoencoder,
     Labels,
     ModelPipeline,
-    Pipeline,
     Reconstruction,
     cast_kernels,
     image_keys,
@@ -35,6 +34,7 @@ from dar_jax.pipelines.dar_inputs import (
     check_prefix,
     check_steps,
 )
+from dar_jax.pipelines.dar_likelihood import LikelihoodPipeline
 from dar_jax.pipelines.options import takes_options
 
 
@@ -229,8 +229,8 @@ class PriorPipeline(ModelPipeline[Llama]):
         return list(groups)[-1]
 
 
-class DarPipeline(Pipeline):
-    """A prior and its tokenizer: class labels to images."""
+class DarPipeline(LikelihoodPipeline):
+    """A prior and its tokenizer: class labels to images, and their likelihood."""
 
     sampling_class = DarSampling
     kept_fields = ("indices",)

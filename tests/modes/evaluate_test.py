@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from configs import common
-from dar_jax.common.image import to_pixels
+from dar_jax.common.image import to_float, to_pixels
 from dar_jax.config import build as read_config
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.classifier import Classifier
 from dar_jax.evaluation.config import EvaluateConfig
 from dar_jax.evaluation.evaluators import base as evaluators
+from dar_jax.evaluation.evaluators.likelihood import calibration
 from dar_jax.evaluation.image_sources import SplitImages, read_all
 from dar_jax.generation import batches
 from dar_jax.generation.resumable_arrays import Pieces
@@ -142,12 +143,52 @@ def test_guidance_is_swept(run, tmp_path):
     assert Image.open(tmp_path / "run/evaluation/guidance.png").width > 100
 
 
+def test_likelihood_of_held_out_images(run, model, tmp_path):
+    results = run(evaluators="likelihood", classifier=False)
+    pipeline = batches.from_pretrained(model)
+    found = {}
+    for split in ("test", "train"):
+        pictures = SplitImages(DataConfig(source="synthetic", image_size=SIZE), split, NUM_IMAGES)
+        images, labels = to_float(read_all(pictures)), pictures.labels().astype(np.int32)
+        found[split] = pipeline.log_likelihood(images, labels)
+        if split == "test":
+            right = np.asarray(pipeline.classify(images)).argmax(axis=1) == labels
+    nats = -np.asarray(found["test"].tokens)
+    assert results["likelihood/nats_per_image"] == pytest.approx(nats.sum() / NUM_IMAGES)
+    assert results["likelihood/nats_of_groups"] == pytest.approx(
+        nats.reshape(NUM_IMAGES, 2, -1).sum(axis=2).mean(axis=0)
+    )
+    assert results["likelihood/bits_per_pixel"] == pytest.approx(
+        nats.sum() / NUM_IMAGES / np.log(2) / SIZE**2
+    )
+    assert results["likelihood/deviation_from_train"] == pytest.approx(
+        float(found["test"].deviation_from(found["train"]).mean()), abs=1e-4
+    )
+    assert results["likelihood/accuracy"] == np.mean(right)
+    for name in ("surprise", "calibration"):
+        assert Image.open(tmp_path / f"run/evaluation/{name}.png").width > 100
+
+
+def test_calibration_compares_posteriors_with_how_often_they_are_right():
+    posterior = np.repeat([0.9, 0.6], 10)
+    scores = np.log(np.stack([posterior, 1 - posterior], axis=1)) - 50.0  # codes are unlikely
+    labels = np.array([0] * 9 + [1] + [0] * 2 + [1] * 8)
+    found = calibration(scores, labels)
+    assert found["accuracy"] == 11 / 20
+    assert found["calibration_confidence"] == pytest.approx([0.6] * 5 + [0.9] * 5)
+    assert np.mean(found["calibration_accuracy"][:5]) == pytest.approx(0.2)
+    few = calibration(scores[:3], labels[:3])
+    assert few["calibration_error"] == pytest.approx(0.1)  # always right, and 90 % sure
+
+
 def test_model_of_latents_is_judged_like_one_of_tokens(run, tmp_path):
     tiny_transdiff.save_vae(tmp_path)
     path = tiny_transdiff.save(tmp_path, "model", tiny_transdiff.ONE_STEP)
     options = dict(num_steps=8, solver="euler_maruyama", noise_scale=0.9)
     evaluators = dict(evaluators="reconstruction,previews,guidance", guidance_scales=((1.0,),))
     results = run(path=path, sample=options, num_images=4, **evaluators)
+    with pytest.raises(ValueError, match="holds a model of latents, which has no likelihood"):
+        run("none", evaluators="likelihood", path=path)
     assert {name: results[name] for name in options} == options
     assert "reconstruction/psnr_db" in results and "reconstruction/codebook_usage" not in results
     assert len(results["generation/accuracy_of_previews"]) == 4
@@ -208,6 +249,10 @@ def test_killed_evaluation_goes_on_with_another_batch_size(run, tmp_path, monkey
         (dict(lpips="alex"), "lpips='alex' must be one of vgg16, alexnet or empty"),
         (dict(features="inception"), "--config.convert.net=inception"),
         (dict(evaluators="generation", path="{model}/../dar_tokenizer"), "draws no images: use"),
+        (
+            dict(evaluators="likelihood", path="{model}/../dar_tokenizer"),
+            "has no likelihood: leave",
+        ),
         (dict(path="{model}/none"), "is not a readable model directory"),
     ],
 )
@@ -223,4 +268,4 @@ def test_mistake_is_one_line_and_writes_nothing(run, model, tmp_path, settings, 
 def test_evaluators_are_split_at_commas():
     config = EvaluateConfig(evaluators="reconstruction, previews")
     assert config.names == ("reconstruction", "previews") and config.generates
-    assert not EvaluateConfig(evaluators="reconstruction").generates
+    assert not EvaluateConfig(evaluators="reconstruction,likelihood").generates

@@ -2,7 +2,13 @@
 
 from collections.abc import Callable
 
-from dar_jax.evaluation.evaluators import generation, guidance, previews, reconstruction
+from dar_jax.evaluation.evaluators import (
+    generation,
+    guidance,
+    likelihood,
+    previews,
+    reconstruction,
+)
 from dar_jax.evaluation.evaluators.base import Evaluation, Metrics, Subject
 from dar_jax.evaluation.image_sources import SplitImages, read_all
 
@@ -11,6 +17,7 @@ EVALUATORS: dict[str, Callable[[Evaluation, Subject], Metrics]] = {
     "generation": generation.evaluate,
     "previews": previews.evaluate,
     "guidance": guidance.evaluate,
+    "likelihood": likelihood.evaluate,
 }
 
 

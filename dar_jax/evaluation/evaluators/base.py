@@ -21,7 +21,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.typing import Any
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.classifier import Classifier
-from dar_jax.evaluation.config import EvaluateConfig
+from dar_jax.evaluation.config import LIKELIHOOD, EvaluateConfig
 from dar_jax.evaluation.distances import Comparison
 from dar_jax.evaluation.feature_store import FeatureStore, digest
 from dar_jax.evaluation.features import FeatureExtractor
@@ -38,6 +38,7 @@ from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
 from dar_jax.generation.resumable_arrays import MANIFEST_NAME
+from dar_jax.kinds.loading import open_model
 from dar_jax.nn.compute import Compute
 from dar_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from dar_jax.pipelines.base import Autoencoder, Pipeline
@@ -116,7 +117,7 @@ class Evaluation:
         self.store = self._comparison = None
         if self.settings.features and "reconstruction" in self.settings.names:
             self.store = self._make_store(self.settings.inception_input or "pytorch_fid")
-        if self.settings.features and self.settings.generates:
+        if self.settings.compares and self.settings.generates:
             self._comparison = Comparison(
                 self._make_store(self.settings.inception_input or "tensorflow"),
                 self.settings.reference,
@@ -163,9 +164,15 @@ class Evaluation:
             for scale in (None, *self.settings.guidance_scales):
                 sampling = self.with_scale(scale)
                 check(sampling, path, "use --config.evaluate.evaluators=reconstruction")
+        kind = open_model(path).kind
+        if LIKELIHOOD in self.settings.names and not kind.has_likelihood:
+            raise ValueError(
+                f"{path} holds {kind.noun}, which has no likelihood: leave {LIKELIHOOD!r} out of "
+                "--config.evaluate.evaluators"
+            )
         pipeline = self._load_model(path)
         subject = Subject(pipeline, path, model_dir.fingerprint(model_dir.locate(path)))
-        if "reconstruction" in self.settings.names:
+        if not {"reconstruction", LIKELIHOOD}.isdisjoint(self.settings.names):
             subject.autoencoder.check_image_size(self.data.image_size)
         return subject
 
