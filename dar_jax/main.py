@@ -127,7 +127,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         _fail(error)
     except OSError as error:
-        _fail(f"{error}; {STORAGE_ADVICE.get(error.errno, 'check the storage')} and run it again")
+        _fail(
+            f"{error}; {STORAGE_ADVICE.get(error.errno or 0, 'check the storage')} and run it again"
+        )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

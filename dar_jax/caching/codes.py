@@ -120,4 +120,4 @@ def open_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer
 @functools.partial(jax.jit, static_argnames="model")
 def _encode(model: FunctionalModel[Tokenizer], params: Params, pixels: Array) -> Int[Array, "B N"]:
     with model.in_float32(params) as tokenizer:
-        return tokenizer.encode(images.to_float(pixels)).indices
+        return tokenizer.encode(images.to_float(pixels)).tokens

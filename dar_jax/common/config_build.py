@@ -128,8 +128,8 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
         return float(value)
     if annotation in (bool, int, float, str) and type(value) is not annotation:
         raise ValueError(f"{where}: expected {annotation.__name__}, got {value!r}")
-    if annotation is int and abs(value) >= MAX_INT:
+    if isinstance(value, int) and abs(value) >= MAX_INT:
         raise ValueError(f"{where}: expected an int of at most 32 bits, got {value}")
-    if annotation is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: expected a finite number, got {value!r}")
     return value

@@ -5,6 +5,7 @@ import math
 import pathlib
 import unicodedata
 from collections.abc import Sequence
+from typing import cast
 
 import einops
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def as_image(name: str, images: Array | np.ndarray) -> Any:
             without waiting for a device.
     """
     if images.dtype == np.uint8:
-        return to_float(images)
+        return to_float(cast(Any, images))
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"{name} are {images.dtype}, expected floats in [-1, 1], or uint8 pixels in 0..255"

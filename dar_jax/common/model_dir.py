@@ -288,7 +288,10 @@ def load_fitting(
                 f"{directory} is of another architecture: {share:.0%} of the parameters fit; "
                 f"lacking are {_listed(lacking)}"
             )
-        params = {n: _read(part, leaves[n], flat_shardings[n]) for n, part in fitting.items()}
+        params = {
+            n: _read(f"{directory}: parameter {n}", part, leaves[n], flat_shardings[n])
+            for n, part in fitting.items()
+        }
     unused = [name for name in found if name not in leaves]
     return Fitting(tree.unflatten(params), list(adapted), lacking, unused)
 

@@ -133,9 +133,11 @@ def classes_of(
     labels = []
     for label in config.labels:
         # On the command line `cat,dog` is one word.
-        is_one = isinstance(label, int) or label in class_names
-        for name in [label] if is_one else label.split(","):
-            labels.append(class_index(name, class_names) if isinstance(name, str) else name)
+        if isinstance(label, int):
+            labels.append(label)
+            continue
+        names = [label] if label in class_names else label.split(",")
+        labels += [class_index(name, class_names) for name in names]
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(

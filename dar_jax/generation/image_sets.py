@@ -13,7 +13,7 @@ import numpy as np
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
 from dar_jax.common.progress import Progress, wait_for
-from dar_jax.common.typing import Array
+from dar_jax.common.typing import Any, Array
 from dar_jax.generation.batches import options, whole_batch
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
@@ -43,10 +43,11 @@ def fill(
     def generate(first: int, stop: int, size: int) -> dict[str, Array]:
         labels = pad(image_set.labels_of(first, stop), size)
         how = options(config, pipeline, first)
-        kept, number, last = {}, 0, None
+        kept: dict[str, Array] = {}
+        last: Any = None
         for number, last in enumerate(pipeline.stream(labels, previews=previews, **how), 1):
             kept[PREVIEW.format(number)] = images.to_pixels(last.images)
-        kept[PIXELS] = kept.pop(PREVIEW.format(number))
+        kept[PIXELS] = kept.popitem()[1]
         others = {name: getattr(last, name) for name in pipeline.kept_fields}
         return {**kept, **others, SOUND: is_sound(last.images, *others.values())}
 

@@ -82,7 +82,7 @@ def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
     confidence, accuracy = (
         results.get(f"likelihood/{CALIBRATION}{name}") for name in ("confidence", "accuracy")
     )
-    if confidence:
+    if confidence and accuracy:
         report.draw_calibration(directory / "calibration.png", confidence, accuracy)
     if previews:
         ticks = [str(i + 1) for i in range(len(next(iter(previews.values()))))]

@@ -248,7 +248,7 @@ class Pipeline(abc.ABC):
         `microbatch` it is as large as the caller says.
         """
         given = {name: options[name] for name in PER_IMAGE if options.get(name) is not None}
-        if np.ndim(given.get("mask")) == 2:
+        if np.ndim(given.get("mask", ())) == 2:
             del given["mask"]  # one for all images
         rows = {"labels": self.class_indices(labels), **given}
         sizes = {len(value) if np.ndim(value) else 0 for value in rows.values()}
@@ -257,7 +257,9 @@ class Pipeline(abc.ABC):
             padded = padded_size(size, num_batch_shards(self.mesh))
         if padded != size:
             rows = {name: pad(np.asarray(value), padded) for name, value in rows.items()}
-        last = last_of(self.stream(**{**options, **rows}, first_index=first_index, previews=False))
+        last: Any = last_of(
+            self.stream(**{**options, **rows}, first_index=first_index, previews=False)
+        )
         kept = {name: getattr(last, name) for name in ("images", *self.kept_fields)}
         check_sound(is_sound(*kept.values()), first_index)
         if padded == size:

@@ -73,7 +73,7 @@ def calibration(scores: Float[np.ndarray, "N classes"], labels: Int[np.ndarray, 
         f"{CALIBRATION}{name}": [float(values[part].mean()) for part in bins]
         for name, values in (("confidence", confidence), ("accuracy", right))
     }
-    gaps = np.abs(np.subtract(*means.values()))
+    gaps = np.abs(np.diff(list(means.values()), axis=0)[0])
     error = np.average(gaps, weights=[len(part) for part in bins])
     return {"accuracy": float(right.mean()), "calibration_error": float(error), **means}
 
