@@ -15,7 +15,7 @@ MAX_SIZES = {"num_classes": 2**20, "codebook_size": 2**20, "vocab_size": 2**20}
 """Largest sizes of an architecture: of tables with a row per class or code, and of all else."""
 MAY_BE_ZERO = (
     *("depth", "encoder_depth", "decoder_depth", "feature_layer", "attention_levels"),
-    *("num_classes", "buffer_size"),
+    *("num_classes", "buffer_size", "codebook_size", "output_size"),
 )
 MAX_INT = 2**32
 """No setting is as large, and some libraries stop at 32 bits, in silence or with a traceback."""
