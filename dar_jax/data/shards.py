@@ -349,7 +349,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
             "--mode=cache"
         ) from error
     if not isinstance(sidecar, dict):
-        raise ValueError(f"{path} holds no object; write it again with --mode=cache")
+        raise ValueError(f"{path} is not a JSON object; write it again with --mode=cache")
     return sidecar
 
 

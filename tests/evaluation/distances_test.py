@@ -27,7 +27,7 @@ class LinearExtractor(FeatureExtractor):
     """Features that are linear in the pixels, and a record of how many images it saw."""
 
     def __init__(self, name="inception", fail_after=None):
-        self.name = name
+        self.name = self.identity = name
         self.seen = []
         self.fail_after = fail_after
         matrices = MATRICES | {"logits": LOGITS} if name == "inception" else {}

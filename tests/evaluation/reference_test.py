@@ -25,7 +25,7 @@ class PixelExtractor(FeatureExtractor):
     """The first pixels are the features."""
 
     def __init__(self, name="inception", dims=None):
-        self.name = name
+        self.name = self.identity = name
         self.dims = dims or {"pool": 5, "spatial": 3}
 
     def features(self, pixels):

@@ -69,13 +69,14 @@ def calibration(scores: Float[np.ndarray, "N classes"], labels: Int[np.ndarray, 
     confidence = np.exp(scores.max(axis=1) - np.logaddexp.reduce(scores, axis=1))
     right = scores.argmax(axis=1) == labels
     bins = np.array_split(np.argsort(confidence, kind="stable"), min(NUM_BINS, len(labels)))
-    means = {
-        f"{CALIBRATION}{name}": [float(values[part].mean()) for part in bins]
-        for name, values in (("confidence", confidence), ("accuracy", right))
+    sure, found = ([float(values[part].mean()) for part in bins] for values in (confidence, right))
+    gaps = np.abs(np.subtract(sure, found))
+    return {
+        "accuracy": float(right.mean()),
+        "calibration_error": float(np.average(gaps, weights=[len(part) for part in bins])),
+        f"{CALIBRATION}confidence": sure,
+        f"{CALIBRATION}accuracy": found,
     }
-    gaps = np.abs(np.diff(list(means.values()), axis=0)[0])
-    error = np.average(gaps, weights=[len(part) for part in bins])
-    return {"accuracy": float(right.mean()), "calibration_error": float(error), **means}
 
 
 def _scores(
