@@ -135,7 +135,11 @@ def test_value_of_another_type_is_refused(path, value, message):
         ("sample.guidance_scale", (1.0, float("inf")), r"expected a finite number, got inf"),
         ("seed", -1, r"config\.seed=-1 must be in 0\.\.4294967295"),
         ("seed", 2**32, r"config\.seed=4294967296 must be in 0\.\.4294967295"),
-        ("sample.seed", 10**20, r"config\.sample: seed=1000000\d+ must be in 0\.\.4294967295"),
+        (
+            "sample.seed",
+            10**20,
+            r"config\.sample\.seed: expected an int of at most 32 bits, got 1000000",
+        ),
     ],
 )
 def test_number_that_would_be_misread_is_refused(path, value, message):

@@ -145,7 +145,7 @@ def test_last_value_of_a_key_counts_and_home_is_found(arguments, kept):
     ("value", "message"),
     [
         ("configs/mnst.py:dar", "no file configs/mnst.py in .*; did you mean configs/mnist.py"),
-        ("configs", "no file configs in .*; name one, such as configs/mnist.py"),
+        ("configs", "no file configs in .*; name one, such as mnist.py"),
         ("/dev/zero", "no file /dev/zero"),
     ],
 )

@@ -46,12 +46,17 @@ def test_sampling_takes_the_shipped_model_only_where_no_training_has_begun(tmp_p
     for name, expected in (
         ("untouched", ADDRESS),
         ("samples", ADDRESS),
-        ("checkpoints", f"{tmp_path}/checkpoints/model"),
         ("model", f"{tmp_path}/model/model"),
     ):
         if name != "untouched":
             (tmp_path / name / name).mkdir(parents=True)
         assert batches.model_path(settings, str(tmp_path / name)) == expected
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="stopped before its first checkpoint.* --mode=train"):
+        batches.model_path(settings, str(tmp_path / "begun"))
+    (tmp_path / "begun" / "checkpoints" / "7").mkdir()
+    with pytest.raises(ValueError, match="stopped at step 7.* --mode=export"):
+        batches.model_path(settings, str(tmp_path / "begun"))
     unnamed = SampleConfig()
     assert batches.model_path(unnamed, str(tmp_path)) == f"{tmp_path}/model"
     named = SampleConfig(model="own", untrained_model=ADDRESS)

@@ -266,7 +266,7 @@ MISTAKES = {
     "two labels": (dict(prefix_image="test:0", prefix_tokens=(4,), variations=3), "one class"),
     "label": (dict(num_images=4, labels=(3, 10)), "10 is not a class, expected 0..9"),
     "label in a figure": (dict(prefix_image="test:0", prefix_tokens=(4,), labels=(-1,)), "-1"),
-    "label is a word": (dict(labels=("cat",)), "labels: expected int, got 'cat'"),
+    "label is a word": (dict(labels=("bird",)), "no class is called 'bird'; there is"),
     "no mask": (dict(inpaint_image="test:0"), "inpaint_mask=FILE need each other"),
     "mask of another size": (
         dict(inpaint_image="{f}/rgba.png", inpaint_mask="{f}/short.png"),

@@ -348,43 +348,6 @@ def test_full_disk_stops_with_the_last_good_step_and_the_run_goes_on_later(
     assert_same_run(whole, workdir, step=4)
 
 
-def test_new_run_starts_from_the_parameters_of_a_model(half, tmp_path):
-    config = make_config(steps=1, init_from=str(half), log_every=1, checkpoint_every=1)
-    config.optimizer = {"learning_rate": 0.0, "ema_decay": 0.0}
-    train.train(read_config(config), str(tmp_path), ToyTask())
-    _, expected = model_dir.load_model(half / "model")
-    state, _ = restored(tmp_path, 1)
-    jax.tree.map(np.testing.assert_array_equal, state["params"], expected)
-
-
-def test_what_does_not_fit_is_drawn_anew_and_listed(half, tmp_path, caplog):
-    task = ToyTask(image_size=4)
-    config = make_config(steps=1, init_from=str(half), log_every=1, checkpoint_every=1)
-    config.data.image_size = 4
-    config.optimizer = {"learning_rate": 0.0, "ema_decay": 0.0}
-    with caplog.at_level("INFO", logger="absl"):
-        train.train(read_config(config), str(tmp_path), task)
-    (block,) = (text for text in caplog.messages if "drawn anew" in text)
-    assert block.splitlines()[1:] == [
-        "drawn anew:",
-        "  input/kernel (48, 128), there (192, 128)",
-        "  output/kernel (128, 48), there (128, 192)",
-    ]
-    _, expected = model_dir.load_model(half / "model")
-    state, _ = restored(tmp_path, 1)
-    np.testing.assert_array_equal(state["params"]["blocks"]["kernel"], expected["blocks"]["kernel"])
-    assert np.std(state["params"]["output"]["kernel"]) > 0
-
-
-def test_another_architecture_is_refused_in_one_line(half, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"another architecture: 0% .* lacking are blocks/bias \(2, 64\), there"
-    ) as c:
-        run(tmp_path / "new", steps=1, task=ToyTask(width=64), init_from=str(half / "model"))
-    assert "\n" not in str(c.value)
-    assert not (tmp_path / "new").exists()
-
-
 def start(workdir, steps):
     root = pathlib.Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ""}

@@ -173,5 +173,5 @@ def test_model_without_its_autoencoder_is_refused(directory, tmp_path):
 def test_options_not_set_are_those_of_the_family(load):
     """A bare config says nothing of a solver, which for D-AR would be another."""
     config = read_config(common.base()).sample
-    assert config.sampling(load("one_step").sampling_class).solver == "euler_maruyama"
-    assert config.sampling(DarPipeline.sampling_class).solver == "adams_bashforth2"
+    assert config.sampling(load("one_step").sampling).solver == "euler_maruyama"
+    assert config.sampling(DarPipeline.sampling_class()).solver == "adams_bashforth2"
