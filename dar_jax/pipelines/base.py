@@ -27,7 +27,7 @@ from dar_jax.parallel.sharding import (
 )
 
 T = TypeVar("T")
-Labels = Array | np.ndarray | Sequence[int | str] | int | str
+Labels = Array | np.ndarray | Sequence[int | str] | int | np.integer | str
 """Classes by index or name: one or several; where a model takes captions, those."""
 PER_IMAGE = ("prefix", "caption_mask", "known", "mask")
 """Arguments of `Pipeline.stream` that have a row for every image."""
