@@ -167,7 +167,7 @@ class Pipeline(abc.ABC):
             ValueError: no class has that name.
         """
         if isinstance(labels, str | int | np.integer):
-            labels = [labels]
+            labels = [labels if isinstance(labels, str | bool) else int(labels)]
         if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
             names = self.class_names
             return [
