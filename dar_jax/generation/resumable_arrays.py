@@ -80,7 +80,7 @@ class Pieces:
         try:
             found = parse_json(read_regular(path, MAX_MANIFEST_BYTES))
             if not isinstance(found, dict):
-                raise ValueError("not a JSON object")
+                raise ValueError("expected a JSON object")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"cannot read {path} ({error}), so what {self.directory} is made with is not "
