@@ -91,9 +91,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_named_as_it_is_typed(name):
-    values, message = MISTAKES[name]
+def with_values(values):
+    """The config of D-AR with other values, by path, whatever their types."""
     config = mnist.get_config("dar").to_dict()
     for path, value in values.items():
         *blocks, key = path.split(".")
@@ -101,8 +100,14 @@ def test_mistake_is_named_as_it_is_typed(name):
         for block in blocks:
             place = place[block]
         place[key] = value
+    return ml_collections.ConfigDict(config)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_named_as_it_is_typed(name):
+    values, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message) as caught:
-        read_config(ml_collections.ConfigDict(config))
+        read_config(with_values(values))
     assert "\n" not in str(caught.value)
 
 
@@ -117,14 +122,8 @@ def test_mistake_is_named_as_it_is_typed(name):
     ],
 )
 def test_value_of_another_type_is_refused(path, value, message):
-    config = mnist.get_config("dar").to_dict()
-    *blocks, key = path.split(".")
-    place = config
-    for block in blocks:
-        place = place[block]
-    place[key] = value
     with pytest.raises(ValueError, match=message):
-        read_config(ml_collections.ConfigDict(config))
+        read_config(with_values({path: value}))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +131,7 @@ def test_value_of_another_type_is_refused(path, value, message):
     [
         ("optimizer.learning_rate", float("nan"), r"expected a finite number, got nan"),
         ("sample.temperature", float("nan"), r"expected a finite number, got nan"),
+        ("sample.guidance_scale", float("inf"), r"expected a finite number, got inf"),
         ("sample.guidance_scale", (1.0, float("inf")), r"expected a finite number, got inf"),
         ("seed", -1, r"config\.seed=-1 must be in 0\.\.4294967295"),
         ("seed", 2**32, r"config\.seed=4294967296 must be in 0\.\.4294967295"),
@@ -143,14 +143,8 @@ def test_value_of_another_type_is_refused(path, value, message):
     ],
 )
 def test_number_that_would_be_misread_is_refused(path, value, message):
-    config = mnist.get_config("dar").to_dict()
-    *blocks, key = path.split(".")
-    place = config
-    for block in blocks:
-        place = place[block]
-    place[key] = value
     with pytest.raises(ValueError, match=message):
-        read_config(config_lib.ConfigDict(config))
+        read_config(with_values({path: value}))
 
 
 def test_missing_companion_is_one_line():

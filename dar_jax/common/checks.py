@@ -11,6 +11,10 @@ MAX_SEED = 2**32 - 1
 """Keys are made of 32 bits of a seed: of larger ones the rest would be dropped in silence."""
 
 
+Numbers = tuple[float, ...] | Sequence[float | int] | float | int
+"""One number or several, as callers may write them; `read_numbers` makes a tuple."""
+
+
 def check_shape(name: str, array: Any, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless every axis has its size; a letter stands for any size."""
     shape = tuple(array.shape)
@@ -72,7 +76,7 @@ def check_number(name: str, value: Any, kind: type = numbers.Real) -> None:
         raise ValueError(f"{name}={value!r} must be {what}")
 
 
-def read_numbers(name: str, values: Any) -> tuple[float, ...]:
+def read_numbers(name: str, values: Numbers) -> tuple[float, ...]:
     """Return one number, or a sequence of them, as a tuple.
 
     Raises:

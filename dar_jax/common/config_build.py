@@ -113,7 +113,7 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
         ValueError: it is of another type, or no finite number.
     """
     if isinstance(annotation, types.UnionType) and type(value) in typing.get_args(annotation):
-        return value
+        annotation = type(value)
     annotation = without_none(annotation)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if not isinstance(value, Mapping):

@@ -50,5 +50,5 @@ import dar_jax
 model = dar_jax.from_pretrained("{name}")  # the path of this directory
 ```
 
-`python -m dar_jax.main` takes it as `--config.sample.model=DIR`.
+`dar-jax` takes it as `--config.sample.model=DIR`.
 """

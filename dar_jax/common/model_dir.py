@@ -115,7 +115,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
         names = [CONFIG_NAME, WEIGHTS_NAME, digests.DIGESTS_NAME]
         names += [f"*/{name}" for name in names]  # companions
         return pathlib.Path(hub.download_directory(str(path), names))
-    outer = pathlib.Path(path).expanduser()
+    outer = pathlib.Path(path)
     inner = outer / WORKDIR_NAME
     return inner if inner.is_dir() else outer
 

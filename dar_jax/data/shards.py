@@ -180,13 +180,13 @@ def _digest_if_whole(path: pathlib.Path, known: Mapping[str, str] | None) -> str
     """
     if not path.exists():
         return ""
-    digest = digests.of_file(path)
+    digest, beside = digests.of_file(path), _digest_path(path)
     if known:
         expected = known.get(path.name)
-    elif known is None:
-        beside = _digest_path(path)
-        expected = beside.read_text() if beside.is_file() else None
+    elif known is None and beside.is_file():
+        expected = beside.read_text()
     else:
+        # Shards appear whole: this one is older than digests, or a kill came before its own.
         count_records(path)
         expected = digest
     if digest == expected:

@@ -82,10 +82,7 @@ def open_model(path: str | os.PathLike, kind: str | None = None) -> Opened:
     directory = model_dir.locate(path)
     loaded = model_dir.load_config(directory, kind)
     found = find_kind(loaded["kind"], str(path))
-    try:
-        architecture = build(found.architecture, loaded["model"], str(directory))
-    except ZeroDivisionError as error:
-        raise ValueError(f"{directory}: a size of the model is 0, expected 1 or more") from error
+    architecture = build(found.architecture, loaded["model"], str(directory))
     check_sizes(architecture, str(directory))
     sampling = found.sampling and build(
         found.sampling, loaded.get("sampling", {}), f"{directory}: sampling"

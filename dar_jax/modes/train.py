@@ -6,10 +6,11 @@ The metrics of a step are fetched after the next one was dispatched, so that the
 waits for the host. Everything that a configuration can get wrong fails before the first write.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +55,7 @@ class Run:
     frozen: Params
     evaluation: TrainEvaluation | None
     made_from: Mapping[str, Any]
+    recommended: Mapping[str, Any]
 
 
 def train_and_evaluate(config: Config, workdir: str) -> None:
@@ -73,12 +75,13 @@ def export(config: Config, workdir: str) -> None:
     Raises:
         ValueError: there is not a checkpoint yet; or see `train`.
     """
-    step = checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS)
-    if step is None:
+    if checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is None:
         raise ValueError(f"{workdir} holds no checkpoint to export: train first")
-    # As a run ends that was to go as far as this one has come.
-    ended = dataclasses.replace(config.train, steps=step, evaluate_every=0)
-    train(dataclasses.replace(config, train=ended), workdir, build_task(config))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate_every=0))
+    with _opened(config, workdir, build_task(config)) as (run, abstract, _):
+        with _closing(run):
+            state, _ = run.checkpoints.restore(abstract, run.iterator)
+        _finish(run, state)
 
 
 def train(config: Config, workdir: str, task: Task) -> bool:
@@ -90,30 +93,59 @@ def train(config: Config, workdir: str, task: Task) -> bool:
         ValueError: the configuration or the workdir cannot be used, or parameters, or the losses
             of too many steps, are not finite.
     """
+    with _opened(config, workdir, task) as (run, abstract, initial):
+        with _closing(run):
+            _describe(run, abstract)
+            state = _fit(run, *_restore_or_create(run, abstract, initial))
+            run.checkpoints.wait()
+        done = int(state.step) >= config.train.steps
+        if done:
+            _finish(run, state)
+    return done
+
+
+@contextlib.contextmanager
+def _opened(
+    config: Config, workdir: str, task: Task
+) -> Iterator[tuple[Run, TrainState, Params | None]]:
+    """Check everything, then take the workdir.
+
+    Gives the run, its state in the abstract, and the parameters that it starts from, if any.
+    """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_heads(task.model_config(), mesh)
     step_lib.check_accumulation(config.data.batch_size, config.train.accumulation, mesh)
-    config.sample.recommendation(find_kind(config.task, "config.task"))
+    recommended = config.sample.recommendation(find_kind(config.task, "config.task"))
     origin.check_keys(config.train.allowed, config.bound())
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(config.data, config.seed, part)
     sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
     logging.info("Data: %s", survey.check(config.data, iterator.source))
     abstract = state_lib.abstract_state(task, config.optimizer, mesh)
-    initial = _initial_params(config, task, abstract, workdir)
+    initial, start = None, config.train.init_from
+    if start and checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is None:
+        initial = state_lib.load_initial(start, config.task, task, abstract)
     frozen = task.frozen()
     evaluation = TrainEvaluation(config, workdir) if config.train.evaluate_every else None
     directory = open_workdir(workdir)
     with exclusive(directory):
         made = _made_from(config, iterator.source)
-        checkpoints = _open_checkpoints(config, directory, made)
-        run = Run(task, config, mesh, directory, iterator, checkpoints, frozen, evaluation, made)
-        state = _run(run, abstract, initial)
-        done = int(state.step) >= config.train.steps
-        if done:
-            _export(run, state, run.workdir / "model")
-            distributed.wait_for_all("export")
-    return done
+        yield (
+            Run(
+                task=task,
+                config=config,
+                mesh=mesh,
+                workdir=directory,
+                iterator=iterator,
+                checkpoints=_open_checkpoints(config, directory, made),
+                frozen=frozen,
+                evaluation=evaluation,
+                made_from=made,
+                recommended=recommended,
+            ),
+            abstract,
+            initial,
+        )
 
 
 def _made_from(config: Config, source: sources.Source) -> dict[str, Any]:
@@ -138,13 +170,12 @@ def _open_checkpoints(
     )
 
 
-def _run(run: Run, abstract: TrainState, initial: Params | None) -> TrainState:
-    """Train; whatever happens, what is under way is ended."""
+@contextlib.contextmanager
+def _closing(run: Run) -> Iterator[None]:
+    """Whatever happens, end what is under way; say what there is to go on from."""
     checkpoints = run.checkpoints
     try:
-        _describe(run, abstract)
-        state = _fit(run, *_restore_or_create(run, abstract, initial))
-        checkpoints.wait()
+        yield
     except OSError as error:
         raise ValueError(f"{error}; {checkpoints.describe_latest()}") from error
     except jax.errors.JaxRuntimeError as error:
@@ -158,7 +189,12 @@ def _run(run: Run, abstract: TrainState, initial: Params | None) -> TrainState:
     finally:
         checkpoints.close()
         run.iterator.close()
-    return state
+
+
+def _finish(run: Run, state: TrainState) -> None:
+    """Write the model directory of the workdir."""
+    _export(run, state, run.workdir / model_dir.WORKDIR_NAME)
+    distributed.wait_for_all("export")
 
 
 def _describe(run: Run, abstract: TrainState) -> None:
@@ -177,30 +213,6 @@ def _describe(run: Run, abstract: TrainState) -> None:
         with files.replacing(run.workdir / name) as temporary:
             temporary.write_text(f"{text}\n")
     origin.record(run.workdir, run.checkpoints.latest_step or 0, run.checkpoints.changes)
-
-
-def _initial_params(
-    config: Config, task: Task, abstract: TrainState, workdir: str
-) -> Params | None:
-    """Load the parameters that a new run starts from, if the configuration names them."""
-    begun = checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is not None
-    if not config.train.init_from or begun:
-        return None
-    directory = model_dir.locate(config.train.init_from)
-    model_dir.load_config(directory, config.task)
-    like = task.released(abstract.params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    fitting = model_dir.load_fitting(directory, like, shardings, task.adapters())
-    parts = {
-        "made to fit": fitting.adapted,
-        "drawn anew": fitting.lacking or ["nothing"],
-        "not used": fitting.unused,
-    }
-    lines = ["\n  ".join([f"{title}:", *names]) for title, names in parts.items() if names]
-    count = len(jax.tree.leaves(fitting.params)) - len(fitting.adapted)
-    text = "\n".join(lines)
-    logging.info("%d tensors of %s are taken as they are\n%s", count, directory, text)
-    return fitting.params
 
 
 def _restore_or_create(
@@ -325,19 +337,19 @@ def _look(
 def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:
     """Measure the averaged parameters as `--mode=evaluate` does.
 
-    Training is worth more than a figure: where no other process waits, it goes on without.
+    Training is worth more than its metrics: where no other process waits, it goes on without.
     """
     assert run.evaluation is not None
     logging.info("Evaluating step %d", step)
     try:
-        figures = run.evaluation(lambda directory: _export(run, state, directory))
+        values = run.evaluation(lambda directory: _export(run, state, directory))
     except Exception as error:
         if jax.process_count() > 1:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logging.error("The evaluation of step %d failed, training goes on: %s", step, reason)
         return
-    writer.scalars(step, figures)
+    writer.scalars(step, values)
 
 
 def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
@@ -350,7 +362,7 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     extra = {
         "class_names": source.class_names,
         "step": int(state.step),
-        **run.config.sample.recommendation(find_kind(run.config.task, "config.task")),
+        **run.recommended,
     }
     about = {
         "trained on": f"`{run.config.data.source}`, {len(run.iterator.source):,} images",

@@ -131,7 +131,8 @@ class Pipeline(abc.ABC):
         sampling_class: that dataclass.
         sampling: the options that the model is best used with, of that class: what its directory
             recommends. An instance may be put in its place.
-        kept_fields: fields of the last preview that are kept beside the images.
+        generated_class: dataclass of what `generate` returns: `images`, and fields of the last
+            preview that are kept beside them.
         keeps_tokens: whether `stream` takes `prefix`, `known` and `mask`: layout control and
             in-painting.
         has_likelihood: whether `log_likelihood` and `class_log_likelihoods` score images.
@@ -140,7 +141,7 @@ class Pipeline(abc.ABC):
     """
 
     sampling_class: type
-    kept_fields: tuple[str, ...]
+    generated_class: type
     keeps_tokens: bool = False
     has_likelihood: bool = False
 
@@ -174,6 +175,12 @@ class Pipeline(abc.ABC):
                 class_index(label, names) if isinstance(label, str) else label for label in labels
             ]
         return labels
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Fields of the last preview that are kept beside the images."""
+        names = (field.name for field in dataclasses.fields(self.generated_class))
+        return tuple(name for name in names if name != "images")
 
     @property
     def num_tokens(self) -> int:
@@ -211,21 +218,6 @@ class Pipeline(abc.ABC):
         return self.image_size
 
     @abc.abstractmethod
-    def generate(
-        self,
-        labels: Labels,
-        *,
-        rng: PRNGKeyArray | int,
-        first_index: int = 0,
-        **options: Any,
-    ) -> Any:
-        """Return the end of `stream`: `.images` and the kept fields.
-
-        Raises:
-            ValueError: see `stream`, or what the model draws is not finite.
-        """
-
-    @abc.abstractmethod
     def stream(
         self,
         labels: Labels,
@@ -241,11 +233,14 @@ class Pipeline(abc.ABC):
         `fold_in(rng, first_index + i)` and its label only.
         """
 
-    def finish(self, labels: Any, *, first_index: int = 0, **options: Any) -> Any:
-        """Return the end of `stream`, checked.
+    def generate(self, labels: Labels, *, first_index: int = 0, **options: Any) -> Any:
+        """Return the end of `stream` as `generated_class`.
 
         A small batch is padded to one of few sizes, so that all sizes share few programs; with
         `microbatch` it is as large as the caller says.
+
+        Raises:
+            ValueError: see `stream`, or what the model draws is not finite.
         """
         given = {name: options[name] for name in PER_IMAGE if options.get(name) is not None}
         if np.ndim(given.get("mask", ())) == 2:
@@ -257,16 +252,13 @@ class Pipeline(abc.ABC):
             padded = padded_size(size, num_batch_shards(self.mesh))
         if padded != size:
             rows = {name: pad(np.asarray(value), padded) for name, value in rows.items()}
-        last: Any = last_of(
-            self.stream(**{**options, **rows}, first_index=first_index, previews=False)
-        )
+        last = last_of(self.stream(**{**options, **rows}, first_index=first_index, previews=False))
         kept = {name: getattr(last, name) for name in ("images", *self.kept_fields)}
         check_sound(is_sound(*kept.values()), first_index)
-        if padded == size:
-            return last
-        # On the host, where no size needs a program.
-        part = {name: self.prior.put(np.asarray(value)[:size]) for name, value in kept.items()}
-        return dataclasses.replace(last, **part)
+        if padded != size:
+            # On the host, where no size needs a program.
+            kept = {name: self.prior.put(np.asarray(value)[:size]) for name, value in kept.items()}
+        return self.generated_class(**kept)
 
 
 @jax.jit

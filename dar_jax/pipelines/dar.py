@@ -105,7 +105,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         self,
         indices: Shaped[Array | np.ndarray, "B n"] | Float[Array | np.ndarray, "B n C"],
         *,
-        rng: PRNGKeyArray | None = None,
+        rng: PRNGKeyArray | int | None = None,
         noise: Float[Array | np.ndarray, "B H W 3"] | None = None,
         solver: str = "adams_bashforth2",
         num_groups: int | None = None,
@@ -116,9 +116,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
     ) -> Float[Array, "B height width 3"]:
-        """Decode indices to images, nominally in [-1, 1] (not clipped).
-
-        They are of the size of the noise, or of the model's `output_size`.
+        """Decode to images in about [-1, 1], as large as the noise or the model's `output_size`.
 
         Args:
             indices: all N tokens, as `encode` gives them; with `num_groups`, at least those of the
@@ -144,7 +142,6 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         num_steps = config.num_steps if num_steps is None else num_steps
         stop_step = check_steps(config, num_steps, num_groups, start_step)
         check_indices(indices, config, num_groups)
-        put = self.put
         if noise is None:
             noise = self._noise(rng, len(indices))
         check_shape("noise", noise, (len(indices), "H", "W", 3))
@@ -154,18 +151,18 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         return _decode(
             self.model,
             self.sampling_params,
-            put(indices),
-            put(noise),
+            self.put(indices),
+            self.put(noise),
             solver=solver,
             num_steps=num_steps,
             start_step=start_step,
             stop_step=stop_step,
-            start_image=put(start_image),
-            known=put(check_known(known, mask, noise.shape[:3])),
+            start_image=self.put(start_image),
+            known=self.put(check_known(known, mask, noise.shape[:3])),
             microbatch=check_microbatch(microbatch, len(indices)),
         )
 
-    def _noise(self, rng: PRNGKeyArray | None, count: int) -> Float[Array, "B H W 3"]:
+    def _noise(self, rng: PRNGKeyArray | int | None, count: int) -> Float[Array, "B H W 3"]:
         rngs = self.put(image_keys(require_rng(rng), count))
         return sampler.initial_noise(rngs, (self.config.image_size,) * 2)
 
@@ -200,7 +197,7 @@ class PriorPipeline(ModelPipeline[Llama]):
         self,
         labels: Array | np.ndarray | Sequence[int],
         *,
-        rng: PRNGKeyArray | None = None,
+        rng: PRNGKeyArray | int | None = None,
         sampling: DarSampling = DarSampling(),
         prefix: Shaped[Array | np.ndarray, "B K"] | None = None,
         caption_mask: Array | np.ndarray | None = None,
@@ -233,7 +230,7 @@ class DarPipeline(LikelihoodPipeline):
     """A prior and its tokenizer: class labels to images, and their likelihood."""
 
     sampling_class = DarSampling
-    kept_fields = ("indices",)
+    generated_class = Generated
     keeps_tokens = True
     prior: PriorPipeline
 
@@ -299,7 +296,6 @@ class DarPipeline(LikelihoodPipeline):
             microbatch: images that the flow decoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
             previews: False leaves all but the image out.
-            **options: fields of `DarSampling`, e.g. guidance_scale=(1.1, 8.0), temperature=0.
 
         Raises:
             ValueError: a label, prefix, mask or sampling parameter out of range, or a batch that
@@ -335,8 +331,7 @@ class DarPipeline(LikelihoodPipeline):
         Raises:
             ValueError: see `stream`, or what the model draws is not finite.
         """
-        last = self.finish(labels, **options)
-        return Generated(last.images, last.indices)
+        return super().generate(labels, **options)
 
 
 @functools.partial(jax.jit, static_argnames="model")

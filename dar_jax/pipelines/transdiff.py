@@ -124,7 +124,7 @@ class TransDiffPipeline(Pipeline):
     """A model of latents and its autoencoder."""
 
     sampling_class = TransDiffSampling
-    kept_fields = ("latents",)
+    generated_class = GeneratedLatents
     prior: LatentPipeline
 
     def __init__(
@@ -168,7 +168,6 @@ class TransDiffPipeline(Pipeline):
             previews: False leaves all but the image out.
             microbatch: images that the autoencoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
-            **options: fields of `TransDiffSampling`, e.g. num_steps=50, guidance_scale=1.3.
 
         Raises:
             ValueError: a label or option out of range, or a batch that does not divide over the
@@ -198,8 +197,7 @@ class TransDiffPipeline(Pipeline):
         Raises:
             ValueError: see `stream`, or what the model draws is not finite.
         """
-        last = self.finish(labels, **options)
-        return GeneratedLatents(last.images, last.latents)
+        return super().generate(labels, **options)
 
     def _decode(
         self,

@@ -197,10 +197,10 @@ def cut_lines(path: pathlib.Path, last_step: int) -> None:
         return
     kept, bad = [], []
     for line in path.read_bytes().splitlines(keepends=True):
-        step = _step_of(line)
-        if step is None:
+        values = _read_line(line)
+        if values is None:
             bad.append(line)
-        elif step <= last_step and line.endswith(b"\n"):
+        elif values["step"] <= last_step and line.endswith(b"\n"):
             kept.append(line)
     if bad and not bad[-1].endswith(b"\n"):
         bad.pop()
@@ -213,13 +213,13 @@ def cut_lines(path: pathlib.Path, last_step: int) -> None:
         temporary.write_bytes(b"".join(kept))
 
 
-def _step_of(line: bytes) -> int | None:
-    """Return the step of a line of figures, None if it is something else."""
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    """Return the step of a line and its metrics, None if it is something else."""
     try:
-        step = parse_json(line)["step"]
-    except (ValueError, TypeError, LookupError):
+        values = parse_json(line)
+    except ValueError:
         return None
-    return step if type(step) is int else None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 def last_evaluation(path: pathlib.Path, last_step: int) -> dict[str, str]:
@@ -230,9 +230,9 @@ def last_evaluation(path: pathlib.Path, last_step: int) -> dict[str, str]:
         last_step: later lines are passed over.
     """
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        values = json.loads(line)
-        if values.pop("step") <= last_step:
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        values = _read_line(line)
+        if values is not None and values["step"] <= last_step:
             found |= {name: f"{value:.4g}" for name, value in values.items() if "eval/" in name}
     return {name.replace("eval/", "held-out "): value for name, value in found.items()}
 

@@ -6,9 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
-from dar_jax.common import tree
+from dar_jax.common import model_dir, tree
 from dar_jax.common.typing import Params, PRNGKeyArray
 from dar_jax.parallel import sharding
 from dar_jax.tasks.base import Task
@@ -85,3 +86,32 @@ def _creator(task: Task, config: OptimizerConfig):
         )
 
     return create
+
+
+def load_initial(path: str, kind: str, task: Task, abstract: TrainState) -> Params:
+    """Load the parameters that a new run starts from, and log what is drawn anew.
+
+    Args:
+        path: of a model directory, as `model_dir.locate` takes it.
+        kind: that it must be of.
+        task: that is trained.
+        abstract: state of the run.
+
+    Raises:
+        ValueError: there is no such model, or less than half of its parameters fit.
+    """
+    directory = model_dir.locate(path)
+    model_dir.load_config(directory, kind)
+    like = task.released(abstract.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    fitting = model_dir.load_fitting(directory, like, shardings, task.adapters())
+    parts = {
+        "made to fit": fitting.adapted,
+        "drawn anew": fitting.lacking or ["nothing"],
+        "not used": fitting.unused,
+    }
+    lines = ["\n  ".join([f"{title}:", *names]) for title, names in parts.items() if names]
+    count = len(jax.tree.leaves(fitting.params)) - len(fitting.adapted)
+    text = "\n".join(lines)
+    logging.info("%d tensors of %s are taken as they are\n%s", count, directory, text)
+    return fitting.params

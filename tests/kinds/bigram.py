@@ -22,6 +22,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.runs import Part, Runs, Work
 from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys
+from dar_jax.pipelines.dar import Generated
 from dar_jax.tasks.base import ModelTask, picture_batch
 
 TOKENIZER = "tokenizer"
@@ -110,7 +111,7 @@ class BigramPipeline(Pipeline):
     """Labels to tokens, and through the tokenizer to images."""
 
     sampling_class = BigramSampling
-    kept_fields = ("indices",)
+    generated_class = Generated
 
     def __init__(self, prior, tokenizer, *, class_names=()):
         super().__init__(prior, class_names)
@@ -123,9 +124,6 @@ class BigramPipeline(Pipeline):
     @property
     def image_size(self):
         return self.tokenizer.config.image_size
-
-    def generate(self, labels, **options):
-        return self.finish(labels, **options)
 
     def stream(
         self,

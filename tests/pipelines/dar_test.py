@@ -272,7 +272,6 @@ def test_decode_refuses(tokenizer, indices, options, message):
         ([], {}, r"labels are empty, expected classes in 0\.\.9"),
         ([1.0], {}, "labels are float64, expected integers"),
         ([True], {}, "labels are bool, expected integers"),
-        (["3"], {}, "no class is called '3'|labels are <U1, expected integers"),
         ([1], {"prefix": ones(1, 4)}, "prefix are float32, expected integers: tokens"),
         ([1], {"rng": 0.5}, "rng is no key but 0.5: pass rng=jax.random.key"),
         ([1], {"rng": 2**32}, "rng=4294967296 must be in 0..4294967295"),
@@ -307,6 +306,14 @@ def test_stream_refuses_at_the_call(dar, labels, options, message):
     if not options.keys() & {"solver", "mask", "microbatch"}:
         with pytest.raises(ValueError, match=message):
             dar.prior.generate_indices(labels, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_names_are_those_of_classes(dar):
+    with pytest.raises(ValueError, match="no class is called '3'; this model knows its classes by"):
+        dar.stream(["3"], rng=jax.random.key(0))
+    with pytest.raises(ValueError, match="labels are <U1, expected integers: classes in"):
+        dar.prior.generate_indices(["3"], rng=jax.random.key(0))
 
 
 def test_label_of_no_class_draws_nothing(dar, prior):

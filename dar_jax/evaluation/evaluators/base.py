@@ -24,7 +24,7 @@ from dar_jax.evaluation.classifier import Classifier
 from dar_jax.evaluation.config import LIKELIHOOD, EvaluateConfig
 from dar_jax.evaluation.distances import Comparison
 from dar_jax.evaluation.feature_store import FeatureStore, digest
-from dar_jax.evaluation.features import FeatureExtractor
+from dar_jax.evaluation.features import INCEPTION, FeatureExtractor
 from dar_jax.evaluation.image_sources import (
     GeneratedImages,
     Images,
@@ -115,11 +115,12 @@ class Evaluation:
         self._load_model = functools.partial(load_model, compute=config.compute, mesh=config.mesh)
         self.directory = pathlib.Path(workdir) / DIRECTORY_NAME
         self.store = self._comparison = None
+        stores = functools.cache(self._make_store)
         if self.settings.features and "reconstruction" in self.settings.names:
-            self.store = self._make_store(self.settings.inception_input or "pytorch_fid")
+            self.store = stores(self._inception_input("pytorch_fid"))
         if self.settings.compares and self.settings.generates:
             self._comparison = Comparison(
-                self._make_store(self.settings.inception_input or "tensorflow"),
+                stores(self._inception_input("tensorflow")),
                 self.settings.reference,
                 self.data,
                 self.settings.num_reference,
@@ -129,6 +130,11 @@ class Evaluation:
             self.classifier = self._fit_classifier()
         if self.settings.lpips and "reconstruction" in self.settings.names:
             self.lpips = LpipsMetric(self.settings.lpips)
+
+    def _inception_input(self, published: str) -> str:
+        """How images enter Inception; one way for other networks, which share their features."""
+        own = published if self.settings.features == INCEPTION else "tensorflow"
+        return self.settings.inception_input or own
 
     def _make_store(self, inception_input: str) -> FeatureStore:
         settings = self.settings

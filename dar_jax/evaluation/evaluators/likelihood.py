@@ -19,11 +19,12 @@ from dar_jax.evaluation.evaluators.base import Evaluation, Metrics, Subject, bel
 from dar_jax.evaluation.feature_store import read_ahead
 from dar_jax.evaluation.image_sources import SplitImages
 from dar_jax.generation.batches import class_name, whole_batch
-from dar_jax.generation.image_sets import write_batch
+from dar_jax.generation.image_sets import SOUND, write_batch
 from dar_jax.generation.resumable_arrays import Pieces
 from dar_jax.generation.surprise import picture
 from dar_jax.models.dar.likelihood import LogLikelihood
 from dar_jax.models.dar.sampler import group_boundaries
+from dar_jax.pipelines.base import is_sound
 
 CALIBRATION = "calibration_"
 """Begins the names of the lists that make the calibration plot."""
@@ -108,6 +109,7 @@ def _scores(
         arrays = {"indices": indices, "tokens": tokens}
         if split == "test":
             arrays["classes"] = model.class_log_likelihoods(indices)
+        arrays[SOUND] = is_sound(*arrays.values())
         write_batch(pieces.save, progress, arrays, first, stop)
     wait_for(lambda: not pieces.missing().any(), "the scores of other processes")
     return pictures, {"labels": labels, **{name: pieces.array(name) for name in pieces.names()}}

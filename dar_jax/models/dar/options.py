@@ -10,15 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dar_jax.common.checks import check_number, read_numbers
+from dar_jax.common.checks import Numbers, check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
 
-Numbers = tuple[float, ...] | Sequence[float | int] | float | int
-"""As callers may write them; the options hold tuples."""
 Positions = tuple[int, ...] | Sequence[int] | int | None
 """Likewise; a number k stands for (0, k + 1), as the reference counts."""
 

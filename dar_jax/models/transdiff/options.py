@@ -5,11 +5,10 @@ The defaults draw as the model was trained to, with no guidance; recipes set wha
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
 
 import numpy as np
 
-from dar_jax.common.checks import check_number, read_numbers
+from dar_jax.common.checks import Numbers, check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
 from dar_jax.flow.guidance import ALWAYS
@@ -17,8 +16,6 @@ from dar_jax.flow.times import shifted_grid, stochastic_grid
 from dar_jax.models.transdiff.model import TransDiffConfig
 
 SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
-Numbers = tuple[float, ...] | Sequence[float | int] | float | int
-"""As callers may write them; the options hold tuples."""
 
 
 @dataclasses.dataclass(frozen=True)
