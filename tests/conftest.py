@@ -1,5 +1,8 @@
 """Eight CPU devices, exact matrix products and checked shapes, set before anything is imported.
 
+Most of the time of the tests is compilation: programs are optimised less, in the processes that
+tests start too, and the dearest of XLA's code generators for CPUs is off (a third of the time).
+
 And a stand-in for torchvision, which fits few versions of torch and which nothing here calls.
 """
 
@@ -9,17 +12,16 @@ import sys
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # -m gpu wants JAX_PLATFORMS=cuda
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("dar_jax", "beartype.beartype")
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
 
 TORCHVISION = (
     "torchvision",

@@ -267,7 +267,7 @@ def start(tmp_path):
     """Starts a short training of a small tokenizer through `gpu_node.sh`."""
     command = ["bash", f"{ROOT}/launch/gpu_node.sh", "--config=configs/mnist.py:tokenizer", *SMALL]
     command += [f"--workdir={tmp_path}/run", "--config.train.steps=20"]
-    environment = {**os.environ, "VENV": str(VENV), "XLA_FLAGS": ""}
+    environment = {**os.environ, "VENV": str(VENV)}
     started = []
 
     def start():
@@ -319,7 +319,7 @@ def test_docker_steps_build_something_that_runs(tmp_path):
     image = tmp_path / "image"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     path = f"{tmp_path}/venv/bin:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": "", "XLA_FLAGS": ""}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": ""}
     for name, rest in dockerfile():
         match name:
             case "ARG":

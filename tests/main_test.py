@@ -42,10 +42,7 @@ MAX_LINES_BEFORE_THE_FIRST_STEP = 10
 def run(*arguments):
     """Run the command line; return (exit status, standard output, standard error)."""
     command = [sys.executable, "-m", "dar_jax.main", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

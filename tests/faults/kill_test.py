@@ -61,7 +61,6 @@ def start(mode, workdir, limit=None):
             *COMMANDS[mode].split(),
         ],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

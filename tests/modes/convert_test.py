@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import pathlib
 import subprocess
 import sys
@@ -220,7 +219,6 @@ def test_command_line_refuses_with_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dar_jax.main", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         check=False,

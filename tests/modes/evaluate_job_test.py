@@ -44,9 +44,9 @@ def model(tmp_path_factory):
 
 
 def start(model, workdir, *arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     command = [*COMMAND, f"--workdir={workdir}", f"--config.sample.model={model}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags})
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
 def start_two(model, workdir):

@@ -350,7 +350,7 @@ def test_full_disk_stops_with_the_last_good_step_and_the_run_goes_on_later(
 
 def start(workdir, steps):
     root = pathlib.Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", RUN_TOY, str(workdir), str(steps)]
     return subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
 

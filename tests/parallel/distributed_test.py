@@ -65,11 +65,7 @@ def free_address():
 
 
 def start(command, cwd=ROOT):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=environment,
