@@ -74,6 +74,11 @@ class EvaluateConfig:
                 f"inception_input={self.inception_input!r} must be one of {', '.join(INPUTS)} or "
                 "empty"
             )
+        if self.inception_input and self.features != "inception":
+            raise ValueError(
+                f"inception_input={self.inception_input!r} needs features='inception', not "
+                f"{self.features!r}"
+            )
         if self.lpips and self.lpips not in LPIPS_NETWORKS:
             raise ValueError(
                 f"lpips={self.lpips!r} must be one of {', '.join(LPIPS_NETWORKS)} or empty"

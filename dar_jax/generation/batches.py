@@ -201,6 +201,7 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "model": fingerprint,
         "dtype": pipeline.compute.dtype,
         "decode_dtype": pipeline.compute.decode_dtype,
+        "residual_dtype": pipeline.compute.residual_jnp_dtype.name,
         "seed": config.seed,
         **dataclasses.asdict(config.sampling(pipeline.sampling)),
     }

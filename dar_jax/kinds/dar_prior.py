@@ -72,6 +72,11 @@ class DarPrior(Kind[LlamaConfig]):
         sampler.check_pair(model, companion, where)
 
     def check_data(self, model: LlamaConfig, data: DataConfig, paths: Mapping[str, str]) -> None:
+        if model.caption_dim is not None:
+            raise ValueError(
+                f"config.model.caption_dim={model.caption_dim}, but data have classes, not "
+                "captions; None conditions on classes"
+            )
         if data.source == codes.FORM.kind:
             encoded.check_model(data.path, codes.FORM, paths[TOKENIZER])
 

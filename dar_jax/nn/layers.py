@@ -23,14 +23,14 @@ FRAMEWORK_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def block_init(rng: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Draw a kernel [in, out]: normal with the reference's std of 0.02 at its width, 768.
+    """Draw a kernel [in, out]: normal with the reference's std of 0.02 from its width on, 768.
 
     The reference truncates at 2, not at two standard deviations, which is at a hundred of them.
 
     The std grows as the width falls, so that narrow models start with outputs of the same size;
     at 0.02, a block of width 128 would start a dozen times weaker.
     """
-    stddev = REFERENCE_STD * (REFERENCE_WIDTH / min(shape)) ** 0.5
+    stddev = REFERENCE_STD * (REFERENCE_WIDTH / min(REFERENCE_WIDTH, *shape)) ** 0.5
     return nnx.initializers.normal(stddev)(rng, shape, dtype)
 
 

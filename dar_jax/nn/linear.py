@@ -127,10 +127,14 @@ def _parts(kernel: nnx.Param) -> tuple[Array, Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine(dtypes: Dtypes, x: Array, whole: Array, part: Array, bias: Array | None) -> Array:
     del part
+    # With a bias, the sum is what is rounded, once.
     product = jnp.einsum(
-        "...i,io->...o", x, whole.astype(x.dtype), preferred_element_type=dtypes.result
+        "...i,io->...o",
+        x,
+        whole.astype(x.dtype),
+        preferred_element_type=dtypes.result if bias is None else jnp.float32,
     )
-    return product if bias is None else product + bias.astype(product.dtype)
+    return product if bias is None else (product + bias).astype(dtypes.result)
 
 
 def _affine_forward(dtypes, x, whole, part, bias):

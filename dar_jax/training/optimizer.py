@@ -116,6 +116,7 @@ def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
     """Return the tree of booleans that is true for matrices: weights of two or more dimensions.
 
     The layer axis of stacked blocks does not count: a stacked bias [layers, D] is not a matrix.
+    Nor does the null caption, which stays as it was drawn.
 
     Args:
         params: parameters.
@@ -123,7 +124,9 @@ def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
-            leaf.ndim - sharding.layer_axes(path) >= 2 and not _starts(path, undecayed)
+            leaf.ndim - sharding.layer_axes(path) >= 2
+            and path[-1].key != "null_caption"
+            and not _starts(path, undecayed)
         ),
         params,
     )

@@ -1,6 +1,7 @@
 """The train state: everything that a step reads and writes, and all that a checkpoint holds
 besides the position in the data."""
 
+import json
 from typing import Any
 
 import flax.struct
@@ -89,7 +90,7 @@ def _creator(task: Task, config: OptimizerConfig):
 
 
 def load_initial(path: str, kind: str, task: Task, abstract: TrainState) -> Params:
-    """Load the parameters that a new run starts from, and log what is drawn anew.
+    """Load the parameters that a new run starts from; log what is drawn anew, and what differs.
 
     Args:
         path: of a model directory, as `model_dir.locate` takes it.
@@ -101,11 +102,17 @@ def load_initial(path: str, kind: str, task: Task, abstract: TrainState) -> Para
         ValueError: there is no such model, or less than half of its parameters fit.
     """
     directory = model_dir.locate(path)
-    model_dir.load_config(directory, kind)
+    there = tree.flatten(model_dir.load_config(directory, kind)["model"])
+    here = tree.flatten(json.loads(json.dumps(task.model_config())))
     like = task.released(abstract.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     fitting = model_dir.load_fitting(directory, like, shardings, task.adapters())
     parts = {
+        "set otherwise": [
+            f"{name} {value}, there {there[name]}"
+            for name, value in here.items()
+            if there.get(name, value) != value
+        ],
         "made to fit": fitting.adapted,
         "drawn anew": fitting.lacking or ["nothing"],
         "not used": fitting.unused,

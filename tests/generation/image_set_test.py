@@ -2,13 +2,19 @@
 
 import tracemalloc
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dar_jax.generation import batches
+from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
 from dar_jax.generation.resumable_arrays import MANIFEST_NAME, is_whole_archive
+from dar_jax.models.dar.options import DarSampling
+from dar_jax.nn.compute import Compute
+from dar_jax.pipelines.base import Pipeline
 from tests.damage import DAMAGES, damage, warnings
 
 LABELS = (7, 2, 5)
@@ -209,3 +215,14 @@ def test_damaged_merged_file_is_noticed(image_set, tmp_path, how):
     assert is_whole_archive(path)
     damage(path, how)
     assert not is_whole_archive(path)
+
+
+def test_set_depends_on_every_precision():
+    def identity(**compute):
+        pipeline = mock.Mock(spec=Pipeline, compute=Compute(**compute), sampling=DarSampling())
+        return batches.identity(SampleConfig(), pipeline, "model")
+
+    low = {"dtype": "bfloat16"}
+    variants = [{}, low, low | {"decode_dtype": "bfloat16"}, low | {"residual_dtype": "compute"}]
+    assert len({str(identity(**compute)) for compute in variants}) == len(variants)
+    assert identity(residual_dtype="compute") == identity()

@@ -265,6 +265,13 @@ def test_mistake_is_one_line_and_writes_nothing(run, model, tmp_path, settings, 
     assert not (tmp_path / "run").exists()
 
 
+def test_way_into_inception_needs_inception():
+    with pytest.raises(ValueError, match=r"='pytorch_fid' needs features='inception', not 'vgg16'"):
+        EvaluateConfig(features="vgg16", inception_input="pytorch_fid")
+    with pytest.raises(ValueError, match="='clean' must be one of tensorflow, pytorch_fid or"):
+        EvaluateConfig(inception_input="clean")
+
+
 def test_evaluators_are_split_at_commas():
     config = EvaluateConfig(evaluators="reconstruction, previews")
     assert config.names == ("reconstruction", "previews") and config.generates

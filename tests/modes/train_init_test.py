@@ -36,6 +36,8 @@ def test_what_does_not_fit_is_drawn_anew_and_listed(half, tmp_path, caplog):
         train.train(read_config(config), str(tmp_path), task)
     (block,) = (text for text in caplog.messages if "drawn anew" in text)
     assert block.splitlines()[1:] == [
+        "set otherwise:",
+        "  image_size 4, there 8",
         "drawn anew:",
         "  input/kernel (48, 128), there (192, 128)",
         "  output/kernel (128, 48), there (128, 192)",

@@ -9,8 +9,30 @@ from flax import nnx
 from dar_jax.nn.adaln import modulate
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.embeddings import timestep_features
-from dar_jax.nn.layers import SwiGlu, affine_layer_norm, dropout, layer_norm, rms_norm
+from dar_jax.nn.layers import (
+    SwiGlu,
+    affine_layer_norm,
+    block_init,
+    dropout,
+    layer_norm,
+    linear,
+    rms_norm,
+)
 from dar_jax.nn.patch import patchify, unpatchify
+
+
+@pytest.mark.parametrize(("width", "std"), [(192, 0.04), (768, 0.02), (1024, 0.02)])
+def test_blocks_start_with_the_deviation_of_the_reference_from_its_width_on(width, std):
+    kernel = block_init(jax.random.key(0), (width, 2 * width))
+    assert float(jnp.std(kernel)) == pytest.approx(std, rel=0.02)
+
+
+def test_linear_layer_rounds_product_and_bias_once():
+    layer = linear(257, 1, compute=Compute(dtype="bfloat16"), rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.ones((257, 1))
+    layer.bias[...] = jnp.full(1, 0.75)
+    found = layer(jnp.ones(257))
+    assert found.dtype == jnp.bfloat16 and found == 258  # 257 alone would become 256
 
 
 def test_layer_norm_standardises_every_token():

@@ -10,6 +10,8 @@ import pytest
 from dar_jax.common import model_dir
 from dar_jax.common.flops import flops
 from dar_jax.common.image import to_float
+from dar_jax.data.base import DataConfig
+from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import frozen_model
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
@@ -126,3 +128,9 @@ def test_cached_codes_spare_the_work_of_encoding(tokenizer):
     params, image = encoding.frozen()["tokenizer"], jnp.zeros((1, 16, 16, 3))
     spared = flops_per_image(encoding) - flops_per_image(cached)
     assert spared == flops(encode, params, image) > 0
+
+
+def test_captions_cannot_be_trained_on():
+    kind = find_kind("dar_prior", "config.task")
+    with pytest.raises(ValueError, match=r"caption_dim=8, but data have classes, not captions"):
+        kind.check_data(LlamaConfig(caption_dim=8), DataConfig(), {})

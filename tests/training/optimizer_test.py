@@ -38,6 +38,7 @@ def _params():
             "norm": {"scale": jnp.ones((3, 4))},
         },
         "head": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
+        "text": {"null_caption": jnp.ones((4, 5))},
     }
 
 
@@ -46,6 +47,7 @@ def test_weight_decay_touches_matrices_only():
     assert mask == {
         "blocks": {"mlp": {"kernel": True, "bias": False}, "norm": {"scale": False}},
         "head": {"kernel": True, "bias": False},
+        "text": {"null_caption": False},
     }
 
 

@@ -93,6 +93,7 @@ def _scores(
     made_with = {
         "model": subject.fingerprint,
         "dtype": model.compute.dtype,
+        "residual_dtype": model.compute.residual_jnp_dtype.name,
         "images": pictures.identity,
     }
     pieces = Pieces(evaluation.path("likelihood", made_with), len(pictures))

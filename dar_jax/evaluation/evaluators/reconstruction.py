@@ -33,6 +33,7 @@ def evaluate(evaluation: Evaluation, subject: Subject) -> Metrics:
     made_with = {
         "model": subject.fingerprint,
         "dtype": model.model.compute.dtype,
+        "residual_dtype": model.model.compute.residual_jnp_dtype.name,
         "seed": sampling.seed,
         **(vars(options) if options else {}),
         "originals": originals.identity,

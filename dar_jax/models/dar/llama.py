@@ -169,7 +169,8 @@ class CaptionProjection(nnx.Module):
         self.out = linear(config.dim, config.dim, **bias_free)
 
     def __call__(self, captions: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
-        return self.out(jax.nn.gelu(self.hidden(captions), approximate=True))
+        hidden = self.hidden(captions).astype(jnp.float32)
+        return self.out(jax.nn.gelu(hidden, approximate=True))
 
     def null(self) -> Float[Array, "T F"]:
         return jax.lax.stop_gradient(self.null_caption[...])

@@ -9,9 +9,7 @@ resamples the published one (518 x 518), as the reference does on every call.
 """
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -22,6 +20,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import Mlp, affine_layer_norm, linear
 from dar_jax.nn.patch import patchify
 from dar_jax.nn.stack import Stack
+from dar_jax.nn.transformer import exact_gelu
 
 IMAGE_SIZE = 224
 MEAN = (0.485, 0.456, 0.406)
@@ -70,12 +69,11 @@ class Dinov2Block(nnx.Module):
 
     def __init__(self, config: Dinov2Config, *, compute: Compute, rngs: nnx.Rngs):
         dim = config.dim
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
         self.norm1 = affine_layer_norm(dim, rngs=rngs)
         self.attention = Attention(dim, config.num_heads, compute=compute, rngs=rngs)
         self.scale1 = nnx.Param(jnp.ones(dim))
         self.norm2 = affine_layer_norm(dim, rngs=rngs)
-        self.mlp = Mlp(dim, MLP_RATIO * dim, activation=gelu, compute=compute, rngs=rngs)
+        self.mlp = Mlp(dim, MLP_RATIO * dim, activation=exact_gelu, compute=compute, rngs=rngs)
         self.scale2 = nnx.Param(jnp.ones(dim))
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
