@@ -3,8 +3,7 @@
 Nothing is reported or fetched: no analytics, the system's own fonts.
 """
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `demo`
@@ -15,6 +14,7 @@ from dar_jax.common.typing import UInt8
 from dar_jax.demo import html
 from dar_jax.demo.batch import (
     MAX_GUIDANCE,
+    MAX_SEED,
     MAX_TEMPERATURE,
     BatchGenerator,
     PixelPreview,
@@ -28,8 +28,17 @@ DEFAULT_CLASSES = 4
 SMALL_IMAGE = 128
 """Pixels a side below which an image is enlarged without smoothing."""
 GALLERY_SIZE = 48
-NEW_SEEDS = 10_000
-"""The button draws one of so many: short enough for captions."""
+LAYOUT_PART = 1 / 16
+"""Of the tokens, which as a layout leaves the class to be seen."""
+LAYOUT_INFO = (
+    "Few keep where things are and leave the rest to the class; the more are kept, the more the "
+    "images are the picture itself, whatever their class."
+)
+SHOW_RESULT = """() => {
+  const result = document.querySelector('#status'), top = result.getBoundingClientRect().top;
+  if (top < 0 || top > window.innerHeight / 2) result.scrollIntoView();
+}"""
+"""On a narrow window the result is below what is asked for."""
 HOUR = 3600
 SPARE_THREADS = 40
 """Besides those that wait for previews."""
@@ -114,6 +123,7 @@ class Page:
             [(name, label) for label, name in enumerate(self._names)],
             value=list(defaults.labels),
             multiselect=True,
+            max_choices=most,
             label="Classes",
         )
         self._per_class = gr.Slider(1, most, most // shown, step=1, label="Images of each class")
@@ -136,8 +146,10 @@ class Page:
             label="Temperature",
             visible=hasattr(self._generator.sampling, "temperature"),
         )
-        self._seed = gr.Number(defaults.seed, label="Seed", precision=0)
-        self._new_seed = gr.Button("New seed", size="sm")
+        with gr.Row():
+            self._seed = gr.Number(defaults.seed, label="Seed", precision=0, min_width=140)
+            self._keep_seed = gr.Checkbox(False, label="Keep the seed", min_width=140)
+        self._drawn_seed = gr.State(None)
         self._add_layout_inputs()
 
     def _add_layout_inputs(self) -> None:
@@ -149,10 +161,14 @@ class Page:
             self._layout_view = gr.HTML(elem_classes=self._style, elem_id="layout")
             self._num_kept = gr.Radio(
                 choices,
-                value=choices[len(choices) // 2] if choices else None,
-                label="First tokens that are kept",
+                value=min(choices, key=self._distance_to_layout, default=None),
+                label=f"First tokens that are kept, of {self._generator.num_tokens}",
+                info=LAYOUT_INFO,
             )
             self._no_layout = gr.Button("Forget the layout", size="sm")
+
+    def _distance_to_layout(self, num_kept: int) -> float:
+        return abs(num_kept - LAYOUT_PART * self._generator.num_tokens)
 
     def _add_outputs(self) -> None:
         empty = html.tiles([""] * self._generator.batch_size)
@@ -169,7 +185,9 @@ class Page:
         )
 
     def _connect(self) -> None:
-        self._go.click(
+        seeds = [self._seed, self._drawn_seed]
+        self._go.click(js=SHOW_RESULT, **PRIVATE)
+        self._go.click(_next_seed, [*seeds, self._keep_seed], seeds, queue=False, **PRIVATE).then(
             self._generate,
             [
                 *(self._classes, self._per_class, self._first, self._last),
@@ -179,9 +197,15 @@ class Page:
             concurrency_limit=None,  # the request queue has its own
             **PRIVATE,
         )
+        counts = [self._classes, self._per_class]
+        self._classes.change(self._limit_per_class, counts, self._per_class, queue=False, **PRIVATE)
         self._stop.click(self._cancel, queue=False, **PRIVATE)
         self.blocks.unload(self._cancel)
-        self._new_seed.click(_draw_seed, outputs=self._seed, queue=False, **PRIVATE)
+
+    def _limit_per_class(self, classes: Sequence[int], per_class: int) -> gr.Slider:
+        """Let no more images be asked for than are made at a time."""
+        most = self._generator.batch_size // max(1, len(classes))
+        return gr.Slider(maximum=most, value=min(per_class, most))
 
     def _connect_layout(self) -> None:
         views = [self._layout, self._layout_view]
@@ -244,7 +268,7 @@ class Page:
             return
         last = previews[-1]
         captions = [f"{name}, seed {ticket.request.seed}" for name in names]
-        history = [*zip(last.pixels, captions, strict=True), *history][:GALLERY_SIZE]
+        history = _file(zip(last.pixels, captions, strict=True), history)
         done = f"done in {last.seconds:.2f} s"
         yield {
             self._status: html.status(1.0, *facts, done),
@@ -277,8 +301,18 @@ class Page:
         return pixels, html.layout(pixels)
 
 
-def _draw_seed() -> int:
-    return random.randrange(NEW_SEEDS)
+def _next_seed(seed: int | None, drawn: int | None, keep: bool) -> tuple[int | None, int | None]:
+    """Return the seed of this press of the button, twice: one that is new, unless it is kept."""
+    if seed is not None and seed == drawn and not keep:
+        seed = 0 if seed >= MAX_SEED else seed + 1
+    return seed, seed
+
+
+def _file(images: Iterable[tuple[UInt8[np.ndarray, "H W 3"], str]], history: History) -> History:
+    """Put images before those of the gallery that are others."""
+    new = [*images]
+    drawn = {pixels.tobytes() for pixels, _ in new}
+    return [*new, *(one for one in history if one[0].tobytes() not in drawn)][:GALLERY_SIZE]
 
 
 def _describe(waiting: Waiting) -> str:
