@@ -221,6 +221,7 @@ def _restore_or_create(
     """Return the state, and the metrics of a logging interval that is not over."""
     if run.checkpoints.latest_step is not None:
         return run.checkpoints.restore(abstract, run.iterator)
+    logging.info("Compiling the initial parameters, and drawing them")
     rng = jax.random.key(run.config.seed)
     state = state_lib.create_state(
         run.task, run.config.optimizer, rng, mesh=run.mesh, params=initial
