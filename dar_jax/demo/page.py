@@ -185,15 +185,18 @@ class Page:
         )
 
     def _connect(self) -> None:
-        seeds = [self._seed, self._drawn_seed]
         self._go.click(js=SHOW_RESULT, **PRIVATE)
-        self._go.click(_next_seed, [*seeds, self._keep_seed], seeds, queue=False, **PRIVATE).then(
+        self._go.click(
             self._generate,
             [
-                *(self._classes, self._per_class, self._first, self._last),
-                *(self._temperature, self._seed, self._layout, self._num_kept, self._history),
+                *(self._classes, self._per_class, self._first, self._last, self._temperature),
+                *(self._seed, self._drawn_seed, self._keep_seed),
+                *(self._layout, self._num_kept, self._history),
             ],
-            [self._go, self._stop, self._status, self._images, self._history, self._gallery],
+            [
+                *(self._go, self._stop, self._seed, self._drawn_seed),
+                *(self._status, self._images, self._history, self._gallery),
+            ],
             concurrency_limit=None,  # the request queue has its own
             **PRIVATE,
         )
@@ -221,6 +224,8 @@ class Page:
         last: float | int,
         temperature: float | int,
         seed: int | None,
+        drawn_seed: int | None,
+        keep_seed: bool,
         layout: UInt8[np.ndarray, "H W 3"] | None,
         num_kept: int | None,
         history: History,
@@ -231,6 +236,8 @@ class Page:
         try:
             if seed is None:
                 raise ValueError("the seed must be a whole number")
+            if seed == drawn_seed and not keep_seed:
+                seed = 0 if seed == MAX_SEED else seed + 1
             scales = (float(first), float(last))[: self._generator.num_scales]
             request = Request(labels, scales, float(temperature), seed, layout, num_kept or 0)
             self._generator.check(request)
@@ -242,6 +249,8 @@ class Page:
         yield {
             self._go: gr.Button(interactive=False),
             self._stop: gr.Button(interactive=True),
+            self._seed: seed,
+            self._drawn_seed: seed,
             self._images: html.tiles(names),
         }
         yield from self._follow(ticket, names, history)
@@ -299,13 +308,6 @@ class Page:
     def _take_from_gallery(self, history: History, event: gr.SelectData) -> tuple:
         pixels, _ = history[event.index]
         return pixels, html.layout(pixels)
-
-
-def _next_seed(seed: int | None, drawn: int | None, keep: bool) -> tuple[int | None, int | None]:
-    """Return the seed of this press of the button, twice: one that is new, unless it is kept."""
-    if seed is not None and seed == drawn and not keep:
-        seed = 0 if seed >= MAX_SEED else seed + 1
-    return seed, seed
 
 
 def _file(images: Iterable[tuple[UInt8[np.ndarray, "H W 3"], str]], history: History) -> History:
