@@ -288,6 +288,7 @@ def _fail(message: Exception | str) -> NoReturn:
 def _set_up_logging() -> None:
     """Log progress to standard output, without the checkpoint library's own."""
     logging.set_verbosity(logging.INFO)
+    python_logging.raiseExceptions = False  # a reader that has left, such as `head`, harms no run
     handler = logging.get_absl_handler()
     handler.python_handler.stream = sys.stdout
     handler.addFilter(_is_ours_or_serious)
