@@ -126,7 +126,9 @@ class Page:
             max_choices=most,
             label="Classes",
         )
-        self._per_class = gr.Slider(1, most, most // shown, step=1, label="Images of each class")
+        self._per_class = gr.Slider(
+            1, value=most // shown, step=1, label="Images of each class", **self._counts(shown)
+        )
         with gr.Row():
             self._go = gr.Button("Generate", variant="primary", min_width=140)
             self._stop = gr.Button("Cancel", variant="stop", min_width=100, interactive=False)
@@ -205,10 +207,16 @@ class Page:
         self._stop.click(self._cancel, queue=False, **PRIVATE)
         self.blocks.unload(self._cancel)
 
+    def _counts(self, num_classes: int) -> dict[str, Any]:
+        """Let no more images of so many classes be asked for than are made at a time."""
+        most = self._generator.batch_size // max(1, num_classes)
+        return dict(maximum=max(2, most), visible=most > 1)  # 1 is no choice
+
     def _limit_per_class(self, classes: Sequence[int], per_class: int) -> gr.Slider:
-        """Let no more images be asked for than are made at a time."""
-        most = self._generator.batch_size // max(1, len(classes))
-        return gr.Slider(maximum=most, value=min(per_class, most))
+        limits = self._counts(len(classes))
+        return gr.Slider(
+            value=min(per_class, limits["maximum"] if limits["visible"] else 1), **limits
+        )
 
     def _connect_layout(self) -> None:
         views = [self._layout, self._layout_view]
