@@ -322,7 +322,7 @@ class DarPipeline(LikelihoodPipeline):
         )
         return stream if previews else map(last_of, (stream,))
 
-    @takes_options(DarSampling, like=stream)
+    @takes_options(DarSampling, like=stream, without=["previews"])
     def generate(self, labels: Labels, **options: Any) -> Generated:
         """Generate one image per label: the last preview of `stream`.
 

@@ -188,7 +188,7 @@ class TransDiffPipeline(Pipeline):
         run = self.prior.run(classes, noise, rngs, how, stops=stops)
         return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
 
-    @takes_options(TransDiffSampling, like=stream)
+    @takes_options(TransDiffSampling, like=stream, without=["previews", "preview_every"])
     def generate(self, labels: Labels, **options: Any) -> GeneratedLatents:
         """Generate one image per label: the last one of `stream`, without previews.
 
