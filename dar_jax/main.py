@@ -7,7 +7,7 @@ pictures, in a folder per class:
 
     dar-jax --config=mnist.py --workdir=runs/first --mode=sample --config.sample.labels=3,5
     dar-jax --config=image_folder.py:tokenizer_32 --workdir=runs/tokenizer --config.data.path=DIR
-    dar-jax --config=image_folder.py:dar_32 --workdir=runs/dar --config.data.path=DIR \
+    dar-jax --config=image_folder.py:dar_32 --workdir=runs/dar --config.data.path=DIR \\
         --config.tokenizer=runs/tokenizer/model
 
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
