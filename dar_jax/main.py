@@ -2,9 +2,13 @@
 
     dar-jax --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE] [--config.BLOCK.KEY=VALUE ...]
 
-To begin, digits by the model that comes with the package:
+To begin, digits by the model that comes with the package; then a tokenizer and a prior of your own
+pictures, in a folder per class:
 
-    dar-jax --config=mnist.py --workdir=runs/first --mode=sample
+    dar-jax --config=mnist.py --workdir=runs/first --mode=sample --config.sample.labels=3,5
+    dar-jax --config=image_folder.py:tokenizer_32 --workdir=runs/tokenizer --config.data.path=DIR
+    dar-jax --config=image_folder.py:dar_32 --workdir=runs/dar --config.data.path=DIR \\
+        --config.tokenizer=runs/tokenizer/model
 
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
 from the package; its docstring has the commands:
@@ -38,11 +42,21 @@ status 2.
 
 JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
 
-Main keys: config.train.steps, config.data.source, config.data.batch_size,
-config.optimizer.learning_rate, config.compute.dtype, config.mesh.fsdp, config.sample.labels,
-config.sample.guidance_scale, config.sample.seed, config.evaluate.features,
-config.evaluate.num_images, config.train.evaluate_every, config.convert.source,
-config.wandb.project.
+Keys that are set most often, as --config.KEY=VALUE; all of a run's are in WORKDIR/config.json:
+    train.steps             how long, in all; more of them continue a run that has ended
+    train.evaluate_every    steps between evaluations on the way; 0: none
+    data.source, .path      folder, tar, records, tfds:NAME, mnist; where the pictures are
+    data.batch_size         pictures a step
+    optimizer.learning_rate
+    compute.dtype           bfloat16 or float32
+    mesh.fsdp               -1 spreads the parameters over all devices
+    sample.labels, .seed    classes by name or number, joined by commas; other images
+    sample.guidance_scale   one, or a ramp over the tokens: 1.1,8.0
+    sample.num_images       a set of so many; with sample.format=png as files
+    evaluate.num_images     images to judge
+    evaluate.features       inception, vgg16, or "": no distances
+    convert.source          hf://showlab/D-AR/D-AR-L-360K.pt, or a path
+    wandb.project           logs to Weights & Biases too
 """
 
 import difflib
@@ -65,6 +79,7 @@ from ml_collections import config_flags
 
 from dar_jax.common import config_files, interrupts
 
+EXAMPLE = "dar-jax --config=mnist.py --workdir=runs/first --mode=sample; see --help"
 MODES = {
     "train": "train:train_and_evaluate",
     "export": "train:export",
@@ -174,15 +189,18 @@ def _join_job(distributed: types.ModuleType) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line, whoever finds it."""
-    flags.mark_flags_as_required(["config", "workdir"])
     path = ""
     try:
         # Where the flags of keys are looked for.
         sys.argv[:] = argv = _last_of_each(_with_files(argv))
         path = _config_path(argv)
         words = flags.FLAGS(argv)[1:]
-        if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+        if not words and None in (_CONFIG.value, _WORKDIR.value):
+            raise ValueError(f"--config=FILE.py and --workdir=DIR are needed, as in {EXAMPLE}")
+        if not words and not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             raise ValueError(f"get_config of {path} returns {_CONFIG.value!r}, no ConfigDict")
+    except BrokenPipeError:
+        raise
     except Exception as error:  # a config file is a program
         _fail(_explain(error, path))
     if words:
@@ -196,7 +214,9 @@ def _with_files(argv: Sequence[str]) -> list[str]:
     words = []
     for previous, word in zip(["", *argv], argv, strict=False):
         flag, _, value = word.partition("=")
-        if flag.lstrip("-") == "config" and value:
+        if word == "-h":
+            word = "--help"
+        elif flag.lstrip("-") == "config" and value:
             word = f"{flag}={config_files.find(value)}"
         elif previous in ("-config", "--config"):
             word = config_files.find(word)
@@ -231,6 +251,7 @@ def _config_path(argv: Sequence[str]) -> str:
     path = pathlib.Path(given[-1].partition(":")[0])
     if not path.is_file():
         names = [file.as_posix() for file in path.parent.glob("*.py")]
+        names += [file.name for file in config_files.DIRECTORY.glob("*.py")]
         nearest = difflib.get_close_matches(path.as_posix(), names, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "name one, such as mnist.py"
         raise ValueError(f"--config={given[-1]}: there is no file {path} in {os.getcwd()}; {hint}")
@@ -267,6 +288,7 @@ def _fail(message: Exception | str) -> NoReturn:
 def _set_up_logging() -> None:
     """Log progress to standard output, without the checkpoint library's own."""
     logging.set_verbosity(logging.INFO)
+    python_logging.raiseExceptions = False  # a reader that has left, such as `head`, harms no run
     handler = logging.get_absl_handler()
     handler.python_handler.stream = sys.stdout
     handler.addFilter(_is_ours_or_serious)
@@ -287,6 +309,9 @@ def run() -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
         app.run(main, flags_parser=parse_flags)
+    except BrokenPipeError:  # whoever reads has read enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(interrupts.status_of(signal.SIGPIPE))
     except interrupts.Interrupted as interrupted:
         interrupts.leave(
             f"dar_jax: stopped by {interrupted}; run the same command again: what is complete is "

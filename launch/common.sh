@@ -8,9 +8,15 @@ case ${1:-} in
   --dry-run) dry_run=1; shift ;;
 esac
 
-trap 'exit 130' INT # before any command that an interrupt made fail is taken for something else
+# Before any command that an interrupt made fail is taken for something else.
+trap 'echo "$script: stopped; run it again to go on" >&2; exit 130' INT
 fail() { echo "$script: $1" >&2; exit 2; }
 say() { if [[ -z $dry_run ]]; then echo "$1"; fi; }
+# Runs a command and, if it failed other than by an interrupt, says what it said of that.
+try() {
+  local errors
+  { errors=$(run "$@" 2>&1 >&3); } 3>&1 || { echo "$errors" >&2; return 1; }
+}
 run() { if [[ -n $dry_run ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 
 # make_environment DIRECTORY EXTRA: a virtual environment, made anew if making it was interrupted.
@@ -24,11 +30,11 @@ make_environment() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
       fail "Python 3.11 or newer is needed, $python is not: set PYTHON=python3.11"
     run touch "$1.unfinished"
-    run "$python" -m venv --clear "$1" ||
+    try "$python" -m venv --clear "$1" ||
       fail "$python made no environment: on Debian and Ubuntu, apt install python3-venv"
   fi
   say "Installing into $1, which takes some minutes"
-  run "$1/bin/python" -m pip install --quiet --editable ".[$2]"
+  try "$1/bin/python" -m pip install --quiet --editable ".[$2]"
   run cp setup.py "$1/installed"
   run rm -f "$1.unfinished"
 }

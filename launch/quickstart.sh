@@ -3,6 +3,7 @@
 #   bash launch/quickstart.sh [--dry-run]
 # A quarter of an hour on two cores, after the installation into .venv. Run it again to resume.
 # PYTHON chooses the interpreter of a new environment (default python3).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as `sh` or `zsh`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

@@ -2,6 +2,7 @@
 # Lint, types and tests in a virtual environment of their own, .venv-test:
 #   bash launch/test.sh [--dry-run] [pytest arguments]
 # PYTHON chooses the interpreter of a new environment (default python3), VENV its directory.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as `sh` or `zsh`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_help_is_the_head_of_the_script(script):
     status, output, errors = run(script, "--help")
     assert status == 0 and not errors
     assert f"launch/{script}" in output and "#" not in output.splitlines()[0]
+
+
+@pytest.mark.parametrize("shell", ["sh", "zsh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_script_started_by_another_shell_goes_on_in_bash(script, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    command = [shell, str(ROOT / "launch" / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == run(script, "--help")[1] and not done.stderr
 
 
 def test_quickstart_and_tests_print_what_they_would_do():

@@ -142,6 +142,7 @@ def test_last_value_of_a_key_counts_and_home_is_found(arguments, kept):
     ("value", "message"),
     [
         ("configs/mnst.py:dar", "no file configs/mnst.py in .*; did you mean configs/mnist.py"),
+        ("mnits:dar", "no file mnits in .*; did you mean mnist.py"),
         ("configs", "no file configs in .*; name one, such as mnist.py"),
         ("/dev/zero", "no file /dev/zero"),
     ],
@@ -235,10 +236,33 @@ def test_help_names_modes_keys_configs_and_flags():
     """As printed by `python -m dar_jax`, whose module is not the one that defines the flags."""
     command = [sys.executable, "-m", "dar_jax", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    words = ("train", "sample", "evaluate", "convert", "config.sample.guidance_scale", "--workdir:")
+    words = ("train", "sample", "evaluate", "convert", " sample.guidance_scale ", "--workdir:")
     assert all(word in shown for word in words)
     for path in (ROOT / "configs").glob("*.py"):
         assert path.stem.partition("_")[0] in shown or path.stem == "common"
+
+
+def test_help_ends_quietly_where_nobody_reads_on():
+    command = f"'{sys.executable}' -m dar_jax -h | true"
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--config=mnist.py"], ["--workdir=runs/first", "--mode=sample"]]
+)
+def test_what_is_lacking_is_one_line_with_an_example(arguments, monkeypatch, capsys):
+    # Values stay from test to test, where all of them share one process.
+    flags = {name: mock.Mock(value=None) for name in ("_CONFIG", "_WORKDIR")}
+    for name, flag in flags.items():
+        monkeypatch.setattr(main, name, flag)
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main.parse_flags(sys.argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--config=FILE.py and --workdir=DIR are needed, as in dar-jax --config=mnist" in line
 
 
 @pytest.mark.parametrize("form", ["--config={}", "--config {}", "-config={}"])

@@ -80,12 +80,6 @@ def grid(pixels: UInt8[np.ndarray, "N H W C"], columns: int, border: int = 1) ->
     return einops.rearrange(cells, "(r c) h w ch -> (r h) (c w) ch", c=columns)
 
 
-def side_by_side(columns: UInt8[np.ndarray, "columns B H W C"]) -> np.ndarray:
-    """Lay out a row per picture, its versions side by side."""
-    rows = einops.rearrange(columns, "columns b h w c -> (b columns) h w c")
-    return grid(rows, columns=len(columns))
-
-
 def resize_bicubic(image: Float[Array, "*batch H W C"], size: tuple[int, int]) -> Array:
     """Resize to `size` = (height, width) with a = -0.75, half-pixel centres, no antialiasing.
 

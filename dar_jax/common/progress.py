@@ -34,7 +34,7 @@ class Progress:
         self._compilation = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if total:
-            logging.info("0 of %d %s: compiling what is new", total, what)
+            logging.info("0 of %d %s: compiling what is new, which can take minutes", total, what)
 
     def _count_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
         if event in COMPILATION_EVENTS:

@@ -29,12 +29,10 @@ FORMATS = (
     "TGA",  # has no mark to be known by and is tried last
 )
 """Pillow's names of the formats that pictures may have, where it or a plugin can read them."""
-PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
-"""Modules that teach Pillow further formats, and what to install for them."""
-PLUGIN_SUFFIXES = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
-    ".jxl": "pillow-jxl-plugin",
-}
+PLUGINS = ("pillow_heif", "pillow_jxl")
+"""Modules that teach Pillow further formats, of the extra `images`."""
+PLUGIN_SUFFIXES = (".heic", ".heif", ".hif", ".jxl")
+"""Suffixes of files that only they read."""
 FLOAT_SUFFIXES = (".pfm",)
 """Suffixes of maps of depth or flow, which open like pictures but are not pictures."""
 

@@ -21,6 +21,8 @@ from dar_jax.data.names import listed
 from dar_jax.data.sources import count_pictures, load_source
 
 MAX_HEADERS = 1_000
+FEW_PICTURES = 100
+"""The standard error of a share of fewer is more than five per cent."""
 MAX_CLASSES = 6
 """Classes whose pictures are counted one by one."""
 MAX_LINES = 5
@@ -43,10 +45,7 @@ def check(config: DataConfig, train: Source) -> str:
     """
     train = getattr(train, "source", train)  # groups of pictures have one
     test = load_source(config, "test")
-    if len(test) == 1:
-        logging.warning(
-            "The held-out part is a single picture: distances between sets of pictures need two"
-        )
+    warn_of_few(len(test))
     total = count_pictures(config)
     headers = _check_headers(config, test, total)
     found = {id(s): s for s in (getattr(part, "seen", None) for part in (train, test)) if s}
@@ -63,6 +62,18 @@ def check(config: DataConfig, train: Source) -> str:
         *(f"  note         {remark}" for one in seen for remark in one.remarks[:1]),
     ]
     return "\n".join(lines)
+
+
+def warn_of_few(count: int) -> None:
+    """Warn if so many held-out pictures are too few for figures."""
+    if count < FEW_PICTURES:
+        logging.warning(
+            "Only %d held-out picture%s: figures of so few say little%s; more are held out by "
+            "--config.data.test_fraction=0.2, or as a folder val/ beside train/",
+            count,
+            "s" * (count != 1),
+            ", and distances between sets of pictures need two" * (count == 1),
+        )
 
 
 def _check_headers(config: DataConfig, test: Source, total: int) -> str:
@@ -139,9 +150,8 @@ def _left_out(seen: Sequence[Seen]) -> list[str]:
     merged.sort(key=operator.attrgetter("count"), reverse=True)
     lines = [f"  left out     {item.count:,} {item.reason}, e.g. {item.example}" for item in merged]
     for number, item in enumerate(merged):
-        plugin = PLUGIN_SUFFIXES.get(item.reason.rpartition(" ")[2])
-        if plugin:
-            lines[number] += f" (read after pip install {plugin})"
+        if item.reason.endswith(PLUGIN_SUFFIXES):
+            lines[number] += " (read after pip install 'dar-jax[images]')"
     if len(lines) > MAX_LINES:
         rest = merged[MAX_LINES - 1 :]
         more = sum(item.count for item in rest)

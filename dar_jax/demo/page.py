@@ -3,8 +3,7 @@
 Nothing is reported or fetched: no analytics, the system's own fonts.
 """
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `demo`
@@ -15,6 +14,7 @@ from dar_jax.common.typing import UInt8
 from dar_jax.demo import html
 from dar_jax.demo.batch import (
     MAX_GUIDANCE,
+    MAX_SEED,
     MAX_TEMPERATURE,
     BatchGenerator,
     PixelPreview,
@@ -28,8 +28,17 @@ DEFAULT_CLASSES = 4
 SMALL_IMAGE = 128
 """Pixels a side below which an image is enlarged without smoothing."""
 GALLERY_SIZE = 48
-NEW_SEEDS = 10_000
-"""The button draws one of so many: short enough for captions."""
+LAYOUT_PART = 1 / 16
+"""Of the tokens, which as a layout leaves the class to be seen."""
+LAYOUT_INFO = (
+    "Few keep where things are and leave the rest to the class; the more are kept, the more the "
+    "images are the picture itself, whatever their class."
+)
+SHOW_RESULT = """() => {
+  const result = document.querySelector('#status'), top = result.getBoundingClientRect().top;
+  if (top < 0 || top > window.innerHeight / 2) result.scrollIntoView();
+}"""
+"""On a narrow window the result is below what is asked for."""
 HOUR = 3600
 SPARE_THREADS = 40
 """Besides those that wait for previews."""
@@ -114,9 +123,12 @@ class Page:
             [(name, label) for label, name in enumerate(self._names)],
             value=list(defaults.labels),
             multiselect=True,
+            max_choices=most,
             label="Classes",
         )
-        self._per_class = gr.Slider(1, most, most // shown, step=1, label="Images of each class")
+        self._per_class = gr.Slider(
+            1, value=most // shown, step=1, label="Images of each class", **self._counts(shown)
+        )
         with gr.Row():
             self._go = gr.Button("Generate", variant="primary", min_width=140)
             self._stop = gr.Button("Cancel", variant="stop", min_width=100, interactive=False)
@@ -136,8 +148,10 @@ class Page:
             label="Temperature",
             visible=hasattr(self._generator.sampling, "temperature"),
         )
-        self._seed = gr.Number(defaults.seed, label="Seed", precision=0)
-        self._new_seed = gr.Button("New seed", size="sm")
+        with gr.Row():
+            self._seed = gr.Number(defaults.seed, label="Seed", precision=0, min_width=140)
+            self._keep_seed = gr.Checkbox(False, label="Keep the seed", min_width=140)
+        self._drawn_seed = gr.State(None)
         self._add_layout_inputs()
 
     def _add_layout_inputs(self) -> None:
@@ -149,10 +163,14 @@ class Page:
             self._layout_view = gr.HTML(elem_classes=self._style, elem_id="layout")
             self._num_kept = gr.Radio(
                 choices,
-                value=choices[len(choices) // 2] if choices else None,
-                label="First tokens that are kept",
+                value=min(choices, key=self._distance_to_layout, default=None),
+                label=f"First tokens that are kept, of {self._generator.num_tokens}",
+                info=LAYOUT_INFO,
             )
             self._no_layout = gr.Button("Forget the layout", size="sm")
+
+    def _distance_to_layout(self, num_kept: int) -> float:
+        return abs(num_kept - LAYOUT_PART * self._generator.num_tokens)
 
     def _add_outputs(self) -> None:
         empty = html.tiles([""] * self._generator.batch_size)
@@ -169,19 +187,36 @@ class Page:
         )
 
     def _connect(self) -> None:
+        self._go.click(js=SHOW_RESULT, **PRIVATE)
         self._go.click(
             self._generate,
             [
-                *(self._classes, self._per_class, self._first, self._last),
-                *(self._temperature, self._seed, self._layout, self._num_kept, self._history),
+                *(self._classes, self._per_class, self._first, self._last, self._temperature),
+                *(self._seed, self._drawn_seed, self._keep_seed),
+                *(self._layout, self._num_kept, self._history),
             ],
-            [self._go, self._stop, self._status, self._images, self._history, self._gallery],
+            [
+                *(self._go, self._stop, self._seed, self._drawn_seed),
+                *(self._status, self._images, self._history, self._gallery),
+            ],
             concurrency_limit=None,  # the request queue has its own
             **PRIVATE,
         )
+        counts = [self._classes, self._per_class]
+        self._classes.change(self._limit_per_class, counts, self._per_class, queue=False, **PRIVATE)
         self._stop.click(self._cancel, queue=False, **PRIVATE)
         self.blocks.unload(self._cancel)
-        self._new_seed.click(_draw_seed, outputs=self._seed, queue=False, **PRIVATE)
+
+    def _counts(self, num_classes: int) -> dict[str, Any]:
+        """Let no more images of so many classes be asked for than are made at a time."""
+        most = self._generator.batch_size // max(1, num_classes)
+        return dict(maximum=max(2, most), visible=most > 1)  # 1 is no choice
+
+    def _limit_per_class(self, classes: Sequence[int], per_class: int) -> gr.Slider:
+        limits = self._counts(len(classes))
+        return gr.Slider(
+            value=min(per_class, limits["maximum"] if limits["visible"] else 1), **limits
+        )
 
     def _connect_layout(self) -> None:
         views = [self._layout, self._layout_view]
@@ -197,6 +232,8 @@ class Page:
         last: float | int,
         temperature: float | int,
         seed: int | None,
+        drawn_seed: int | None,
+        keep_seed: bool,
         layout: UInt8[np.ndarray, "H W 3"] | None,
         num_kept: int | None,
         history: History,
@@ -207,6 +244,8 @@ class Page:
         try:
             if seed is None:
                 raise ValueError("the seed must be a whole number")
+            if seed == drawn_seed and not keep_seed:
+                seed = 0 if seed == MAX_SEED else seed + 1
             scales = (float(first), float(last))[: self._generator.num_scales]
             request = Request(labels, scales, float(temperature), seed, layout, num_kept or 0)
             self._generator.check(request)
@@ -218,6 +257,8 @@ class Page:
         yield {
             self._go: gr.Button(interactive=False),
             self._stop: gr.Button(interactive=True),
+            self._seed: seed,
+            self._drawn_seed: seed,
             self._images: html.tiles(names),
         }
         yield from self._follow(ticket, names, history)
@@ -244,7 +285,7 @@ class Page:
             return
         last = previews[-1]
         captions = [f"{name}, seed {ticket.request.seed}" for name in names]
-        history = [*zip(last.pixels, captions, strict=True), *history][:GALLERY_SIZE]
+        history = _file(zip(last.pixels, captions, strict=True), history)
         done = f"done in {last.seconds:.2f} s"
         yield {
             self._status: html.status(1.0, *facts, done),
@@ -277,8 +318,11 @@ class Page:
         return pixels, html.layout(pixels)
 
 
-def _draw_seed() -> int:
-    return random.randrange(NEW_SEEDS)
+def _file(images: Iterable[tuple[UInt8[np.ndarray, "H W 3"], str]], history: History) -> History:
+    """Put images before those of the gallery that are others."""
+    new = [*images]
+    drawn = {pixels.tobytes() for pixels, _ in new}
+    return [*new, *(one for one in history if one[0].tobytes() not in drawn)][:GALLERY_SIZE]
 
 
 def _describe(waiting: Waiting) -> str:

@@ -31,6 +31,7 @@ def demo(config: Config, workdir: str) -> None:
             "run pip install 'dar-jax[demo]'"
         ) from error
     pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
+    logging.info("Compiling all that a request may need, which takes a minute or more")
     generator = BatchGenerator(pipeline, config.sample, settings.batch_size)
     logging.info(
         "Compiled in %.1f s for batches of %d images; no request compiles anything",

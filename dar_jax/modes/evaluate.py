@@ -29,6 +29,7 @@ from dar_jax.common.files import write_json
 from dar_jax.common.typing import Any
 from dar_jax.common.version import revision, version
 from dar_jax.config import Config
+from dar_jax.data import survey
 from dar_jax.evaluation import report
 from dar_jax.evaluation.evaluators import evaluate_model
 from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation
@@ -39,6 +40,8 @@ from dar_jax.parallel import distributed
 from dar_jax.parallel.workdir import open_workdir
 
 RESULT_NAME = "evaluation.json"
+HELD_OUT = ("reconstruction/num_images", "likelihood/num_images")
+"""Numbers of held-out images."""
 
 
 def evaluate(config: Config, workdir: str) -> None:
@@ -58,6 +61,8 @@ def evaluate(config: Config, workdir: str) -> None:
         results = {**evaluation.of_images(), "images": images}
     else:
         results = {**evaluate_model(evaluation, subject), **evaluation.made_with(subject)}
+        held_out = [count for name, count in results.items() if name in HELD_OUT]
+        survey.warn_of_few(min(held_out, default=survey.FEW_PICTURES))
     if jax.process_index() == 0:
         results |= {"version": version(), "revision": revision()}
         write_json(directory / RESULT_NAME, results)

@@ -221,6 +221,7 @@ def _restore_or_create(
     """Return the state, and the metrics of a logging interval that is not over."""
     if run.checkpoints.latest_step is not None:
         return run.checkpoints.restore(abstract, run.iterator)
+    logging.info("Compiling the initial parameters, and drawing them")
     rng = jax.random.key(run.config.seed)
     state = state_lib.create_state(
         run.task, run.config.optimizer, rng, mesh=run.mesh, params=initial
@@ -257,6 +258,7 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
             config.max_skipped, run.iterator.suspects, run.checkpoints.describe_latest
         ),
         num_steps=config.steps - first_step,
+        why_negative=run.task.why_negative,
     )
     try:
         with distributed.PreemptionNotice() as notice:
@@ -328,7 +330,9 @@ def _look(
         (state.eval_params, batch, frozen), sharding.replicated(run.mesh)
     )
     inputs = (params, batch, jax.random.key(run.config.seed), frozen)
-    writer.pictures(step, run.task.pictures(*inputs))
+    panels = run.task.pictures(*inputs)
+    names = run.iterator.source.class_names
+    writer.pictures(step, {name: panel.draw(names) for name, panel in panels.items()})
     values = run.task.held_out_metrics(*inputs)
     if values:
         writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
@@ -366,6 +370,7 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     }
     about = {
         "trained on": f"`{run.config.data.source}`, {len(run.iterator.source):,} images",
+        "held out": f"{len(source):,} images",
         "steps": f"{int(state.step):,} of {run.config.data.batch_size} images each",
         **metrics.last_evaluation(run.workdir / metrics.FILE_NAME, int(state.step)),
     }

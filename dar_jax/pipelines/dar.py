@@ -322,14 +322,19 @@ class DarPipeline(LikelihoodPipeline):
         )
         return stream if previews else map(last_of, (stream,))
 
-    @takes_options(DarSampling, like=stream)
+    @takes_options(DarSampling, like=stream, without=["previews"])
     def generate(self, labels: Labels, **options: Any) -> Generated:
         """Generate one image per label: the last preview of `stream`.
 
-        Batches of up to 32 images share six programs: they are padded to powers of two.
+            out = dar.generate([3, 1, 4], rng=0)
+            out.save("grid.png")
 
-        Raises:
-            ValueError: see `stream`, or what the model draws is not finite.
+        Batches of up to 32 images share six programs: they are padded to powers of two. What the
+        model draws must be finite.
+
+        Returns:
+            `images`, float32 [B, H, W, 3] in [-1, 1], and `indices`, int32 [B, N]; with `to_pil()`,
+            `grid()` and `save(path)`.
         """
         return super().generate(labels, **options)
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dar_jax.common.typing import Any
@@ -12,7 +13,9 @@ ATTRIBUTES = "\n\nAttributes:\n"
 ARGUMENTS = "\n\nArgs:\n"
 
 
-def takes_options(options: type, like: Callable | None = None) -> Callable[[F], F]:
+def takes_options(
+    options: type, like: Callable | None = None, without: Sequence[str] = ()
+) -> Callable[[F], F]:
     """List the fields of a dataclass in place of `**options`, for `help` and completion.
 
     Their default is shown as `...`, since it is the model's own. Types are left to the docstring,
@@ -21,6 +24,7 @@ def takes_options(options: type, like: Callable | None = None) -> Callable[[F], 
     Args:
         options: the dataclass.
         like: a function whose other arguments `**options` stands for, too.
+        without: those of them that it does not stand for.
     """
 
     def decorate(function: F) -> F:
@@ -31,6 +35,8 @@ def takes_options(options: type, like: Callable | None = None) -> Callable[[F], 
             parameters[field.name] = inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=_Own()
             )
+        for name in without:
+            del parameters[name]
         shown.__signature__ = inspect.Signature(
             [
                 parameter.replace(annotation=inspect.Parameter.empty)
@@ -43,6 +49,8 @@ def takes_options(options: type, like: Callable | None = None) -> Callable[[F], 
         else:
             text += "\n\nOptions, by default the model's own (`pipeline.sampling`):\n"
             text += "\n".join(filter(None, map(_attributes, reversed(options.__mro__))))
+        for name in without:
+            text = re.sub(rf"\n {{4}}{name}: .*(\n {{8}}.*)*", "", text)
         shown.__doc__ = text
         return function
 

@@ -188,14 +188,19 @@ class TransDiffPipeline(Pipeline):
         run = self.prior.run(classes, noise, rngs, how, stops=stops)
         return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
 
-    @takes_options(TransDiffSampling, like=stream)
+    @takes_options(TransDiffSampling, like=stream, without=["previews", "preview_every"])
     def generate(self, labels: Labels, **options: Any) -> GeneratedLatents:
         """Generate one image per label: the last one of `stream`, without previews.
 
-        Batches of up to 32 images share six programs: they are padded to powers of two.
+            out = transdiff.generate([3, 1, 4], rng=0)
+            out.save("grid.png")
 
-        Raises:
-            ValueError: see `stream`, or what the model draws is not finite.
+        Batches of up to 32 images share six programs: they are padded to powers of two. What the
+        model draws must be finite.
+
+        Returns:
+            `images`, float32 [B, H, W, 3] in [-1, 1], and `latents`; with `to_pil()`, `grid()` and
+            `save(path)`.
         """
         return super().generate(labels, **options)
 

@@ -4,7 +4,7 @@ Tasks draw all randomness and pass it in to the models.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from dar_jax.common.image import RGB
-from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
+from dar_jax.common.image import RGB, labelled_grid
+from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray, UInt8
 from dar_jax.nn.functional_model import FunctionalModel
 
 DISCRIMINATOR = "discriminator"
@@ -35,6 +35,27 @@ class FrozenModel(NamedTuple):
 
     model: FunctionalModel
     params: Params
+
+
+class Panel(NamedTuple):
+    """Pictures in rows and columns.
+
+    Attributes:
+        cells: uint8 [rows, columns, H, W, 3].
+        labels: class of every row.
+        header: what every column shows.
+    """
+
+    cells: UInt8[np.ndarray, "rows columns H W 3"]
+    labels: Sequence[int]
+    header: Sequence[str]
+
+    def draw(self, class_names: Sequence[str]) -> UInt8[np.ndarray, "height width 3"]:
+        """Draw them, enlarged to a legible size, with what rows and columns show."""
+        known = dict(enumerate(class_names))
+        names = [known.get(label, str(label)) for label in self.labels]
+        flat = self.cells.reshape(-1, *self.cells.shape[2:])
+        return labelled_grid(flat, names, len(self.header), self.header)
 
 
 @runtime_checkable
@@ -78,8 +99,8 @@ class Task(Protocol):
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, np.ndarray]:
-        """Draw uint8 [H, W, 3] pictures from averaged parameters and a held-out batch."""
+    ) -> dict[str, Panel]:
+        """Draw pictures from averaged parameters and a held-out batch."""
         ...
 
     def held_out_metrics(
@@ -94,6 +115,11 @@ class Task(Protocol):
 
     def model_config(self) -> dict[str, Any]:
         """The architecture as JSON types, for the model directory."""
+        ...
+
+    @property
+    def why_negative(self) -> str:
+        """Why the loss may be below zero; "" if it may not."""
         ...
 
     def adapters(self) -> dict[str, Adapter]:
@@ -120,6 +146,10 @@ class ModelTask:
 
     def released(self, params: Params) -> Params:
         return params
+
+    @property
+    def why_negative(self) -> str:
+        return ""
 
     def model_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model.config)

@@ -26,6 +26,7 @@ from dar_jax.tasks.base import (
     AbstractBatch,
     FrozenModel,
     ModelTask,
+    Panel,
     label_shape,
     picture_batch,
 )
@@ -104,7 +105,7 @@ class DarPriorTask(ModelTask):
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Panel]:
         """Rows: samples of the first classes; columns: the previews after each group."""
         del batch
         config = self.model.config
@@ -118,5 +119,8 @@ class DarPriorTask(ModelTask):
             jax.random.split(rng, len(labels)),
             DarSampling(guidance_scale=(PICTURE_GUIDANCE,)),
         )
-        columns = [images.to_pixels(preview.images) for preview in stream]
-        return {"samples": images.side_by_side(np.stack(columns))}
+        columns = {
+            f"{preview.num_tokens} tokens": images.to_pixels(preview.images) for preview in stream
+        }
+        cells = np.stack([*columns.values()], axis=1)
+        return {"samples": Panel(cells, labels.tolist(), [*columns])}

@@ -12,6 +12,7 @@ loss = flow + codebook + commitment + entropy_weight * entropy
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import DISCRIMINATOR, AbstractBatch, ModelTask, picture_batch
+from dar_jax.tasks.base import DISCRIMINATOR, AbstractBatch, ModelTask, Panel, picture_batch
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
@@ -200,6 +201,16 @@ class DarTokenizerTask(ModelTask):
         }
         return {name: weight for name, weight in weights.items() if weight}
 
+    @property
+    def why_negative(self) -> str:
+        weight = self.loss_config.entropy_weight
+        if not weight:
+            return ""
+        lowest = -weight * math.log(self.model.config.codebook_size)
+        return (
+            f"a part of it, {weight:g} entropy_loss, falls to {lowest:.2g} when all codes are used"
+        )
+
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         averages = [*self._weights(), "dead_code_rate"]
         num_groups = self.model.config.num_groups
@@ -212,12 +223,15 @@ class DarTokenizerTask(ModelTask):
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Panel]:
         """Rows: an original, its previews after each step, the last one the reconstruction."""
         del frozen
         pixels = jnp.asarray(batch["pixels"][:NUM_PICTURES])
         previews = self._reconstruct(params, pixels, rng)
-        return {"reconstruction": images.side_by_side(np.concatenate([pixels[None], previews]))}
+        header = ["original", *(f"step {step}" for step in range(1, len(previews) + 1))]
+        cells = np.concatenate([pixels[None], previews]).swapaxes(0, 1)
+        labels = np.asarray(batch["label"][:NUM_PICTURES]).tolist()
+        return {"reconstruction": Panel(cells, labels, header)}
 
     def held_out_metrics(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

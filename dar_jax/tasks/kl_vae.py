@@ -18,7 +18,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +28,10 @@ from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import AbstractBatch, ModelTask, picture_batch
+from dar_jax.tasks.base import AbstractBatch, ModelTask, Panel, picture_batch
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
 
-NUM_PICTURES = 16
-COLUMNS = 8
+NUM_PICTURES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +122,13 @@ class KlVaeTask(ModelTask):
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, np.ndarray]:
-        """Rows of originals, each above the row of their reconstructions."""
+    ) -> dict[str, Panel]:
+        """Rows: an original, and the reconstruction beside it."""
         del rng, frozen
         pixels = batch["pixels"][:NUM_PICTURES]
-        both = np.stack([pixels, self._reconstruct(params, pixels)])
-        missing = -len(pixels) % COLUMNS
-        both = np.pad(both, [(0, 0), (0, missing), *[(0, 0)] * 3], constant_values=255)
-        rows = einops.rearrange(both, "two (r c) h w ch -> (r two c) h w ch", c=COLUMNS)
-        return {"reconstruction": images.grid(rows, columns=COLUMNS)}
+        cells = np.stack([pixels, self._reconstruct(params, pixels)], axis=1)
+        labels = np.asarray(batch["label"][:NUM_PICTURES]).tolist()
+        return {"reconstruction": Panel(cells, labels, ["original", "decoded"])}
 
     def held_out_metrics(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

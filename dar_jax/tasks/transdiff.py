@@ -52,6 +52,7 @@ from dar_jax.tasks.base import (
     Adapter,
     FrozenModel,
     ModelTask,
+    Panel,
     label_shape,
     picture_batch,
 )
@@ -244,7 +245,7 @@ class TransDiffTask(ModelTask):
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Panel]:
         """Rows: samples of the first classes; columns: what each pass ends with."""
         del batch
         config = self.model.config
@@ -254,8 +255,9 @@ class TransDiffTask(ModelTask):
         noise = sampler.initial_noise(rngs, config)
         passes = sampler.run(self.model, params, labels, noise, rngs, solver)
         decoded = (sampler.decode(self.vae, frozen["vae"], each.latents) for each in passes)
-        columns = [images.to_pixels(image) for image in decoded]
-        return {"samples": images.side_by_side(np.stack(columns))}
+        cells = np.stack([images.to_pixels(image) for image in decoded], axis=1)
+        header = [f"image {number}" for number in range(1, cells.shape[1] + 1)]
+        return {"samples": Panel(cells, labels.tolist(), header)}
 
     def adapters(self) -> dict[str, Adapter]:
         return {

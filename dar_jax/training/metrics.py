@@ -172,7 +172,9 @@ class Writer:
         if not self._active:
             return
         for name, pixels in pictures.items():
-            Image.fromarray(pixels).save(self._images / f"{name}_{step:07d}.png")
+            path = self._images / f"{name}_{step:07d}.png"
+            Image.fromarray(pixels).save(path)
+            logging.info("Wrote %s", path)
             self._events.add_image(name, pixels, step, dataformats="HWC")
         self._events.flush()
         if self._tracker is not None:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from absl import logging
 from clu import metrics as clu_metrics
 
 from dar_jax.common.progress import Progress
@@ -35,6 +36,7 @@ class Report:
         schedule: optax.Schedule,
         skipped: SkippedSteps,
         num_steps: int,
+        why_negative: str,
     ):
         """Begin a report.
 
@@ -46,6 +48,7 @@ class Report:
             schedule: of the learning rate.
             skipped: judges the steps.
             num_steps: that are ahead.
+            why_negative: said of the first loss below zero, "" if there can be none.
         """
         self._config = config
         self._writer = writer
@@ -54,6 +57,7 @@ class Report:
         self._schedule = schedule
         self._skipped = skipped
         self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
+        self._why_negative = why_negative
         self._pending = None
 
     def interval(self) -> list[Any]:
@@ -80,7 +84,11 @@ class Report:
         if due:
             rate = {"train/learning_rate": float(np.asarray(self._schedule(step - 1)))}
             wait = {"perf/data_wait": self._iterator.take_wait()}
-            self._writer.scalars(step, {**self._interval.take(step), **rate, **wait})
+            values = self._interval.take(step)
+            self._writer.scalars(step, {**values, **rate, **wait})
+            if self._why_negative and values.get("train/loss", 0.0) < 0:
+                logging.info("The loss is below zero, as it may be: %s", self._why_negative)
+                self._why_negative = ""
 
     def restart_clock(self, step: int) -> None:
         """Measure throughput from here on: pictures and saving are not training."""

@@ -20,7 +20,7 @@ def test_first_line_tells_how_long_compilation_took(caplog, monkeypatch):
         now[0] += 4.0
         lines.add(2)
     assert caplog.messages == [
-        "0 of 3 images: compiling what is new",
+        "0 of 3 images: compiling what is new, which can take minutes",
         "1 of 3 images in 7.0 s, 6.0 s of it compilation",
         "3 of 3 images, 0.5 per second, 0:00:00 left",
     ]
@@ -43,7 +43,7 @@ def test_what_others_told_is_counted_without_a_line(caplog, monkeypatch):
             lines.add(1, told=told)
         lines.add(95, told=True)
     assert caplog.messages == [
-        "0 of 100 steps: compiling what is new",
+        "0 of 100 steps: compiling what is new, which can take minutes",
         "1 of 100 steps in 7.0 s, 0.0 s of it compilation",
         "5 of 100 steps, 0.05 per second, 0:31:40 left",
     ]

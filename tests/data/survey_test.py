@@ -33,7 +33,7 @@ def test_table_counts_files_pictures_and_what_is_left_out(tmp_path):
         "  to train on  10: cat 5, dog 5",
         "  held out     4: cat 2, dog 2; headers of all read, 0 unreadable",
         "  left out     2 with the suffix .heic, e.g. cat/a.heic"
-        " (read after pip install pillow-heif)",
+        " (read after pip install 'dar-jax[images]')",
         "  left out     1 hidden, e.g. cat/._d.png",
         "  left out     1 with the suffix .txt, e.g. dog/c.txt",
     ]
@@ -79,13 +79,16 @@ def test_single_picture_cannot_be_split(tmp_path):
     assert "no class has two, of which one could be held out" in refusal(check, "folder", tmp_path)
 
 
-def test_single_held_out_picture_is_warned_of(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("count", "warning"), [(1, "Only 1 held-out picture:"), (3, "Only 3 "), (100, "")]
+)
+def test_few_held_out_pictures_are_warned_of(tmp_path, caplog, count, warning):
     fill(tmp_path / "train", 3, "cat")
-    fill(tmp_path / "val", 1, "cat")
+    fill(tmp_path / "val", count, "cat")
     absl_logging.get_absl_logger().propagate = True
     with caplog.at_level(logging.WARNING, logger="absl"):
         check("folder", tmp_path)
-    assert "a single picture" in caplog.text
+    assert warning in caplog.text and bool(warning) == ("say little" in caplog.text)
 
 
 def test_few_unreadable_held_out_pictures_are_tolerated_as_in_training(tmp_path):

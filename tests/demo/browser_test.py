@@ -205,12 +205,40 @@ def test_bad_request_is_answered_on_the_page(open_page):
     seed.fill("-3")
     button(page, "Generate").click()
     status(page, "seed -3 must be between 0").wait_for()
-    button(page, "New seed").click()
-    page.wait_for_function(
-        "document.querySelector('input[type=number][aria-label=Seed]').value > 0"
-    )
+    seed.fill("3")
     button(page, "Generate").click()
     status(page, "done in").wait_for()
+
+
+@needs_browser
+def test_generate_draws_anew_unless_the_seed_is_kept_and_files_nothing_twice(open_page):
+    page = open_page()
+    gallery, seed = page.locator("#gallery img"), page.get_by_label("Seed", exact=True)
+
+    def generate(expected_seed, expected_images):
+        button(page, "Generate").click()
+        page.wait_for_function(
+            "count => document.querySelectorAll('#gallery img').length === count",
+            arg=expected_images,
+        )
+        status(page, "done in").wait_for()
+        assert seed.input_value() == str(expected_seed)
+
+    generate(0, 8)
+    generate(1, 16)
+    page.get_by_label("Keep the seed").check()
+    generate(1, 16)
+    assert gallery.count() == 16
+
+
+@needs_browser
+def test_no_more_images_can_be_asked_for_than_are_made(open_page):
+    page = open_page()
+    slider = page.locator("input[type=range]").first
+    assert slider.get_attribute("max") == "2"  # of each of 4 classes
+    for _ in range(2):
+        page.locator(".token-remove").first.click()
+    page.wait_for_function("document.querySelector('input[type=range]').max === '4'")
 
 
 @needs_browser
@@ -248,6 +276,8 @@ def test_page_fits_its_window(open_page, width):
     button(page, "Generate").click()
     status(page, "done in").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    images = page.locator("#images").bounding_box()
+    assert images["y"] + images["height"] <= 800, "the result is not in view"
 
 
 @contextlib.contextmanager

@@ -25,3 +25,6 @@ def test_every_option_is_in_the_signature_and_explained(pipeline, options, name)
         assert repr(parameters[field.name].default) == "..."
         assert f"\n    {field.name}: " in inspect.getdoc(function)
     assert "rng: key or seed" in inspect.getdoc(function)
+    # There is nothing to choose of previews where there are none.
+    assert ("previews" in parameters) == ("\n    previews: " in inspect.getdoc(function))
+    assert ("previews" in parameters) == (name == "stream")

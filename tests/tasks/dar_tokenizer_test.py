@@ -83,10 +83,21 @@ def test_bfloat16_compute_stays_close_and_returns_float32(task, params, batch):
 
 
 def test_pictures_show_originals_and_previews(task, params, batch):
-    picture = task.pictures(params, batch, jax.random.key(0), {})["reconstruction"]
-    columns = 1 + CONFIG.num_steps
-    assert picture.shape == (4 * 17, columns * 17, 3)
-    np.testing.assert_array_equal(picture[:16, :16], batch["pixels"][0])
+    panel = task.pictures(params, batch, jax.random.key(0), {})["reconstruction"]
+    assert panel.cells.shape == (4, 1 + CONFIG.num_steps, 16, 16, 3)
+    assert panel.header[:2] == ["original", "step 1"]
+    np.testing.assert_array_equal(panel.cells[0, 0], batch["pixels"][0])
+    names = [f"class {label}" for label in range(10)]
+    picture = panel.draw(names)
+    assert np.any(picture != panel.draw(names[::-1])), "rows are not labelled"
+    assert np.any(picture != panel._replace(header=["", *panel.header[1:]]).draw(names))
+
+
+def test_loss_may_be_negative_for_one_reason(task):
+    assert task.why_negative == ""
+    config = TokenizerLossConfig(entropy_weight=0.5)
+    task = DarTokenizerTask(CONFIG, config, Compute())
+    assert "0.5 entropy_loss, falls to -1.7 when" in task.why_negative  # -0.5 log 32
 
 
 def test_codebook_metrics_accumulate_over_steps():

@@ -95,17 +95,17 @@ def test_rematerialisation_changes_no_gradient(params, batch):
 
 def test_pictures_and_metrics_show_the_reconstruction(params, batch):
     task = make_task()
-    pictures = task.pictures(params, batch, jax.random.key(0), {})
-    assert pictures["reconstruction"].dtype == np.uint8
-    assert pictures["reconstruction"].shape == (2 * (SIZE + 1), 8 * (SIZE + 1), 3)
-    np.testing.assert_array_equal(pictures["reconstruction"][:SIZE, :SIZE], batch["pixels"][0])
+    panel = task.pictures(params, batch, jax.random.key(0), {})["reconstruction"]
+    assert panel.cells.dtype == np.uint8
+    assert panel.cells.shape == (len(panel.labels), 2, SIZE, SIZE, 3)
+    np.testing.assert_array_equal(panel.cells[0, 0], batch["pixels"][0])
 
     @jax.jit
     def reconstruct(params, pixels):
         vae = task.model.bind(params)
         return images.to_pixels(vae.decode(vae.encode(images.to_float(pixels))[..., :2]))
 
-    shown = pictures["reconstruction"][SIZE + 1 :][:SIZE, :SIZE].astype(int)
+    shown = panel.cells[0, 1].astype(int)
     assert np.abs(shown - reconstruct(params, batch["pixels"])[0]).max() <= 1  # rounding
     assert 0 < task.held_out_metrics(params, batch, jax.random.key(0), {})["psnr_db"] < 60
 

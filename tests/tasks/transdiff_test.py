@@ -259,5 +259,6 @@ def test_diversity_does_not_see_the_positions(make_task):
 def test_pictures_show_every_pass(make_task):
     task = make_task(MRAR)
     params = random_params(jax.eval_shape(task.init, jax.random.key(0)))
-    (picture,) = task.pictures(params, {}, jax.random.key(0), task.frozen()).values()
-    assert picture.shape[0] == 10 * (8 + 1) and picture.shape[1] == 4 * (8 + 1)
+    (panel,) = task.pictures(params, {}, jax.random.key(0), task.frozen()).values()
+    assert panel.cells.shape == (10, 4, 8, 8, 3)
+    assert [*panel.header] == ["image 1", "image 2", "image 3", "image 4"]

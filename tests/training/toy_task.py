@@ -14,7 +14,7 @@ from dar_jax.kinds import KINDS
 from dar_jax.kinds.base import Kind
 from dar_jax.nn.layout import keep_batch_split
 from dar_jax.pipelines.base import Autoencoder
-from dar_jax.tasks.base import AbstractBatch, picture_batch
+from dar_jax.tasks.base import AbstractBatch, Panel, picture_batch
 
 LAYERS = 2
 
@@ -108,15 +108,20 @@ class ToyTask:
 
     def pictures(
         self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Panel]:
         data = image_lib.to_float(batch["pixels"])
-        pixels = image_lib.to_pixels(self.reconstruct(params, data))
-        return {"reconstruction": image_lib.grid(np.asarray(pixels), columns=4)}
+        pixels = np.asarray(image_lib.to_pixels(self.reconstruct(params, data)))
+        labels = np.asarray(batch["label"]).tolist()
+        return {"reconstruction": Panel(pixels[:, None], labels, ["decoded"])}
 
     def held_out_metrics(
         self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params
     ) -> dict[str, float]:
         return {}
+
+    @property
+    def why_negative(self) -> str:
+        return ""
 
     def released(self, params: Params) -> Params:
         return params
