@@ -192,7 +192,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     path = ""
     try:
         # Where the flags of keys are looked for.
-        sys.argv[:] = argv = _last_of_each(_with_files(argv))
+        sys.argv[:] = argv = _config_first(_last_of_each(_with_files(argv)))
         path = _config_path(argv)
         words = flags.FLAGS(argv)[1:]
         if not words and None in (_CONFIG.value, _WORKDIR.value):
@@ -237,6 +237,11 @@ def _last_of_each(argv: Sequence[str]) -> list[str]:
         kept.pop(name, None)
         kept[name] = f"{key}={os.path.expanduser(value)}" if equals else argument
     return list(kept.values())
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """Put the config before its keys, which the library wants to know it for."""
+    return [argv[0], *sorted(argv[1:], key=lambda word: not re.match(r"--?config=", word))]
 
 
 def _config_path(argv: Sequence[str]) -> str:

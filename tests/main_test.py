@@ -138,6 +138,12 @@ def test_last_value_of_a_key_counts_and_home_is_found(arguments, kept):
     assert main._last_of_each(["main", *arguments]) == ["main", *(k.format(h=home) for k in kept)]
 
 
+def test_config_may_come_after_its_keys():
+    argv = ["main", "--config.a=1", "--mode", "train", "--config=mnist.py:dar", "--config.b=2"]
+    config, rest = ["--config=mnist.py:dar"], ["--config.a=1", "--mode", "train", "--config.b=2"]
+    assert main._config_first(argv) == ["main", *config, *rest]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
