@@ -6,12 +6,17 @@ length per group instead of one padded cache halves the bytes that decoding read
 With guidance every image has two rows, the conditional and the unconditional one, side by side so
 that a batch split over devices keeps them together; both get the same tokens. Image i draws token n
 with `fold_in(rngs[i], n)`: a sample depends on its own key only, not on the batch it is in.
+
+Since what is random about a token is fixed by its image and position, tokens may be guessed: with
+look-ahead a call draws several, of which those with right guesses before them are kept. This is
+Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427) with the noise held fixed. What is drawn is
+the same, but for ties that products of another shape round the other way.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import einops
 import jax
@@ -35,7 +40,11 @@ class DecodableModel(Protocol):
         ...
 
     def extend(self, x: Array, caches: Any, position: Array, key_mask: Any) -> tuple[Array, Any]:
-        """Run embedded tokens on top of caches; return the last one's logits, and the caches."""
+        """Run embedded tokens on top of caches; return what `head` takes, and the caches."""
+        ...
+
+    def head(self, hidden: Array) -> Array:
+        """Return the logits."""
         ...
 
 
@@ -53,6 +62,25 @@ class DecodingState(NamedTuple):
     key_mask: Array | None
 
 
+class AheadState(NamedTuple):
+    """Between two groups, with look-ahead.
+
+    Attributes:
+        tokens: int32 [B, N + window - 1], those that are known and then guesses.
+        known: how many are, int32 [B].
+        calls: how many it has taken, int32 [B].
+        caches: filled so far; 2B rows if guided.
+        key_mask: see `DecodingState`.
+    """
+
+    tokens: Array
+    known: Array
+    calls: Array
+    caches: Any
+    key_mask: Array | None
+
+
+State = TypeVar("State", DecodingState, AheadState)
 STATIC = {"static": True}
 """Marks fields that are no part of the tree."""
 
@@ -75,14 +103,18 @@ class TokenDecoder:
     guided: bool = dataclasses.field(metadata=STATIC)
 
     def draw(
-        self, rngs: PRNGKeys, logits: Float[Array, "R V"], index: Int[Array, ""] | int, scale: Array
+        self,
+        rngs: PRNGKeys,
+        logits: Float[Array, "R V"],
+        index: Int[Array, ""] | Int[Array, " B"] | int,
+        scales: Float[Array, " N"],
     ) -> Int[Array, " B"]:
-        """Draw image token `index` from the rows' logits."""
+        """Draw image token `index`, one for all images or one of each, from the rows' logits."""
+        index = jnp.broadcast_to(index, rngs.shape[:1])
         if self.guided:
             conditional, unconditional = einops.rearrange(logits, "(b two) v -> two b v", two=2)
-            logits = guide(conditional, unconditional, scale)
-        rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, index)
-        return sample_token(rngs, logits, self.sampling)
+            logits = guide(conditional, unconditional, scales[index][:, None])
+        return sample_token(jax.vmap(jax.random.fold_in)(rngs, index), logits, self.sampling)
 
     def rows(self, tokens: Array) -> Array:
         """Repeat what an image has for both of its rows."""
@@ -115,9 +147,9 @@ def prefill(
     if prefix.shape[1]:
         x = jnp.concatenate([x, module.token_embed(decoder.rows(prefix))], axis=1)
     caches = grow(module.empty_caches(len(x)), x.shape[1])
-    logits, caches = module.extend(x, caches, 0, key_mask)
-    index = prefix.shape[1]
-    return DecodingState(decoder.draw(rngs, logits, index, scales[index]), caches, key_mask)
+    x, caches = module.extend(x, caches, 0, key_mask)
+    token = decoder.draw(rngs, module.head(x[:, -1]), prefix.shape[1], scales)
+    return DecodingState(token, caches, key_mask)
 
 
 @functools.partial(jax.jit, static_argnames=("start", "stop"))
@@ -142,12 +174,78 @@ def decode(
     def body(state: DecodingState, index: Array) -> tuple[DecodingState, Array]:
         x = module.token_embed(decoder.rows(state.token)[:, None])
         position = decoder.num_condition + index - 1
-        logits, caches = module.extend(x, state.caches, position, state.key_mask)
-        token = decoder.draw(rngs, logits, index, scales[index])
+        x, caches = module.extend(x, state.caches, position, state.key_mask)
+        token = decoder.draw(rngs, module.head(x[:, 0]), index, scales)
         return DecodingState(token, caches, state.key_mask), token
 
     state, tokens = jax.lax.scan(body, state, jnp.arange(start, stop))
     return state, tokens.T
+
+
+def start_ahead(
+    state: DecodingState, known: Int[Array, "B K"], num_tokens: int, window: int
+) -> AheadState:
+    """Begin look-ahead behind the known tokens; all guesses are token 0."""
+    batch_size, num_known = known.shape
+    tokens = jnp.pad(known, ((0, 0), (0, num_tokens + window - 1 - num_known)))
+    counts = jnp.full(batch_size, num_known, jnp.int32)
+    return AheadState(tokens, counts, jnp.zeros_like(counts), state.caches, state.key_mask)
+
+
+@functools.partial(jax.jit, static_argnames=("start", "stop", "window"))
+def decode_ahead(
+    decoder: TokenDecoder,
+    params: Params,
+    state: AheadState,
+    rngs: PRNGKeys,
+    scales: Float[Array, " N"],
+    *,
+    start: int,
+    stop: int,
+    window: int,
+) -> tuple[AheadState, Int[Array, "B n"]]:
+    """Draw until the tokens before `stop` are known, of every image, `window` in a call.
+
+    A token is a function of those before it. A call runs the last known one and the guesses behind
+    it, and draws the token after each: the first is right, and so is any other as long as the
+    guesses before it are what is drawn there. Those behind are the next guesses.
+
+    A wrong guess leaves keys and values in slots that nobody attends to before they are written
+    again.
+    """
+    module = decoder.model.bind(params)
+    num_slots = decoder.num_condition + stop + window - 2
+    state = state._replace(caches=grow(state.caches, num_slots))
+    offsets = jnp.arange(window)
+
+    def body(state: AheadState) -> AheadState:
+        first = jnp.minimum(state.known, stop - 1)  # an image that is done draws its last ones anew
+        index = first[:, None] + offsets
+        inputs = jnp.take_along_axis(state.tokens, index - 1, axis=1)
+        position = decoder.num_condition + first - 1
+        # One image needs no scatter into its caches.
+        position = position[0] if len(position) == 1 else decoder.rows(position)
+        x = module.token_embed(decoder.rows(inputs))
+        x, caches = module.extend(x, state.caches, position, state.key_mask)
+        logits = module.head(x)
+        drawn = jax.vmap(decoder.draw, (None, 1, 1, None), 1)(rngs, logits, index, scales)
+        right = jnp.cumprod(inputs[:, 1:] == drawn[:, :-1], axis=1).sum(axis=1, dtype=jnp.int32)
+        drawn = jnp.where(
+            index < state.known[:, None], jnp.take_along_axis(state.tokens, index, axis=1), drawn
+        )
+        tokens = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
+            state.tokens, drawn, first
+        )
+        return AheadState(
+            tokens,
+            jnp.maximum(state.known, first + 1 + right),
+            state.calls + (state.known < stop),
+            caches,
+            state.key_mask,
+        )
+
+    state = jax.lax.while_loop(lambda state: jnp.any(state.known < stop), body, state)
+    return state, state.tokens[:, start:stop]
 
 
 def generate(
@@ -160,6 +258,7 @@ def generate(
     *,
     boundaries: Sequence[int],
     key_mask: Array | None = None,
+    window: int = 0,
 ) -> Iterator[Int[Array, "B n"]]:
     """Yield all tokens so far, the prefix included, whenever a group is complete.
 
@@ -175,26 +274,30 @@ def generate(
             decoded without unconditional rows.
         boundaries: increasing numbers of tokens after which to yield; the last one ends.
         key_mask: see `DecodingState`.
+        window: tokens that a call of look-ahead draws; 0 is none.
     """
     device_scales = jnp.asarray(scales)
     state = prefill(decoder, params, condition, prefix, rngs, device_scales, key_mask)
     tokens = jnp.concatenate([prefix, state.token[:, None]], axis=1)
+    if window:
+        state = start_ahead(state, tokens, len(scales), window)
+    start = tokens.shape[1]
     for stop in boundaries:
-        start = tokens.shape[1]
         if decoder.guided and np.all(scales[start:] == 1):
             decoder, state = without_guidance(decoder, state)
         if stop > start:
-            state, new = decode(decoder, params, state, rngs, device_scales, start=start, stop=stop)
+            step = functools.partial(decode_ahead, window=window) if window else decode
+            state, new = step(decoder, params, state, rngs, device_scales, start=start, stop=stop)
             tokens = jnp.concatenate([tokens, new], axis=1)
+            start = stop
         yield tokens[:, :stop]
 
 
-def without_guidance(
-    decoder: TokenDecoder, state: DecodingState
-) -> tuple[TokenDecoder, DecodingState]:
+def without_guidance(decoder: TokenDecoder, state: State) -> tuple[TokenDecoder, State]:
     """Drop the unconditional rows."""
     caches, key_mask = jax.tree.map(lambda rows: rows[::2], (state.caches, state.key_mask))
-    return dataclasses.replace(decoder, guided=False), DecodingState(state.token, caches, key_mask)
+    state = state._replace(caches=caches, key_mask=key_mask)
+    return dataclasses.replace(decoder, guided=False), state
 
 
 def grow(caches: Any, num_slots: int) -> Any:

@@ -15,7 +15,7 @@ from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import TokenDecoder
-from dar_jax.sampling.logits import SamplingConfig
+from dar_jax.sampling.logits import NO_TOKEN, SamplingConfig
 from tests.golden import models
 
 FOLDERS = ("dar/gpt_tiny", "dar/gpt_gqa_tiny", "dar/gpt_t2i_tiny")
@@ -38,12 +38,14 @@ def conditions(config, batch_size):
     return jax.random.normal(jax.random.key(1), shape), valid
 
 
-def generate(folder, rows, *, scale=1.0, interval=(), **options):
+def generate(folder, rows, *, scale=1.0, interval=(), lookahead=0, **options):
     """Last yield of the prior's decoding for some rows of a batch of 16 conditions."""
     model, params = unstacked(folder)
     condition, valid = conditions(model.config, 16)
     rngs = jax.random.split(jax.random.key(0), 16)
-    sampling = DarSampling(guidance_scale=scale, guidance_interval=interval, temperature=0.9)
+    sampling = DarSampling(
+        guidance_scale=scale, guidance_interval=interval, temperature=0.9, lookahead=lookahead
+    )
     key_mask = None if valid is None else valid[rows]
     return list(
         sampler.generate_indices(
@@ -92,6 +94,48 @@ def test_groups_yield_the_tokens_so_far():
     )
     for tokens, length in zip(groups, (4, 7, 8, 16), strict=True):
         np.testing.assert_array_equal(tokens, whole[:, :length])
+
+
+@pytest.mark.parametrize(
+    ("folder", "num_images", "options"),
+    [
+        ("dar/gpt_tiny", 3, {"lookahead": 5, "scale": 2.0, "boundaries": (4, 7, 8, 16)}),
+        ("dar/gpt_gqa_tiny", 1, {"lookahead": 32, "scale": 2.0}),
+        ("dar/gpt_gqa_tiny", 2, {"lookahead": 2}),
+        ("dar/gpt_t2i_tiny", 3, {"lookahead": 4, "scale": 2.0}),
+        (
+            "dar/gpt_tiny",
+            2,
+            {"lookahead": 4, "scale": 3.0, "interval": (0, 5), "boundaries": (4, 8, 16)},
+        ),
+    ],
+)
+def test_lookahead_draws_the_same_tokens(folder, num_images, options):
+    rows = slice(0, num_images)
+    tokens = generate(folder, rows, **{**options, "lookahead": 0})
+    np.testing.assert_array_equal(generate(folder, rows, **options), tokens)
+    prefix = tokens[:, :PREFIX_LENGTH]
+    np.testing.assert_array_equal(generate(folder, rows, **options, prefix=prefix), tokens)
+
+
+def test_lookahead_ends_where_logits_are_not_finite():
+    model, params = unstacked("dar/gpt_tiny")
+    params = {**params, "output": jax.tree.map(lambda x: x * np.nan, params["output"])}
+    (tokens,) = sampler.generate_indices(
+        model,
+        params,
+        jnp.arange(2),
+        jax.random.split(jax.random.key(0), 2),
+        DarSampling(lookahead=4),
+    )
+    np.testing.assert_array_equal(tokens, NO_TOKEN)
+
+
+@pytest.mark.parametrize(("lookahead", "images", "window"), [(0, 1, 0), (6, 64, 6), (-1, 64, 0)])
+def test_window_is_what_is_asked_for_or_fits_the_batch(lookahead, images, window):
+    sampling = DarSampling(lookahead=lookahead)
+    assert sampling.window(images) == window
+    assert DarSampling(lookahead=-1).window(1) > 1
 
 
 def test_guidance_of_one_equals_no_guidance():

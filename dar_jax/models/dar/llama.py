@@ -8,6 +8,7 @@ is left out.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from dar_jax.nn.layout import keep_batch_split
 from dar_jax.nn.rope import Rope, rope_1d
 from dar_jax.nn.stack import Stack
 
+Position = Int[Array, ""] | Int[Array, " B"] | int
+"""Of a token in the sequence: the same in all rows, or each row's own."""
 INIT = nnx.initializers.normal(0.02)
 
 
@@ -137,19 +140,14 @@ class LlamaBlock(nnx.Module):
         self,
         x: Float[Array, "B N D"],
         cache: KVCache,
-        position: Int[Array, ""] | int,
+        position: Position,
         rope: Rope,
         mask: Bool[Array, "..."],
     ) -> tuple[Float[Array, "B N D"], KVCache]:
         """Run on N new tokens at `position` of a cache of M slots; mask [N, M] or [B, 1, N, M]."""
         h = self.attention_norm(x)
         new = self.attention.keys_values(h, rope)
-        cache = KVCache(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), position, axis=2)
-                for old, rows in zip(cache, new, strict=True)
-            )
-        )
+        cache = jax.tree.map(lambda old, rows: write_slots(old, rows, position), cache, new)
         x = x + self.attention.attend(self.attention.queries(h, rope), cache, mask)
         return x + self.ffn(self.ffn_norm(x)), cache
 
@@ -281,33 +279,50 @@ class Llama(nnx.Module):
         self,
         x: Float[Array, "B N D"],
         caches: tuple[KVCache, ...],
-        position: Int[Array, ""] | int,
+        position: Position,
         key_mask: Bool[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
-        """Run N embedded tokens at `position`; return the last one's logits and the caches.
+    ) -> tuple[Float[Array, "B N D"], tuple[KVCache, ...]]:
+        """Run N embedded tokens at `position`; return what `head` takes, and the caches.
 
         Needs a model with unstacked layers (`Compute(stacked=False)`).
 
         Args:
             x: embedded tokens.
             caches: one per layer, with M slots of which the first `position` are filled.
-            position: of the first new token, counted from the first condition token.
+            position: of the first new token, counted from the first condition token; one for all
+                rows, or one of each.
             key_mask: False for slots that no other token may attend to (padded captions).
         """
         num_new, num_slots = x.shape[1], caches[0].keys.shape[2]
         mask = cache_mask(position, num_new, num_slots, key_mask)
-        rope = Rope(
-            *(jax.lax.dynamic_slice_in_dim(table, position, num_new) for table in self.rope())
-        )
+        rope = self.rope()[positions_of(position, num_new)]
         extended, x = [], x.astype(self.compute.residual_jnp_dtype)
         for block, cache in zip(self.stack.blocks, caches, strict=True):
             x, cache = block.extend(x, cache, position, rope, mask)
             extended.append(cache)
-        return self.head(self.norm(x[:, -1])), tuple(extended)
+        return self.norm(x), tuple(extended)
+
+
+def positions_of(position: Position, num_new: int) -> Int[Array, " N"] | Int[Array, "B N"]:
+    """Return the positions of N new tokens, of which `position` is the first one's."""
+    return jnp.expand_dims(position, -1) + jnp.arange(num_new)
+
+
+def write_slots(
+    cache: Float[Array, "B kv_heads M head_dim"],
+    new: Float[Array, "B kv_heads N head_dim"],
+    position: Position,
+) -> Float[Array, "B kv_heads M head_dim"]:
+    """Write the slots from `position` on."""
+    new = new.astype(cache.dtype)
+    if jnp.ndim(position) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=2)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(write)(cache, new, position)
 
 
 def cache_mask(
-    position: Int[Array, ""] | int,
+    position: Position,
     num_new: int,
     num_slots: int,
     key_mask: Bool[Array, "B S"] | None = None,
@@ -317,9 +332,8 @@ def cache_mask(
     A token always attends to itself, so that padded condition tokens have a softmax too.
     """
     slots = jnp.arange(num_slots)
-    positions = position + jnp.arange(num_new)[:, None]
+    positions = positions_of(position, num_new)[..., None]
     mask = slots <= positions
-    if key_mask is None:
-        return mask
-    mask = (mask & key_mask[:, None, :num_slots]) | (slots == positions)
-    return mask[:, None]
+    if key_mask is not None:
+        mask = (mask & key_mask[:, None, :num_slots]) | (slots == positions)
+    return mask[:, None] if mask.ndim == 3 else mask

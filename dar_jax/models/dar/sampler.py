@@ -214,8 +214,9 @@ def generate_indices(
     )
     if prefix is None:
         prefix = jnp.zeros((len(condition), 0), jnp.int32)
+    window = sampling.window(len(condition))
     if key_mask is not None:
-        key_mask = caption_key_mask(decoder.rows(key_mask), model.config.num_tokens)
+        key_mask = caption_key_mask(decoder.rows(key_mask), model.config.num_tokens + window)
     yield from autoregressive.generate(
         decoder,
         params,
@@ -225,6 +226,7 @@ def generate_indices(
         scales,
         boundaries=boundaries or _ends(model.config.num_tokens, GROUP_SIZE),
         key_mask=key_mask,
+        window=window,
     )
 
 

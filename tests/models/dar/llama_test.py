@@ -76,12 +76,12 @@ def cached_logits(model, params, condition, tokens, key_mask=None):
 
     def body(caches, inputs):
         token, position = inputs
-        logits, caches = prior.extend(prior.token_embed(token[:, None]), caches, position, key_mask)
-        return caches, logits
+        x, caches = prior.extend(prior.token_embed(token[:, None]), caches, position, key_mask)
+        return caches, prior.head(x[:, 0])
 
     positions = jnp.arange(x.shape[1], num_slots)
     _, others = jax.lax.scan(body, caches, (tokens[:, :-1].T, positions))
-    return jnp.concatenate([first[None], others]).transpose(1, 0, 2)
+    return jnp.concatenate([prior.head(first[:, -1])[None], others]).transpose(1, 0, 2)
 
 
 @functools.partial(jax.jit, static_argnames="model")
