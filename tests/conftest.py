@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # no program of an earlier run
+
 import jax
 import pytest
 from jaxtyping import install_import_hook

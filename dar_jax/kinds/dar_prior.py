@@ -1,5 +1,6 @@
 """The Llama prior of D-AR over the tokens of a tokenizer: class labels to images."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -103,7 +104,7 @@ def _decode_program(
     def state_before() -> autoregressive.DecodingState:
         caches = model.bind(model.init(jax.random.key(0))).empty_caches(2 * images)
         caches = autoregressive.grow(caches, config.condition_tokens + start - 1)
-        return autoregressive.DecodingState(jnp.zeros(images, jnp.int32), caches, None)
+        return autoregressive.DecodingState(jnp.zeros((images, stop), jnp.int32), caches, None)
 
     rngs = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     split = over_all_devices(mesh)
@@ -114,5 +115,10 @@ def _decode_program(
         abstract(rngs, split),
         abstract(jax.ShapeDtypeStruct((stop,), jnp.float32), sharding.replicated(mesh)),
     )
-    options = {"start": start, "stop": stop}
-    return Program("decode a group", autoregressive.decode, arguments, options, images)
+    # Only a loop of known length can be counted.
+    decode = jax.jit(
+        inspect.unwrap(autoregressive.decode), static_argnames=("start", "stop", "num_slots")
+    )
+    num_slots = config.condition_tokens + stop - 1
+    options = {"start": start, "stop": stop, "num_slots": num_slots}
+    return Program("decode a group", decode, arguments, options, images)

@@ -1,5 +1,6 @@
 """Decoding with caches in groups: what a sample depends on; what the compiled loop copies."""
 
+import functools
 import math
 import re
 
@@ -171,6 +172,8 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
         rows.append(len(x))
         return extend(self, x, *arguments)
 
+    monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
+    monkeypatch.setattr(autoregressive, "SMALL_SHARE", 0)
     whole = generate("dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=(16,))
     monkeypatch.setattr(Llama, "extend", recording)
     autoregressive.decode.clear_cache()
@@ -182,6 +185,34 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
     np.testing.assert_array_equal(parts, whole)
     unguided = generate("dar/gpt_tiny", slice(0, 3))
     assert np.any(parts != unguided)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
+    slots = []
+    grow = autoregressive.grow
+
+    def recording(caches, num_slots):
+        slots.append(num_slots)
+        return grow(caches, num_slots)
+
+    options = dict(scale=2.0, lookahead=lookahead, boundaries=(4, 8, 16))
+    whole = generate("dar/gpt_tiny", slice(0, 2), **options)
+    beyond = max(lookahead - 1, 0)
+    for share, expected in ((10.0, {16 + beyond}), (0.0, {1, 4 + beyond, 8 + beyond, 16 + beyond})):
+        monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
+        monkeypatch.setattr(autoregressive, "SMALL_SHARE", share)
+        for program in (
+            autoregressive.prefill,
+            autoregressive.decode,
+            autoregressive.decode_ahead,
+        ):
+            program.clear_cache()
+        slots.clear()
+        monkeypatch.setattr(autoregressive, "grow", recording)
+        parts = generate("dar/gpt_tiny", slice(0, 2), **options)
+        np.testing.assert_array_equal(parts, whole)
+        assert set(slots) == expected and len(slots) == (2 if share else 4)
 
 
 def test_grow_pads_the_slots_with_zeros():
@@ -233,8 +264,8 @@ def optimized():
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("num_kv_heads", [None, 2])
-def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
+@pytest.mark.parametrize(("num_kv_heads", "window"), [(None, 0), (2, 0), (2, 4)])
+def test_decoding_copies_no_cache_and_no_weights(num_kv_heads, window):
     config = LlamaConfig(
         num_layers=2,
         num_heads=4,
@@ -252,13 +283,18 @@ def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
     def shapes():
         rngs = jax.random.split(jax.random.key(0), 2)
         caches = autoregressive.grow(model.unstacked().bind(params).empty_caches(4), 32)
-        return autoregressive.DecodingState(jnp.zeros(2, jnp.int32), caches, None), rngs
+        tokens = jnp.zeros((2, config.num_tokens), jnp.int32)
+        return autoregressive.DecodingState(tokens, caches, None), rngs
 
     state, rngs = jax.eval_shape(shapes)
     scales = jax.ShapeDtypeStruct((config.num_tokens,), jnp.float32)
-    lowered = autoregressive.decode.lower(
-        decoder, params, state, rngs, scales, start=32, stop=config.num_tokens
-    )
+    fixed = dict(stop=config.num_tokens, num_slots=config.num_tokens + 4)
+    decode, own = autoregressive.decode, {"start": 32}
+    if window:
+        decode, own = autoregressive.decode_ahead, {"window": window}
+        begin = functools.partial(autoregressive.start_ahead, num_known=32, window=window)
+        state = jax.eval_shape(begin, state)
+    lowered = decode.lower(decoder, params, state, rngs, scales, **fixed, **own)
     matrices = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     cache = state.caches[0].keys.size * 2  # of this group's slots
     assert not new_buffers_in_loops(lowered.compile().as_text(), min(*matrices, cache))
