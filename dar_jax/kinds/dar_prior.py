@@ -17,6 +17,7 @@ from dar_jax.kinds.base import Kind
 from dar_jax.kinds.dar_runs import DarRuns
 from dar_jax.kinds.dar_tokenizer import DarTokenizer, flow_program
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.compute import Compute
@@ -110,7 +111,7 @@ def _decode_program(
     split = over_all_devices(mesh)
     arguments = (
         decoder,
-        sampling_params(model, mesh),
+        sampling_params(model, mesh, decoding_params),
         abstract(jax.eval_shape(state_before), split),
         abstract(rngs, split),
         abstract(jax.ShapeDtypeStruct((stop,), jnp.float32), sharding.replicated(mesh)),

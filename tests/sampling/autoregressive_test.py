@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import TokenDecoder
 from dar_jax.sampling.logits import NO_TOKEN, SamplingConfig
@@ -26,7 +26,7 @@ PREFIX_LENGTH = 5
 
 def unstacked(folder):
     model, params = models.prior(folder)
-    return model.unstacked(), unstack(params)
+    return model.unstacked(), decoding_params(params)
 
 
 def conditions(config, batch_size):
@@ -277,7 +277,7 @@ def test_decoding_copies_no_cache_and_no_weights(num_kv_heads, window):
         num_classes=63,
     )
     model = FunctionalModel(Llama, config)
-    params = jax.eval_shape(lambda: unstack(model.init(jax.random.key(0))))
+    params = jax.eval_shape(lambda: decoding_params(model.init(jax.random.key(0))))
     decoder = TokenDecoder(model.unstacked(), 1, SAMPLING, guided=True)
 
     def shapes():

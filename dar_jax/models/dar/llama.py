@@ -8,13 +8,13 @@ is left out.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
+from dar_jax.models.dar.decoding import DecodingBlock, Position, positions_of
 from dar_jax.nn.attention import Attention, KVCache, causal_mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
@@ -22,8 +22,6 @@ from dar_jax.nn.layout import keep_batch_split
 from dar_jax.nn.rope import Rope, rope_1d
 from dar_jax.nn.stack import Stack
 
-Position = Int[Array, ""] | Int[Array, " B"] | int
-"""Of a token in the sequence: the same in all rows, or each row's own."""
 INIT = nnx.initializers.normal(0.02)
 
 
@@ -136,21 +134,6 @@ class LlamaBlock(nnx.Module):
         x = x + dropout(attended, self.residual_dropout, rng1)
         return x + dropout(self.ffn(self.ffn_norm(x)), self.residual_dropout, rng2)
 
-    def extend(
-        self,
-        x: Float[Array, "B N D"],
-        cache: KVCache,
-        position: Position,
-        rope: Rope,
-        mask: Bool[Array, "..."],
-    ) -> tuple[Float[Array, "B N D"], KVCache]:
-        """Run on N new tokens at `position` of a cache of M slots; mask [N, M] or [B, 1, N, M]."""
-        h = self.attention_norm(x)
-        new = self.attention.keys_values(h, rope)
-        cache = jax.tree.map(lambda old, rows: write_slots(old, rows, position), cache, new)
-        x = x + self.attention.attend(self.attention.queries(h, rope), cache, mask)
-        return x + self.ffn(self.ffn_norm(x)), cache
-
 
 class CaptionProjection(nnx.Module):
     """Caption features to condition tokens; `null_caption` is fixed, not trained."""
@@ -187,8 +170,9 @@ class Llama(nnx.Module):
                 config.caption_dim, config, compute=compute, rngs=rngs
             )
         self.token_embed = nnx.Embed(config.vocab_size, config.dim, **table)
+        block = LlamaBlock if compute.stacked else DecodingBlock
         self.stack = Stack(
-            lambda block_rngs: LlamaBlock(config, compute=compute, rngs=block_rngs),
+            lambda block_rngs: block(config, compute=compute, rngs=block_rngs),
             config.num_layers,
             compute=compute,
             rngs=rngs,
@@ -284,7 +268,8 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B N D"], tuple[KVCache, ...]]:
         """Run N embedded tokens at `position`; return what `head` takes, and the caches.
 
-        Needs a model with unstacked layers (`Compute(stacked=False)`).
+        Needs a model with unstacked layers (`Compute(stacked=False)`), whose parameters are
+        `decoding.decoding_params`.
 
         Args:
             x: embedded tokens.
@@ -301,24 +286,6 @@ class Llama(nnx.Module):
             x, cache = block.extend(x, cache, position, rope, mask)
             extended.append(cache)
         return self.norm(x), tuple(extended)
-
-
-def positions_of(position: Position, num_new: int) -> Int[Array, " N"] | Int[Array, "B N"]:
-    """Return the positions of N new tokens, of which `position` is the first one's."""
-    return jnp.expand_dims(position, -1) + jnp.arange(num_new)
-
-
-def write_slots(
-    cache: Float[Array, "B kv_heads M head_dim"],
-    new: Float[Array, "B kv_heads N head_dim"],
-    position: Position,
-) -> Float[Array, "B kv_heads M head_dim"]:
-    """Write the slots from `position` on."""
-    new = new.astype(cache.dtype)
-    if jnp.ndim(position) == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=2)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    return jax.vmap(write)(cache, new, position)
 
 
 def cache_mask(
