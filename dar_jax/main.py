@@ -40,7 +40,9 @@ SIGTERM saves and stops with --preempted_status (0); so do Ctrl-C (130) and SIGH
 same command goes on. A second Ctrl-C ends at once. A mistake of the user's is one line and
 status 2.
 
-JAX_COMPILATION_CACHE_DIR=DIR in the environment keeps compiled programs from run to run.
+Compiled programs are kept in ~/.cache/dar_jax; --config.compute.cache=DIR, or in the environment
+JAX_COMPILATION_CACHE_DIR=DIR or XDG_CACHE_HOME, moves them, --config.compute.cache=off, or
+JAX_ENABLE_COMPILATION_CACHE=false, keeps none.
 
 Keys that are set most often, as --config.KEY=VALUE; all of a run's are in WORKDIR/config.json:
     train.steps             how long, in all; more of them continue a run that has ended
@@ -129,12 +131,14 @@ def main(argv: list[str]) -> None:
     del argv
     # What is imported here takes seconds, which `--help` and mistakes of typing do without.
     from dar_jax import config as config_lib
+    from dar_jax.common import compiled
     from dar_jax.parallel import distributed
 
     try:
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
         _check_devices()
+        compiled.keep_programs(config.compute.cache)
         mode = pkgutil.resolve_name(f"dar_jax.modes.{MODES[_MODE.value]}")
         mode(config, _WORKDIR.value)
     except distributed.Preempted:

@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # -m gpu wants JAX_PLATFORMS=cuda
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # no program of an earlier run
+
 import jax
 import pytest
 from jaxtyping import install_import_hook

@@ -75,6 +75,19 @@ def test_shipped_digits_are_recognised():
     assert classifier.accuracy(np.asarray(images.to_pixels(out.images)), labels) >= RECOGNISED
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "temperature"), [((1.0, 5.0), 1.0), ((1.0,), 0.5)])
+def test_lookahead_draws_the_same_digits(scale, temperature):
+    dar = from_pretrained(ADDRESS)
+    options = dict(rng=jax.random.key(0), guidance_scale=scale, temperature=temperature)
+    labels = np.arange(100) % 10
+    images, indices = dar.generate(labels, **options)
+    for lookahead in (2, 16):
+        ahead = dar.generate(labels, **options, lookahead=lookahead)
+        np.testing.assert_array_equal(ahead.indices, indices)
+        np.testing.assert_array_equal(ahead.images, images)
+
+
 @pytest.mark.slow  # builds in an environment of its own
 def test_wheel_holds_models_and_configs_which_work_without_a_checkout(tmp_path):
     pack = ["git", "archive", f"--output={tmp_path}/source.zip", "HEAD"]

@@ -1,5 +1,6 @@
 """The Llama prior of D-AR over the tokens of a tokenizer: class labels to images."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from dar_jax.kinds.base import Kind
 from dar_jax.kinds.dar_runs import DarRuns
 from dar_jax.kinds.dar_tokenizer import DarTokenizer, flow_program
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.compute import Compute
@@ -108,16 +110,21 @@ def _decode_program(
     def state_before() -> autoregressive.DecodingState:
         caches = model.bind(model.init(jax.random.key(0))).empty_caches(2 * images)
         caches = autoregressive.grow(caches, config.condition_tokens + start - 1)
-        return autoregressive.DecodingState(jnp.zeros(images, jnp.int32), caches, None)
+        return autoregressive.DecodingState(jnp.zeros((images, stop), jnp.int32), caches, None)
 
     rngs = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     split = over_all_devices(mesh)
     arguments = (
         decoder,
-        sampling_params(model, mesh),
+        sampling_params(model, mesh, decoding_params),
         abstract(jax.eval_shape(state_before), split),
         abstract(rngs, split),
         abstract(jax.ShapeDtypeStruct((stop,), jnp.float32), sharding.replicated(mesh)),
     )
-    options = {"start": start, "stop": stop}
-    return Program("decode a group", autoregressive.decode, arguments, options, images)
+    # Only a loop of known length can be counted.
+    decode = jax.jit(
+        inspect.unwrap(autoregressive.decode), static_argnames=("start", "stop", "num_slots")
+    )
+    num_slots = config.condition_tokens + stop - 1
+    options = {"start": start, "stop": stop, "num_slots": num_slots}
+    return Program("decode a group", decode, arguments, options, images)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +76,7 @@ class DarRuns(Runs):
         """Twice the keys and values, while they grow."""
         model = self.pipeline.prior.model
         num_slots = model.config.condition_tokens + model.config.num_tokens
-        return 2 * self.num_rows(scale) * num_slots * _slot_bytes(model)
+        return 2 * self.num_rows(scale) * num_slots * autoregressive.slot_bytes(model)
 
     def tokens_work(self, scale: float, boundaries: Sequence[int]) -> Work:
         """Work of the first tokens; each reads the weights, and the slots of its group's caches.
@@ -91,7 +90,7 @@ class DarRuns(Runs):
         num_bytes = start = 0
         for stop in boundaries:
             num_slots = prior.config.condition_tokens + stop - 1
-            caches = num_rows * num_slots * _slot_bytes(prior.model)
+            caches = num_rows * num_slots * autoregressive.slot_bytes(prior.model)
             num_bytes += (stop - start) * (weights + caches)
             start = stop
         return Work(num_rows * _tokens_flops(prior.model, boundaries[-1]), num_bytes)
@@ -150,14 +149,3 @@ def _flow_flops(
         num_steps=num_steps,
         stop_step=stop_step,
     )
-
-
-@functools.cache
-def _slot_bytes(model: FunctionalModel[Llama]) -> int:
-    """Bytes of the keys and values of one token of one row."""
-
-    def caches() -> Any:
-        module = model.bind(model.init(jax.random.key(0)))
-        return autoregressive.grow(module.empty_caches(1), 1)
-
-    return tree_bytes(jax.eval_shape(caches))

@@ -28,6 +28,8 @@ class Compute:
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
             they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
         unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
+        cache: directory that keeps compiled programs from run to run; empty takes the user's cache
+            folder, "off" keeps none. See `common.compiled`.
         stacked: hold the repeated blocks as one block with a leading layer axis. Decoding wants
             them apart, see `stack.unstack`.
     """
@@ -38,6 +40,7 @@ class Compute:
     remat: str = "none"
     loss_chunks: int = 1
     unroll: bool = False
+    cache: str = ""
     stacked: bool = True
 
     def __post_init__(self):

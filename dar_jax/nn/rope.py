@@ -16,7 +16,7 @@ from dar_jax.common.typing import Array, Float
 
 
 class Rope(NamedTuple):
-    """Rotation of N positions: `cos` and `sin` are float32 [N, head_dim / 2]."""
+    """Rotation of N positions: `cos` and `sin` are float32 [N, head_dim / 2], or [B, N, ...]."""
 
     cos: Array
     sin: Array
@@ -48,7 +48,7 @@ def append_identity(rope: Rope, num_positions: int) -> Rope:
 
 def apply_rope(x: Float[Array, "B N heads head_dim"], rope: Rope) -> Array:
     """Rotate every head of every token by its position's angles."""
-    cos, sin = rope.cos[:, None, :], rope.sin[:, None, :]  # [N, 1, head_dim / 2]
+    cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # [N, 1, head_dim / 2]
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return einops.rearrange(rotated, "b n h pairs two -> b n h (pairs two)").astype(x.dtype)

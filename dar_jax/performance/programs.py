@@ -68,14 +68,19 @@ def train_program(
     return Program("train step", step, arguments, {}, batch_size, model_flops)
 
 
-def sampling_params(model: FunctionalModel, mesh: Mesh) -> Params:
-    """Abstract parameters in the compute dtype on every device, as sampling holds them."""
+def sampling_params(
+    model: FunctionalModel, mesh: Mesh, take_apart: Callable[[Params], Params] = unstack
+) -> Params:
+    """Abstract parameters in the compute dtype on every device, as sampling holds them.
+
+    `take_apart` makes those of a model that is not stacked.
+    """
     stacked = dataclasses.replace(model, compute=dataclasses.replace(model.compute, stacked=True))
 
     def create() -> Params:
         params = stacked.init(jax.random.key(0))
         params = jax.tree.map(lambda leaf: leaf.astype(model.compute.jnp_dtype), params)
-        return params if model.compute.stacked else unstack(params)
+        return params if model.compute.stacked else take_apart(params)
 
     return abstract(jax.eval_shape(create), sharding.replicated(mesh))
 

@@ -12,7 +12,7 @@ from the work of the parts, whose FLOPs are traced and whose bytes are those of 
     streaming        end to end + what the other previews need beyond it
 
 D-AR:
-    tokens           each token reads weights and caches
+    tokens           each token reads weights and caches; look-ahead may be faster
     flow             FLOPs alone
     first preview    tokens of its groups + flow of its steps
     streaming        nothing beyond end to end: every step has its preview

@@ -12,11 +12,11 @@ from dar_jax.common.image import as_image
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling, FlowSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.stack import unstack
 from dar_jax.pipelines.base import (
     Autoencoder,
     Labels,
@@ -175,7 +175,7 @@ class PriorPipeline(ModelPipeline[Llama]):
     @functools.cached_property
     def sampling_params(self) -> Params:
         """Per-layer parameters, matrices in the compute dtype, made once: what decoding reads."""
-        return unstack(cast_kernels(self.params, self.model.compute.jnp_dtype))
+        return decoding_params(cast_kernels(self.params, self.model.compute.jnp_dtype))
 
     def logits(
         self, labels: Array | np.ndarray, indices: Shaped[Array | np.ndarray, "B n"]

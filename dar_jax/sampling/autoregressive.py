@@ -1,31 +1,43 @@
-"""KV-cached decoding in groups: one compiled program per group, its caches just long enough.
+"""KV-cached decoding in groups.
 
-A cache is any tree of arrays whose axis `SLOT_AXIS` counts the slots. Attending a prefix of static
-length per group instead of one padded cache halves the bytes that decoding reads.
+A cache is any tree of arrays whose axis `SLOT_AXIS` counts the slots. Large caches grow from group
+to group, each a compiled program that attends a prefix of static length: half the bytes that one
+padded cache would have it read. Small ones have all slots from the beginning, and all groups share
+one program.
 
 With guidance every image has two rows, the conditional and the unconditional one, side by side so
 that a batch split over devices keeps them together; both get the same tokens. Image i draws token n
 with `fold_in(rngs[i], n)`: a sample depends on its own key only, not on the batch it is in.
+
+Since what is random about a token is fixed by its image and position, tokens may be guessed: with
+look-ahead a call draws several, of which those with right guesses before them are kept. This is
+Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427) with the noise held fixed. What is drawn is
+the same, but for ties that products of another shape round the other way.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.common.tree import tree_bytes
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.sampling.logits import SamplingConfig, guide, sample_token
 
 SLOT_AXIS = 2
+SMALL_CACHES = 2**25
+"""Bytes of caches that fit beside the compute units, where reading all of them costs little."""
+SMALL_SHARE = 0.1
+"""Likewise, as a share of the weights, which are read with them."""
 
 
 class DecodableModel(Protocol):
-    """Hashable; `bind(params)` gives a module with these methods."""
+    """Hashable; `bind(params)` gives a module with these methods, `init(rng)` its parameters."""
 
     def empty_caches(self, batch_size: int) -> Any:
         """Make caches of no slots for so many rows."""
@@ -35,7 +47,11 @@ class DecodableModel(Protocol):
         ...
 
     def extend(self, x: Array, caches: Any, position: Array, key_mask: Any) -> tuple[Array, Any]:
-        """Run embedded tokens on top of caches; return the last one's logits, and the caches."""
+        """Run embedded tokens on top of caches; return what `head` takes, and the caches."""
+        ...
+
+    def head(self, hidden: Array) -> Array:
+        """Return the logits."""
         ...
 
 
@@ -43,16 +59,35 @@ class DecodingState(NamedTuple):
     """Between two groups.
 
     Attributes:
-        token: the last drawn token, int32 [B].
+        tokens: int32 [B, N], those that are known and then zeros.
         caches: filled so far; 2B rows if guided.
         key_mask: bool [rows, all slots], False for slots that nobody attends to; or None.
     """
 
-    token: Array
+    tokens: Array
     caches: Any
     key_mask: Array | None
 
 
+class AheadState(NamedTuple):
+    """Between two groups, with look-ahead.
+
+    Attributes:
+        tokens: int32 [B, N + window - 1], those that are known and then guesses.
+        known: how many are, int32 [B].
+        calls: how many it has taken, int32 [B].
+        caches: filled so far; 2B rows if guided.
+        key_mask: see `DecodingState`.
+    """
+
+    tokens: Array
+    known: Array
+    calls: Array
+    caches: Any
+    key_mask: Array | None
+
+
+State = TypeVar("State", DecodingState, AheadState)
 STATIC = {"static": True}
 """Marks fields that are no part of the tree."""
 
@@ -75,21 +110,25 @@ class TokenDecoder:
     guided: bool = dataclasses.field(metadata=STATIC)
 
     def draw(
-        self, rngs: PRNGKeys, logits: Float[Array, "R V"], index: Int[Array, ""] | int, scale: Array
+        self,
+        rngs: PRNGKeys,
+        logits: Float[Array, "R V"],
+        index: Int[Array, ""] | Int[Array, " B"] | int,
+        scales: Float[Array, " N"],
     ) -> Int[Array, " B"]:
-        """Draw image token `index` from the rows' logits."""
+        """Draw image token `index`, one for all images or one of each, from the rows' logits."""
+        index = jnp.broadcast_to(index, rngs.shape[:1])
         if self.guided:
             conditional, unconditional = einops.rearrange(logits, "(b two) v -> two b v", two=2)
-            logits = guide(conditional, unconditional, scale)
-        rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, index)
-        return sample_token(rngs, logits, self.sampling)
+            logits = guide(conditional, unconditional, scales[index][:, None])
+        return sample_token(jax.vmap(jax.random.fold_in)(rngs, index), logits, self.sampling)
 
     def rows(self, tokens: Array) -> Array:
         """Repeat what an image has for both of its rows."""
         return jnp.repeat(tokens, 2, axis=0) if self.guided else tokens
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="num_slots")
 def prefill(
     decoder: TokenDecoder,
     params: Params,
@@ -98,6 +137,8 @@ def prefill(
     rngs: PRNGKeys,
     scales: Float[Array, " N"],
     key_mask: Array | None = None,
+    *,
+    num_slots: int,
 ) -> DecodingState:
     """Run the condition and K given tokens, draw token K.
 
@@ -109,18 +150,21 @@ def prefill(
         rngs: one key per image.
         scales: guidance scale of every image token.
         key_mask: see `DecodingState`.
+        num_slots: of the caches, T + K or more.
     """
     module = decoder.model.bind(params)
     x = condition
     if prefix.shape[1]:
         x = jnp.concatenate([x, module.token_embed(decoder.rows(prefix))], axis=1)
-    caches = grow(module.empty_caches(len(x)), x.shape[1])
-    logits, caches = module.extend(x, caches, 0, key_mask)
-    index = prefix.shape[1]
-    return DecodingState(decoder.draw(rngs, logits, index, scales[index]), caches, key_mask)
+    caches = grow(module.empty_caches(len(x)), num_slots)
+    x, caches = module.extend(x, caches, 0, key_mask)
+    token = decoder.draw(rngs, module.head(x[:, -1]), prefix.shape[1], scales)
+    tokens = jnp.concatenate([prefix, token[:, None]], axis=1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, len(scales) - tokens.shape[1])))
+    return DecodingState(tokens, caches, key_mask)
 
 
-@functools.partial(jax.jit, static_argnames=("start", "stop"))
+@functools.partial(jax.jit, static_argnames="num_slots")
 def decode(
     decoder: TokenDecoder,
     params: Params,
@@ -128,26 +172,88 @@ def decode(
     rngs: PRNGKeys,
     scales: Float[Array, " N"],
     *,
-    start: int,
-    stop: int,
-) -> tuple[DecodingState, Int[Array, "B n"]]:
-    """Draw the image tokens start .. stop - 1; `state` holds token start - 1.
+    start: int | Int[Array, ""],
+    stop: int | Int[Array, ""],
+    num_slots: int,
+) -> DecodingState:
+    """Draw the image tokens start .. stop - 1; those before are known.
 
-    `start` and `stop` are static: the caches are grown once to exactly the slots that the last of
-    these tokens attends to.
+    The caches are grown once, to `num_slots`, T + stop - 1 or more.
     """
     module = decoder.model.bind(params)
-    state = state._replace(caches=grow(state.caches, decoder.num_condition + stop - 1))
+    state = state._replace(caches=grow(state.caches, num_slots))
 
-    def body(state: DecodingState, index: Array) -> tuple[DecodingState, Array]:
-        x = module.token_embed(decoder.rows(state.token)[:, None])
+    def body(index: Array, state: DecodingState) -> DecodingState:
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, index - 1, 1, axis=1)
         position = decoder.num_condition + index - 1
-        logits, caches = module.extend(x, state.caches, position, state.key_mask)
-        token = decoder.draw(rngs, logits, index, scales[index])
-        return DecodingState(token, caches, state.key_mask), token
+        x = module.token_embed(decoder.rows(last))
+        x, caches = module.extend(x, state.caches, position, state.key_mask)
+        token = decoder.draw(rngs, module.head(x[:, 0]), index, scales)
+        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], index, axis=1)
+        return state._replace(tokens=tokens, caches=caches)
 
-    state, tokens = jax.lax.scan(body, state, jnp.arange(start, stop))
-    return state, tokens.T
+    return jax.lax.fori_loop(start, stop, body, state)
+
+
+def start_ahead(state: DecodingState, num_known: int, *, window: int) -> AheadState:
+    """Begin look-ahead behind the known tokens; all guesses are token 0."""
+    tokens = jnp.pad(state.tokens, ((0, 0), (0, window - 1)))
+    known = jnp.full(len(tokens), num_known, jnp.int32)
+    return AheadState(tokens, known, jnp.zeros_like(known), state.caches, state.key_mask)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "num_slots"))
+def decode_ahead(
+    decoder: TokenDecoder,
+    params: Params,
+    state: AheadState,
+    rngs: PRNGKeys,
+    scales: Float[Array, " N"],
+    *,
+    stop: int | Int[Array, ""],
+    window: int,
+    num_slots: int,
+) -> AheadState:
+    """Draw until the tokens before `stop` are known, of every image, `window` in a call.
+
+    A token is a function of those before it. A call runs the last known one and the guesses behind
+    it, and draws the token after each: the first is right, and so is any other as long as the
+    guesses before it are what is drawn there. Those behind are the next guesses.
+
+    A wrong guess leaves keys and values in slots that nobody attends to before they are written
+    again. The caches are grown once, to `num_slots`, T + stop + window - 2 or more.
+    """
+    module = decoder.model.bind(params)
+    state = state._replace(caches=grow(state.caches, num_slots))
+    offsets = jnp.arange(window)
+
+    def body(state: AheadState) -> AheadState:
+        first = jnp.minimum(state.known, stop - 1)  # an image that is done draws its last ones anew
+        index = first[:, None] + offsets
+        inputs = jnp.take_along_axis(state.tokens, index - 1, axis=1)
+        position = decoder.num_condition + first - 1
+        # One image needs no scatter into its caches.
+        position = position[0] if len(position) == 1 else decoder.rows(position)
+        x = module.token_embed(decoder.rows(inputs))
+        x, caches = module.extend(x, state.caches, position, state.key_mask)
+        logits = module.head(x)
+        drawn = jax.vmap(decoder.draw, (None, 1, 1, None), 1)(rngs, logits, index, scales)
+        right = jnp.cumprod(inputs[:, 1:] == drawn[:, :-1], axis=1).sum(axis=1, dtype=jnp.int32)
+        drawn = jnp.where(
+            index < state.known[:, None], jnp.take_along_axis(state.tokens, index, axis=1), drawn
+        )
+        tokens = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
+            state.tokens, drawn, first
+        )
+        return AheadState(
+            tokens,
+            jnp.maximum(state.known, first + 1 + right),
+            state.calls + (state.known < stop),
+            caches,
+            state.key_mask,
+        )
+
+    return jax.lax.while_loop(lambda state: jnp.any(state.known < stop), body, state)
 
 
 def generate(
@@ -160,6 +266,7 @@ def generate(
     *,
     boundaries: Sequence[int],
     key_mask: Array | None = None,
+    window: int = 0,
 ) -> Iterator[Int[Array, "B n"]]:
     """Yield all tokens so far, the prefix included, whenever a group is complete.
 
@@ -175,26 +282,52 @@ def generate(
             decoded without unconditional rows.
         boundaries: increasing numbers of tokens after which to yield; the last one ends.
         key_mask: see `DecodingState`.
+        window: tokens that a call of look-ahead draws; 0 is none.
     """
     device_scales = jnp.asarray(scales)
-    state = prefill(decoder, params, condition, prefix, rngs, device_scales, key_mask)
-    tokens = jnp.concatenate([prefix, state.token[:, None]], axis=1)
+    start = prefix.shape[1] + 1
+    beyond = decoder.num_condition - 1 + max(window - 1, 0)
+    least_slots = 0
+    if len(condition) * (beyond + len(scales)) * slot_bytes(decoder.model) <= max(
+        SMALL_CACHES, SMALL_SHARE * tree_bytes(params)
+    ):
+        least_slots = beyond + len(scales)
+    num_slots = max(decoder.num_condition - 1 + start, least_slots)
+    state: Any = prefill(
+        decoder, params, condition, prefix, rngs, device_scales, key_mask, num_slots=num_slots
+    )
+    if window:
+        state = start_ahead(state, start, window=window)
     for stop in boundaries:
-        start = tokens.shape[1]
         if decoder.guided and np.all(scales[start:] == 1):
             decoder, state = without_guidance(decoder, state)
         if stop > start:
-            state, new = decode(decoder, params, state, rngs, device_scales, start=start, stop=stop)
-            tokens = jnp.concatenate([tokens, new], axis=1)
-        yield tokens[:, :stop]
+            fixed = (decoder, params, state, rngs, device_scales)
+            num_slots = max(beyond + stop, least_slots)
+            if window:
+                state = decode_ahead(*fixed, stop=stop, window=window, num_slots=num_slots)
+            else:
+                state = decode(*fixed, start=start, stop=stop, num_slots=num_slots)
+            start = stop
+        yield state.tokens[:, :stop]
 
 
-def without_guidance(
-    decoder: TokenDecoder, state: DecodingState
-) -> tuple[TokenDecoder, DecodingState]:
+def without_guidance(decoder: TokenDecoder, state: State) -> tuple[TokenDecoder, State]:
     """Drop the unconditional rows."""
     caches, key_mask = jax.tree.map(lambda rows: rows[::2], (state.caches, state.key_mask))
-    return dataclasses.replace(decoder, guided=False), DecodingState(state.token, caches, key_mask)
+    state = state._replace(caches=caches, key_mask=key_mask)
+    return dataclasses.replace(decoder, guided=False), state
+
+
+@functools.cache
+def slot_bytes(model: Any) -> int:
+    """Bytes of the keys and values of one token of one row."""
+
+    def caches() -> Any:
+        module = model.bind(model.init(jax.random.key(0)))
+        return grow(module.empty_caches(1), 1)
+
+    return tree_bytes(jax.eval_shape(caches))
 
 
 def grow(caches: Any, num_slots: int) -> Any:

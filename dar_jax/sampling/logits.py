@@ -104,7 +104,9 @@ def _guided(interval: int | Sequence[int], num_tokens: int) -> tuple[int, int]:
 
 
 def guide(
-    conditional: Float[Array, "B V"], unconditional: Float[Array, "B V"], scale: Float[Array, ""]
+    conditional: Float[Array, "B V"],
+    unconditional: Float[Array, "B V"],
+    scale: Float[Array, ""] | Float[Array, "B 1"],
 ) -> Float[Array, "B V"]:
     """Return `unconditional + scale * (conditional - unconditional)` (Ho & Salimans 2022)."""
     return unconditional + scale * (conditional - unconditional)

@@ -17,11 +17,11 @@ from dar_jax.common import image as images
 from dar_jax.common.typing import Array, Int, Params, PRNGKeyArray
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.stack import unstack
 from dar_jax.tasks.base import (
     AbstractBatch,
     FrozenModel,
@@ -112,7 +112,7 @@ class DarPriorTask(ModelTask):
         labels = jnp.arange(NUM_PICTURES) % config.num_classes
         stream = sampler.stream(
             self.model.unstacked(),
-            unstack(params),
+            decoding_params(params),
             self.tokenizer,
             frozen["tokenizer"],
             labels,

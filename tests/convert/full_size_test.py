@@ -88,8 +88,8 @@ def cached_last_logits(model, params, labels, tokens):
 
     def body(caches, inputs):
         token, position = inputs
-        logits, caches = prior.extend(prior.token_embed(token[:, None]), caches, position)
-        return caches, logits
+        x, caches = prior.extend(prior.token_embed(token[:, None]), caches, position)
+        return caches, prior.head(x[:, 0])
 
     positions = 1 + jnp.arange(tokens.shape[1])
     return jax.lax.scan(body, caches, (tokens.T, positions))[1][-1]

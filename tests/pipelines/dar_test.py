@@ -139,6 +139,13 @@ def test_stream_draws_the_tokens_of_generate_indices(prior, previews):
     np.testing.assert_array_equal(previews[-1].indices, indices)
 
 
+def test_lookahead_streams_the_same_images(dar, previews):
+    options = dict(rng=jax.random.key(0), guidance_scale=2.0, lookahead=3)
+    for preview, expected in zip(dar.stream(LABELS, **options), previews, strict=True):
+        np.testing.assert_array_equal(preview.indices, expected.indices)
+        np.testing.assert_array_equal(preview.images, expected.images)
+
+
 def test_later_images_of_a_set_are_those_of_an_earlier_batch(dar, previews):
     options = dict(rng=jax.random.key(0), guidance_scale=2.0)
     images, indices = dar.generate((LABELS[1], 7), first_index=1, **options)
@@ -291,6 +298,9 @@ def test_decode_refuses(tokenizer, indices, options, message):
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"top_k": -1}, "top_k=-1"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
+        ([1], {"lookahead": 1}, "lookahead=1 must be at least 2 .0 is off, -1 chooses"),
+        ([1], {"lookahead": -2}, "lookahead=-2 must be at least 2"),
+        ([1], {"lookahead": 2.5}, "lookahead=2.5 must be an integer"),
         ([1], {"guidance_schedule": "square"}, "guidance_schedule 'square' must be one of"),
         ([1], {"guidance_interval": (3, 16)}, r"guidance_interval=\(3, 16\) must be"),
         ([1], {"solver": "heun"}, "solver 'heun'"),

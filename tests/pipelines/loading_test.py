@@ -96,9 +96,10 @@ def test_mesh_holds_every_parameter_in_parts(workdir):
     np.testing.assert_array_equal(*encoded)
 
 
-def test_eight_devices_draw_the_indices_of_one():
+@pytest.mark.parametrize("lookahead", [0, 4])
+def test_eight_devices_draw_the_indices_of_one(lookahead):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    options = dict(rng=jax.random.key(3), guidance_scale=(1.1, 4.0))
+    options = dict(rng=jax.random.key(3), guidance_scale=(1.1, 4.0), lookahead=lookahead)
     split, whole = (
         PriorPipeline(*models.prior(PRIOR), mesh=devices).generate_indices(
             np.arange(mesh.size), **options

@@ -1,5 +1,6 @@
 """Decoding with caches in groups: what a sample depends on; what the compiled loop copies."""
 
+import functools
 import math
 import re
 
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.stack import unstack
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import TokenDecoder
-from dar_jax.sampling.logits import SamplingConfig
+from dar_jax.sampling.logits import NO_TOKEN, SamplingConfig
 from tests.golden import models
 
 FOLDERS = ("dar/gpt_tiny", "dar/gpt_gqa_tiny", "dar/gpt_t2i_tiny")
@@ -25,7 +26,7 @@ PREFIX_LENGTH = 5
 
 def unstacked(folder):
     model, params = models.prior(folder)
-    return model.unstacked(), unstack(params)
+    return model.unstacked(), decoding_params(params)
 
 
 def conditions(config, batch_size):
@@ -38,12 +39,14 @@ def conditions(config, batch_size):
     return jax.random.normal(jax.random.key(1), shape), valid
 
 
-def generate(folder, rows, *, scale=1.0, interval=(), **options):
+def generate(folder, rows, *, scale=1.0, interval=(), lookahead=0, **options):
     """Last yield of the prior's decoding for some rows of a batch of 16 conditions."""
     model, params = unstacked(folder)
     condition, valid = conditions(model.config, 16)
     rngs = jax.random.split(jax.random.key(0), 16)
-    sampling = DarSampling(guidance_scale=scale, guidance_interval=interval, temperature=0.9)
+    sampling = DarSampling(
+        guidance_scale=scale, guidance_interval=interval, temperature=0.9, lookahead=lookahead
+    )
     key_mask = None if valid is None else valid[rows]
     return list(
         sampler.generate_indices(
@@ -94,6 +97,48 @@ def test_groups_yield_the_tokens_so_far():
         np.testing.assert_array_equal(tokens, whole[:, :length])
 
 
+@pytest.mark.parametrize(
+    ("folder", "num_images", "options"),
+    [
+        ("dar/gpt_tiny", 3, {"lookahead": 5, "scale": 2.0, "boundaries": (4, 7, 8, 16)}),
+        ("dar/gpt_gqa_tiny", 1, {"lookahead": 32, "scale": 2.0}),
+        ("dar/gpt_gqa_tiny", 2, {"lookahead": 2}),
+        ("dar/gpt_t2i_tiny", 3, {"lookahead": 4, "scale": 2.0}),
+        (
+            "dar/gpt_tiny",
+            2,
+            {"lookahead": 4, "scale": 3.0, "interval": (0, 5), "boundaries": (4, 8, 16)},
+        ),
+    ],
+)
+def test_lookahead_draws_the_same_tokens(folder, num_images, options):
+    rows = slice(0, num_images)
+    tokens = generate(folder, rows, **{**options, "lookahead": 0})
+    np.testing.assert_array_equal(generate(folder, rows, **options), tokens)
+    prefix = tokens[:, :PREFIX_LENGTH]
+    np.testing.assert_array_equal(generate(folder, rows, **options, prefix=prefix), tokens)
+
+
+def test_lookahead_ends_where_logits_are_not_finite():
+    model, params = unstacked("dar/gpt_tiny")
+    params = {**params, "output": jax.tree.map(lambda x: x * np.nan, params["output"])}
+    (tokens,) = sampler.generate_indices(
+        model,
+        params,
+        jnp.arange(2),
+        jax.random.split(jax.random.key(0), 2),
+        DarSampling(lookahead=4),
+    )
+    np.testing.assert_array_equal(tokens, NO_TOKEN)
+
+
+@pytest.mark.parametrize(("lookahead", "images", "window"), [(0, 1, 0), (6, 64, 6), (-1, 64, 0)])
+def test_window_is_what_is_asked_for_or_fits_the_batch(lookahead, images, window):
+    sampling = DarSampling(lookahead=lookahead)
+    assert sampling.window(images) == window
+    assert DarSampling(lookahead=-1).window(1) > 1
+
+
 def test_guidance_of_one_equals_no_guidance():
     model, params = unstacked("dar/gpt_tiny")
     config = model.config
@@ -127,6 +172,8 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
         rows.append(len(x))
         return extend(self, x, *arguments)
 
+    monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
+    monkeypatch.setattr(autoregressive, "SMALL_SHARE", 0)
     whole = generate("dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=(16,))
     monkeypatch.setattr(Llama, "extend", recording)
     autoregressive.decode.clear_cache()
@@ -138,6 +185,34 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
     np.testing.assert_array_equal(parts, whole)
     unguided = generate("dar/gpt_tiny", slice(0, 3))
     assert np.any(parts != unguided)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
+    slots = []
+    grow = autoregressive.grow
+
+    def recording(caches, num_slots):
+        slots.append(num_slots)
+        return grow(caches, num_slots)
+
+    options = dict(scale=2.0, lookahead=lookahead, boundaries=(4, 8, 16))
+    whole = generate("dar/gpt_tiny", slice(0, 2), **options)
+    beyond = max(lookahead - 1, 0)
+    for share, expected in ((10.0, {16 + beyond}), (0.0, {1, 4 + beyond, 8 + beyond, 16 + beyond})):
+        monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
+        monkeypatch.setattr(autoregressive, "SMALL_SHARE", share)
+        for program in (
+            autoregressive.prefill,
+            autoregressive.decode,
+            autoregressive.decode_ahead,
+        ):
+            program.clear_cache()
+        slots.clear()
+        monkeypatch.setattr(autoregressive, "grow", recording)
+        parts = generate("dar/gpt_tiny", slice(0, 2), **options)
+        np.testing.assert_array_equal(parts, whole)
+        assert set(slots) == expected and len(slots) == (2 if share else 4)
 
 
 def test_grow_pads_the_slots_with_zeros():
@@ -189,8 +264,8 @@ def optimized():
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("num_kv_heads", [None, 2])
-def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
+@pytest.mark.parametrize(("num_kv_heads", "window"), [(None, 0), (2, 0), (2, 4)])
+def test_decoding_copies_no_cache_and_no_weights(num_kv_heads, window):
     config = LlamaConfig(
         num_layers=2,
         num_heads=4,
@@ -202,19 +277,24 @@ def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
         num_classes=63,
     )
     model = FunctionalModel(Llama, config)
-    params = jax.eval_shape(lambda: unstack(model.init(jax.random.key(0))))
+    params = jax.eval_shape(lambda: decoding_params(model.init(jax.random.key(0))))
     decoder = TokenDecoder(model.unstacked(), 1, SAMPLING, guided=True)
 
     def shapes():
         rngs = jax.random.split(jax.random.key(0), 2)
         caches = autoregressive.grow(model.unstacked().bind(params).empty_caches(4), 32)
-        return autoregressive.DecodingState(jnp.zeros(2, jnp.int32), caches, None), rngs
+        tokens = jnp.zeros((2, config.num_tokens), jnp.int32)
+        return autoregressive.DecodingState(tokens, caches, None), rngs
 
     state, rngs = jax.eval_shape(shapes)
     scales = jax.ShapeDtypeStruct((config.num_tokens,), jnp.float32)
-    lowered = autoregressive.decode.lower(
-        decoder, params, state, rngs, scales, start=32, stop=config.num_tokens
-    )
+    fixed = dict(stop=config.num_tokens, num_slots=config.num_tokens + 4)
+    decode, own = autoregressive.decode, {"start": 32}
+    if window:
+        decode, own = autoregressive.decode_ahead, {"window": window}
+        begin = functools.partial(autoregressive.start_ahead, num_known=32, window=window)
+        state = jax.eval_shape(begin, state)
+    lowered = decode.lower(decoder, params, state, rngs, scales, **fixed, **own)
     matrices = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     cache = state.caches[0].keys.size * 2  # of this group's slots
     assert not new_buffers_in_loops(lowered.compile().as_text(), min(*matrices, cache))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
+from dar_jax.models.dar.decoding import DecodingBlock, Position, positions_of
 from dar_jax.nn.attention import Attention, KVCache, causal_mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
@@ -133,26 +134,6 @@ class LlamaBlock(nnx.Module):
         x = x + dropout(attended, self.residual_dropout, rng1)
         return x + dropout(self.ffn(self.ffn_norm(x)), self.residual_dropout, rng2)
 
-    def extend(
-        self,
-        x: Float[Array, "B N D"],
-        cache: KVCache,
-        position: Int[Array, ""] | int,
-        rope: Rope,
-        mask: Bool[Array, "..."],
-    ) -> tuple[Float[Array, "B N D"], KVCache]:
-        """Run on N new tokens at `position` of a cache of M slots; mask [N, M] or [B, 1, N, M]."""
-        h = self.attention_norm(x)
-        new = self.attention.keys_values(h, rope)
-        cache = KVCache(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), position, axis=2)
-                for old, rows in zip(cache, new, strict=True)
-            )
-        )
-        x = x + self.attention.attend(self.attention.queries(h, rope), cache, mask)
-        return x + self.ffn(self.ffn_norm(x)), cache
-
 
 class CaptionProjection(nnx.Module):
     """Caption features to condition tokens; `null_caption` is fixed, not trained."""
@@ -190,8 +171,9 @@ class Llama(nnx.Module):
                 config.caption_dim, config, compute=compute, rngs=rngs
             )
         self.token_embed = nnx.Embed(config.vocab_size, config.dim, **table)
+        block = LlamaBlock if compute.stacked else DecodingBlock
         self.stack = Stack(
-            lambda block_rngs: LlamaBlock(config, compute=compute, rngs=block_rngs),
+            lambda block_rngs: block(config, compute=compute, rngs=block_rngs),
             config.num_layers,
             compute=compute,
             rngs=rngs,
@@ -282,33 +264,33 @@ class Llama(nnx.Module):
         self,
         x: Float[Array, "B N D"],
         caches: tuple[KVCache, ...],
-        position: Int[Array, ""] | int,
+        position: Position,
         key_mask: Bool[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
-        """Run N embedded tokens at `position`; return the last one's logits and the caches.
+    ) -> tuple[Float[Array, "B N D"], tuple[KVCache, ...]]:
+        """Run N embedded tokens at `position`; return what `head` takes, and the caches.
 
-        Needs a model with unstacked layers (`Compute(stacked=False)`).
+        Needs a model with unstacked layers (`Compute(stacked=False)`), whose parameters are
+        `decoding.decoding_params`.
 
         Args:
             x: embedded tokens.
             caches: one per layer, with M slots of which the first `position` are filled.
-            position: of the first new token, counted from the first condition token.
+            position: of the first new token, counted from the first condition token; one for all
+                rows, or one of each.
             key_mask: False for slots that no other token may attend to (padded captions).
         """
         num_new, num_slots = x.shape[1], caches[0].keys.shape[2]
         mask = cache_mask(position, num_new, num_slots, key_mask)
-        rope = Rope(
-            *(jax.lax.dynamic_slice_in_dim(table, position, num_new) for table in self.rope())
-        )
+        rope = self.rope()[positions_of(position, num_new)]
         extended, x = [], x.astype(self.compute.residual_jnp_dtype)
         for block, cache in zip(self.stack.blocks, caches, strict=True):
             x, cache = block.extend(x, cache, position, rope, mask)
             extended.append(cache)
-        return self.head(self.norm(x[:, -1])), tuple(extended)
+        return self.norm(x), tuple(extended)
 
 
 def cache_mask(
-    position: Int[Array, ""] | int,
+    position: Position,
     num_new: int,
     num_slots: int,
     key_mask: Bool[Array, "B S"] | None = None,
@@ -318,9 +300,8 @@ def cache_mask(
     A token always attends to itself, so that padded condition tokens have a softmax too.
     """
     slots = jnp.arange(num_slots)
-    positions = position + jnp.arange(num_new)[:, None]
+    positions = positions_of(position, num_new)[..., None]
     mask = slots <= positions
-    if key_mask is None:
-        return mask
-    mask = (mask & key_mask[:, None, :num_slots]) | (slots == positions)
-    return mask[:, None]
+    if key_mask is not None:
+        mask = (mask & key_mask[:, None, :num_slots]) | (slots == positions)
+    return mask[:, None] if mask.ndim == 3 else mask

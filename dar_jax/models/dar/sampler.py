@@ -214,8 +214,9 @@ def generate_indices(
     )
     if prefix is None:
         prefix = jnp.zeros((len(condition), 0), jnp.int32)
+    window = sampling.window(len(condition))
     if key_mask is not None:
-        key_mask = caption_key_mask(decoder.rows(key_mask), model.config.num_tokens)
+        key_mask = caption_key_mask(decoder.rows(key_mask), model.config.num_tokens + window)
     yield from autoregressive.generate(
         decoder,
         params,
@@ -225,6 +226,7 @@ def generate_indices(
         scales,
         boundaries=boundaries or _ends(model.config.num_tokens, GROUP_SIZE),
         key_mask=key_mask,
+        window=window,
     )
 
 
@@ -308,11 +310,12 @@ def _previews(
     state, step = solvers.start(noise), 0
     for indices in groups:
         num_tokens = indices.shape[1]
+        # Condition tokens see no later ones, so all steps share one program.
+        tokens = jnp.pad(indices, ((0, 0), (0, config.num_tokens - num_tokens)))
         image = None
         while step < num_steps and starts[step] + config.window <= num_tokens:
-            window = indices[:, : starts[step] + config.window]
             state, image = flow_step(
-                state, window, times[step : step + 2], coefficients.select(step)
+                state, tokens, starts[step], times[step : step + 2], coefficients.select(step)
             )
             step += 1
         if image is not None:
@@ -326,21 +329,23 @@ def _flow_step(
     noise: Float[Array, "B H W 3"],
     known: Known | None,
     state: solvers.SolverState,
-    indices: Int[Array, "B n"],
+    indices: Int[Array, "B N"],
+    start: Int[Array, ""] | int,
     times: Float[Array, "2"] | Float[np.ndarray, "2"],
     coefficients: solvers.Coefficients,
     *,
     microbatch: int | None,
 ) -> tuple[solvers.SolverState, Float[Array, "B height width 3"]]:
-    """Advance one step on the last window of `indices`; return the state and the preview."""
+    """Advance one step on the window from `start` on; return the state and the preview."""
     config, data_std = model.config, model.config.decoder.data_std
     with model.decoding(params) as tokenizer:
+        condition = tokenizer.condition_from_indices(indices)
         state, preview = solvers.step(
             _velocity(tokenizer, microbatch),
             state,
             times[0],
             times[1],
-            tokenizer.condition_from_indices(indices)[:, -config.window :],
+            jax.lax.dynamic_slice_in_dim(condition, start, config.window, axis=1),
             coefficients,
             _constraint(known, noise, data_std),
         )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dar_jax.models.dar import likelihood
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.stack import unstack
 from tests.golden import models
 from tests.models.dar.llama_test import cached_logits
 from tests.random_params import random_params
@@ -50,7 +50,7 @@ def test_probabilities_of_all_codes_sum_to_one():
 
 def test_likelihood_equals_that_of_cached_decoding(prior, rows):
     (model, params), (labels, indices) = prior, rows
-    logits = cached_logits(model.unstacked(), unstack(params), labels, indices)
+    logits = cached_logits(model.unstacked(), decoding_params(params), labels, indices)
     cached = jnp.take_along_axis(jax.nn.log_softmax(logits), indices[..., None], axis=2)
     tokens = likelihood.token_log_likelihood(model, params, labels, indices)
     np.testing.assert_allclose(tokens, cached[..., 0], atol=ROUNDING)

@@ -13,11 +13,11 @@ from dar_jax.common.tree import num_parameters
 from dar_jax.convert import dar as convert
 from dar_jax.convert.rules import to_state_dict
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import SIZES, Llama, LlamaConfig, cache_mask, ffn_hidden_dim
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.stack import unstack
 from dar_jax.sampling.autoregressive import grow
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule, guide, scale_and_filter
 from tests.golden import fixtures, models
@@ -76,12 +76,12 @@ def cached_logits(model, params, condition, tokens, key_mask=None):
 
     def body(caches, inputs):
         token, position = inputs
-        logits, caches = prior.extend(prior.token_embed(token[:, None]), caches, position, key_mask)
-        return caches, logits
+        x, caches = prior.extend(prior.token_embed(token[:, None]), caches, position, key_mask)
+        return caches, prior.head(x[:, 0])
 
     positions = jnp.arange(x.shape[1], num_slots)
     _, others = jax.lax.scan(body, caches, (tokens[:, :-1].T, positions))
-    return jnp.concatenate([first[None], others]).transpose(1, 0, 2)
+    return jnp.concatenate([prior.head(first[:, -1])[None], others]).transpose(1, 0, 2)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -97,7 +97,7 @@ def training_loss(model, params, condition, tokens, mask=None, valid=None):
 
 def unstacked(folder):
     model, params = models.prior(folder)
-    return model.unstacked(), unstack(params)
+    return model.unstacked(), decoding_params(params)
 
 
 def check_training(golden, model, params, condition, tokens, **options):

@@ -1,0 +1,81 @@
+"""Compiled programs that are kept from run to run."""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
+
+OFF = "off"
+FOLDER = "dar_jax/compiled"
+MAX_BYTES = 2**32
+"""Of all programs that are kept; the oldest go first."""
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+CPU_KEYS = ("model name", "flags", "Features", "CPU part")
+
+
+def keep_programs(setting: str) -> None:
+    """Let JAX keep what it compiles, and find what an earlier run has compiled.
+
+    JAX files a program by its code, the versions of JAX and the compiler, its flags and the
+    devices. A program for the CPU consists of this one's instructions, too: each kind of CPU has a
+    folder of its own.
+
+    Args:
+        setting: a directory; "off"; or empty: `dar_jax/compiled` in the user's cache folder
+            (`XDG_CACHE_HOME`, or `~/.cache`), unless JAX's own `JAX_COMPILATION_CACHE_DIR` names
+            another. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off as well.
+
+    Raises:
+        ValueError: the directory that is named cannot be used.
+    """
+    if setting == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    # A run has dozens of programs that take less than JAX's least, one second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.config.jax_compilation_cache_dir and not setting:
+        return
+    try:
+        user = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        directory = pathlib.Path(setting or pathlib.Path(user, FOLDER)).absolute()
+        directory /= cpu_fingerprint()
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = _remove_oldest(directory)
+    except (OSError, RuntimeError) as error:  # the second where there is no home
+        if setting:
+            raise ValueError(
+                f"config.compute.cache={setting!r} cannot be used: {error}; name another "
+                "directory, or off"
+            ) from error
+        logging.warning("Compiled programs are not kept: %s", error)
+        return
+    compilation_cache.set_cache_dir(str(directory))
+    compilation_cache.reset_cache()  # whatever has been compiled before
+    logging.info("Compiled programs are kept in %s, which has %d", directory, kept)
+
+
+def cpu_fingerprint() -> str:
+    """Name this kind of CPU: equal names have equal instructions."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else [platform.processor()]
+    kept = {line for line in lines if not CPU_INFO.exists() or line.startswith(CPU_KEYS)}
+    text = "\n".join([platform.machine(), *sorted(kept)])
+    return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _remove_oldest(directory: pathlib.Path) -> int:
+    """Delete the oldest files beyond `MAX_BYTES`; return the number of those that stay."""
+    files = [(path, path.stat()) for path in directory.iterdir() if path.is_file()]
+    files.sort(key=lambda file: file[1].st_mtime, reverse=True)
+    total = number = 0
+    for path, status in files:
+        total += status.st_size
+        if total > MAX_BYTES:
+            path.unlink(missing_ok=True)
+        else:
+            number += 1
+    return number

@@ -1,0 +1,105 @@
+"""Llama blocks as decoding runs them: unstacked, with fewer and larger matrices.
+
+Queries, keys and values are one product, and so are both halves of SwiGLU: a token reads the same
+weights in four products a layer instead of seven.
+"""
+
+import functools
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params
+from dar_jax.nn.attention import KVCache, dot_product_attention
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.layers import linear, rms_norm, silu
+from dar_jax.nn.rope import Rope, apply_rope
+from dar_jax.nn.stack import unstack
+
+Position = Int[Array, ""] | Int[Array, " B"] | int
+"""Of a token in the sequence: the same in all rows, or each row's own."""
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+class DecodingBlock(nnx.Module):
+    """`llama.LlamaBlock` with fused matrices, on top of a cache.
+
+    Attributes:
+        config: `LlamaConfig`.
+    """
+
+    def __init__(self, config: Any, *, compute: Compute, rngs: nnx.Rngs):
+        norm: dict[str, Any] = dict(epsilon=config.norm_epsilon, rngs=rngs)
+        matrix = functools.partial(linear, use_bias=False, compute=compute, rngs=rngs)
+        dim, ffn_dim = config.dim, config.ffn_dim
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        slots = self.num_heads + 2 * self.num_kv_heads
+        self.attention_norm = rms_norm(dim, **norm)
+        self.attention = nnx.Dict(qkv=matrix(dim, slots * config.head_dim), out=matrix(dim, dim))
+        self.ffn_norm = rms_norm(dim, **norm)
+        self.ffn = nnx.Dict(gate_up=matrix(dim, 2 * ffn_dim), down=matrix(ffn_dim, dim))
+
+    def extend(
+        self,
+        x: Float[Array, "B N D"],
+        cache: KVCache,
+        position: Position,
+        rope: Rope,
+        mask: Bool[Array, "..."],
+    ) -> tuple[Float[Array, "B N D"], KVCache]:
+        """Run on N new tokens at `position` of a cache of M slots; mask [N, M] or [B, 1, N, M]."""
+        qkv = self.attention.qkv(self.attention_norm(x))
+        num_rotated = self.num_heads + self.num_kv_heads
+        heads = einops.rearrange(qkv, "b n (h d) -> b n h d", h=num_rotated + self.num_kv_heads)
+        rotated = apply_rope(heads[:, :, :num_rotated], rope)
+        q, keys, values = (
+            einops.rearrange(part, "b n h d -> b h n d")
+            for part in (
+                rotated[:, :, : self.num_heads],
+                rotated[:, :, self.num_heads :],
+                heads[:, :, num_rotated:],
+            )
+        )
+        new = KVCache(keys, values)
+        cache = jax.tree.map(lambda old, rows: write_slots(old, rows, position), cache, new)
+        attended = dot_product_attention(q, cache.keys, cache.values, mask)
+        x = x + self.attention.out(einops.rearrange(attended, "b h n d -> b n (h d)"))
+        gate, up = jnp.split(self.ffn.gate_up(self.ffn_norm(x)), 2, axis=-1)
+        return x + self.ffn.down(silu(gate) * up), cache
+
+
+def positions_of(position: Position, num_new: int) -> Int[Array, " N"] | Int[Array, "B N"]:
+    """Return the positions of N new tokens, of which `position` is the first one's."""
+    return jnp.expand_dims(position, -1) + jnp.arange(num_new)
+
+
+def write_slots(
+    cache: Float[Array, "B kv_heads M head_dim"],
+    new: Float[Array, "B kv_heads N head_dim"],
+    position: Position,
+) -> Float[Array, "B kv_heads M head_dim"]:
+    """Write the slots from `position` on."""
+    new = new.astype(cache.dtype)
+    if jnp.ndim(position) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=2)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(write)(cache, new, position)
+
+
+def decoding_params(params: Params) -> Params:
+    """Unstack the parameters of a Llama and fuse its matrices, for `Compute(stacked=False)`."""
+
+    def fuse(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: fuse(value) for name, value in tree.items()}
+        for fused, names in FUSED.items():
+            if set(names) <= set(tree):
+                parts = [tree.pop(name)["kernel"] for name in names]
+                tree[fused] = {"kernel": jnp.concatenate(parts, axis=-1)}
+        return tree
+
+    return fuse(unstack(params))
