@@ -10,7 +10,7 @@ with `fold_in(rngs[i], n)`: a sample depends on its own key only, not on the bat
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol
 
 import einops
@@ -160,10 +160,11 @@ def generate(
     *,
     boundaries: Sequence[int],
     key_mask: Array | None = None,
-) -> Iterator[Int[Array, "B n"]]:
+) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
     """Yield all tokens so far, the prefix included, whenever a group is complete.
 
-    Nothing waits for the device: the next group can be dispatched while the last one is used.
+    What is sent back, if anything, says which rows to go on with; see `take`. Nothing waits for the
+    device: the next group can be dispatched while the last one is used.
 
     Args:
         decoder: fixed part of the decoding.
@@ -186,7 +187,9 @@ def generate(
         if stop > start:
             state, new = decode(decoder, params, state, rngs, device_scales, start=start, stop=stop)
             tokens = jnp.concatenate([tokens, new], axis=1)
-        yield tokens[:, :stop]
+        parents = yield tokens[:, :stop]
+        if parents is not None:
+            state, tokens = take((state, tokens), parents)
 
 
 def without_guidance(
@@ -195,6 +198,20 @@ def without_guidance(
     """Drop the unconditional rows."""
     caches, key_mask = jax.tree.map(lambda rows: rows[::2], (state.caches, state.key_mask))
     return dataclasses.replace(decoder, guided=False), DecodingState(state.token, caches, key_mask)
+
+
+@jax.jit
+def take(tree: Any, parents: Int[Array, "B n"]) -> Any:
+    """Gather arrays of n candidates for each of B images: candidate i becomes `parents[:, i]`.
+
+    An array has its candidates' rows side by side: [B * n * rows of a candidate, ...].
+    """
+
+    def gather(rows: Array) -> Array:
+        candidates = rows.reshape(*parents.shape, -1, *rows.shape[1:])
+        return jax.vmap(lambda own, chosen: own[chosen])(candidates, parents).reshape(rows.shape)
+
+    return jax.tree.map(gather, tree)
 
 
 def grow(caches: Any, num_slots: int) -> Any:
