@@ -171,7 +171,15 @@ def _with_options(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name in fields and value is not None
     }
-    return {**own, "options": options}
+    # A block is always there: one that nobody has touched is no option that is set.
+    untouched = [name for name, value in options.items() if value == _default_block(fields[name])]
+    return {**own, "options": {k: v for k, v in options.items() if k not in untouched}}
+
+
+def _default_block(annotation: Any) -> Any:
+    """The block that stands in a config for an option that is a dataclass; None for others."""
+    is_block = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    return annotation() if is_block else None
 
 
 def _names(cls: type) -> list[str]:
@@ -185,7 +193,10 @@ def defaults() -> ConfigDict:
         config[name] = block(cls())
     del config.sample.options
     for name, annotation in sampling_fields().items():
-        config.sample[name] = config_dict.placeholder(_flag_type(annotation))
+        default = _default_block(annotation)
+        config.sample[name] = (
+            config_dict.placeholder(_flag_type(annotation)) if default is None else block(default)
+        )
     return config
 
 

@@ -116,6 +116,8 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
         annotation = type(value)
     annotation = without_none(annotation)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        if isinstance(value, annotation):
+            return value
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a block of keys, got {value!r}")
         return build(annotation, value, where)

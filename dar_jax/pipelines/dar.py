@@ -11,7 +11,7 @@ from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.image import as_image
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
-from dar_jax.models.dar import sampler
+from dar_jax.models.dar import sampler, search
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling, FlowSampling
@@ -208,6 +208,8 @@ class PriorPipeline(ModelPipeline[Llama]):
         No key is needed at temperature 0. `labels` may be captions [B, T, F].
         """
         sampling = dataclasses.replace(sampling, **options)
+        if sampling.search.method:
+            raise ValueError("search needs the groups of a tokenizer: draw with both models")
         # Greedy decoding draws nothing.
         greedy = sampling.temperature == 0 and rng is None
         rng = jax.random.key(0) if greedy else require_rng(rng)
@@ -307,7 +309,10 @@ class DarPipeline(LikelihoodPipeline):
         condition = check_condition(self.class_indices(labels), config)
         batch_size = len(condition)
         put = self.prior.put
-        stream = sampler.stream(
+        if how.search.method and caption_mask is not None:
+            raise ValueError("search takes no caption_mask: its rewards see whole captions")
+        draw = search.stream if how.search.method else sampler.stream
+        stream = draw(
             self.prior.model.unstacked(),
             self.prior.sampling_params,
             self.tokenizer.model,

@@ -17,7 +17,7 @@ the same, but for ties that products of another shape round the other way.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import einops
@@ -267,10 +267,11 @@ def generate(
     boundaries: Sequence[int],
     key_mask: Array | None = None,
     window: int = 0,
-) -> Iterator[Int[Array, "B n"]]:
+) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
     """Yield all tokens so far, the prefix included, whenever a group is complete.
 
-    Nothing waits for the device: the next group can be dispatched while the last one is used.
+    What is sent back, if anything, says which rows to go on with; see `take`. Nothing waits for the
+    device: the next group can be dispatched while the last one is used.
 
     Args:
         decoder: fixed part of the decoding.
@@ -309,7 +310,9 @@ def generate(
             else:
                 state = decode(*fixed, start=start, stop=stop, num_slots=num_slots)
             start = stop
-        yield state.tokens[:, :stop]
+        parents = yield state.tokens[:, :stop]
+        if parents is not None:
+            state = take(state, parents)
 
 
 def without_guidance(decoder: TokenDecoder, state: State) -> tuple[TokenDecoder, State]:
@@ -328,6 +331,20 @@ def slot_bytes(model: Any) -> int:
         return grow(module.empty_caches(1), 1)
 
     return tree_bytes(jax.eval_shape(caches))
+
+
+@jax.jit
+def take(tree: Any, parents: Int[Array, "B n"]) -> Any:
+    """Gather arrays of n candidates for each of B images: candidate i becomes `parents[:, i]`.
+
+    An array has its candidates' rows side by side: [B * n * rows of a candidate, ...].
+    """
+
+    def gather(rows: Array) -> Array:
+        candidates = rows.reshape(*parents.shape, -1, *rows.shape[1:])
+        return jax.vmap(lambda own, chosen: own[chosen])(candidates, parents).reshape(rows.shape)
+
+    return jax.tree.map(gather, tree)
 
 
 def grow(caches: Any, num_slots: int) -> Any:

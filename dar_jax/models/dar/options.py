@@ -16,12 +16,17 @@ from dar_jax.flow import solvers
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
+from dar_jax.sampling.rewards import load_reward
 
 Positions = tuple[int, ...] | Sequence[int] | int | None
 """Likewise; a number k stands for (0, k + 1), as the reference counts."""
 AUTO = -1
 AUTO_WINDOW, AUTO_BATCH_SIZE = 8, 4
 """A batch takes as many calls as its slowest image, and few are left to save beyond."""
+
+SEARCHES = ("groups", "end", "smc")
+TOKEN_REWARDS = ("likelihood", "classifier")
+"""Rewards that look at tokens; any other looks at previews."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,40 @@ class FlowSampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """How candidates of an image are drawn, and one of them kept; see `models.dar.search`.
+
+    Attributes:
+        method: "groups": after every group of tokens the best candidate goes on, `num` times;
+            "end": the best of whole images; "smc": after every group candidates are drawn anew
+            with probabilities that grow with their reward; empty: no search.
+        num: candidates of an image.
+        reward: "classifier": log-posterior of the label by the prior itself, which costs a pass per
+            class; "likelihood": log p(tokens | label) - log p(tokens), two passes; or a Python
+            file with `reward(images, labels) -> [B]` of previews in [-1, 1], which JAX can trace.
+        temperature: of "smc": nats of log-probability that a reward is worth, less when colder.
+    """
+
+    method: str = ""
+    num: int = 1
+    reward: str = "classifier"
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.method not in ("", *SEARCHES):
+            raise ValueError(f"search.method={self.method!r} must be one of {', '.join(SEARCHES)}")
+        check_number("search.num", self.num, numbers.Integral)
+        check_number("search.temperature", self.temperature)
+        if self.num < 1 or (self.num > 1) != bool(self.method):
+            raise ValueError(
+                f"search.method={self.method!r} and search.num={self.num} need each other: a "
+                "method, and 2 candidates or more"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"search.temperature={self.temperature} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class DarSampling(FlowSampling):
     """How tokens are drawn for a class label, and the image from them.
 
@@ -66,6 +105,7 @@ class DarSampling(FlowSampling):
         lookahead: tokens of a call of the prior, of which all but one are guessed ahead: the same
             tokens in fewer calls, but for ties. Pays for few images at a time. 0 is off, -1 chooses
             by the batch size.
+        search: among several candidates.
     """
 
     guidance_scale: Numbers = (1.0,)
@@ -75,6 +115,7 @@ class DarSampling(FlowSampling):
     top_k: int = 0
     top_p: float = 1.0
     lookahead: int = 0
+    search: Search = Search()
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,3 +160,11 @@ class DarSampling(FlowSampling):
     def check(self, config: LlamaConfig) -> None:
         """Raise ValueError unless these options suit a prior of this architecture."""
         self.scales(config.num_tokens)
+        if not self.search.method:
+            return
+        if self.search.reward not in TOKEN_REWARDS:
+            load_reward(self.search.reward)
+        if self.temperature == 0:
+            raise ValueError("temperature=0 draws equal candidates: search needs a higher one")
+        if self.search.reward == "classifier" and config.caption_dim is not None:
+            raise ValueError("search.reward='classifier' needs classes, not captions")

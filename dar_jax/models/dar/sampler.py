@@ -11,7 +11,7 @@ x_t = t * known + (1 - t) * noise, with the noise that the run starts from.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import einops
@@ -194,8 +194,8 @@ def generate_indices(
     prefix: Int[Array, "B K"] | None = None,
     boundaries: tuple[int, ...] | None = None,
     key_mask: Array | None = None,
-) -> Iterator[Int[Array, "B n"]]:
-    """Yield the tokens so far after every group.
+) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
+    """Yield the tokens so far after every group; sends are those of `autoregressive.generate`.
 
     Args:
         model: the prior, unstacked.
@@ -279,11 +279,16 @@ def stream(
         boundaries=group_boundaries(config),
         key_mask=key_mask,
     )
-    noise = initial_noise(rngs, (config.image_size,) * 2)
-    flow_step = functools.partial(
-        _flow_step, tokenizer, tokenizer_params, noise, known, microbatch=microbatch
+    drawn = previews(
+        tokenizer,
+        tokenizer_params,
+        groups,
+        rngs,
+        sampling,
+        known=known,
+        microbatch=microbatch,
     )
-    return one_ahead(_previews(config, groups, noise, sampling, flow_step))
+    return one_ahead(drawn)
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -295,31 +300,55 @@ def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
     yield pending
 
 
-def _previews(
-    config: TokenizerConfig,
-    groups: Iterator[Int[Array, "B n"]],
-    noise: Float[Array, "B H W 3"],
+def previews(
+    tokenizer: FunctionalModel[Tokenizer],
+    tokenizer_params: Params,
+    groups: Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None],
+    rngs: PRNGKeys,
     sampling: DarSampling,
-    flow_step: Callable[..., tuple[solvers.SolverState, Array]],
-) -> Iterator[DarPreview]:
-    """Take the steps whose windows are complete after each group of tokens."""
+    *,
+    known: Known | None = None,
+    microbatch: int | None = None,
+) -> Generator[DarPreview, Int[Array, "B n"] | None, None]:
+    """Take the steps whose windows are complete after each group of tokens; see `stream`.
+
+    What is sent back says which rows to go on with, here and in `groups`.
+    """
+    config = tokenizer.config
+    noise = initial_noise(rngs, (config.image_size,) * 2)
     num_steps = sampling.steps(config)
     coefficients = solvers.coefficients(sampling.solver, num_steps)
     times = shifted_grid(num_steps, config.decoder.time_shift)
     starts = step_starts(config, num_steps)
     state, step = solvers.start(noise), 0
-    for indices in groups:
+    parents = None
+    while True:
+        try:
+            indices = groups.send(parents)
+        except StopIteration:
+            return
         num_tokens = indices.shape[1]
         # Condition tokens see no later ones, so all steps share one program.
         tokens = jnp.pad(indices, ((0, 0), (0, config.num_tokens - num_tokens)))
-        image = None
+        image = parents = None
         while step < num_steps and starts[step] + config.window <= num_tokens:
-            state, image = flow_step(
-                state, tokens, starts[step], times[step : step + 2], coefficients.select(step)
+            state, image = _flow_step(
+                tokenizer,
+                tokenizer_params,
+                noise,
+                known,
+                state,
+                tokens,
+                starts[step],
+                times[step : step + 2],
+                coefficients.select(step),
+                microbatch=microbatch,
             )
             step += 1
         if image is not None:
-            yield DarPreview(step, num_tokens, image, indices)
+            parents = yield DarPreview(step, num_tokens, image, indices)
+            if parents is not None:
+                state = autoregressive.take(state, parents)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))
