@@ -311,7 +311,10 @@ class DarPipeline(LikelihoodPipeline):
         put = self.prior.put
         if how.search.method and caption_mask is not None:
             raise ValueError("search takes no caption_mask: its rewards see whole captions")
-        draw = search.stream if how.search.method else sampler.stream
+        draw = sampler.stream
+        if how.search.method:
+            scorer = self.prior.model, self.prior.params
+            draw = functools.partial(search.stream, scorer=scorer)
         stream = draw(
             self.prior.model.unstacked(),
             self.prior.sampling_params,

@@ -79,6 +79,7 @@ def stream(
     rngs: PRNGKeys,
     sampling: DarSampling,
     *,
+    scorer: tuple[FunctionalModel[Llama], Params],
     prefix: Int[Array, "B K"] | None = None,
     key_mask: None = None,
     known: sampler.Known | None = None,
@@ -86,7 +87,8 @@ def stream(
 ) -> Iterator[sampler.DarPreview]:
     """Return the previews of what is kept, with "end" and "smc" the image only.
 
-    The arguments are those of `sampler.stream`.
+    The arguments are those of `sampler.stream`, and `scorer`: the prior and its parameters as they
+    run on all tokens of an image at once.
     """
     del key_mask  # the pipeline has refused one
     search, boundaries = sampling.search, sampler.group_boundaries(tokenizer.config)
@@ -104,7 +106,7 @@ def stream(
     )
     flow = (tokenizer, tokenizer_params)
     if search.reward in TOKEN_REWARDS:
-        reward = token_reward(search.reward, prior, prior_params, condition)
+        reward = token_reward(search.reward, *scorer, condition)
         kept = survivors(groups, reward, search, rngs, num_groups=len(boundaries))
         drawn = sampler.previews(*flow, kept, rngs, sampling, known=known, microbatch=microbatch)
         return sampler.one_ahead(drawn)
