@@ -34,9 +34,8 @@ COMMANDS = {
     "sample": f"{MNIST}dar --config.sample.num_images=20 --config.sample.batch_size=2",
     "cache": f"{MNIST}tokenizer --config.cache.kind=images --config.cache.pictures_per_shard=512",
     "evaluate": (
-        f"{MNIST}dar --config.evaluate.evaluators=generation --config.evaluate.num_images=20 "
-        "--config.evaluate.num_reference=20 --config.sample.batch_size=4 "
-        "--config.evaluate.features=vgg16 --config.evaluate.classifier=False"
+        f"{MNIST}dar --config.evaluate.evaluators=generation,previews "
+        "--config.evaluate.num_images=20 --config.sample.batch_size=4"
     ),
 }
 QUICK = [("cache", signal.SIGKILL)]

@@ -22,7 +22,7 @@ BOUND = {
     "tokenizer": "one/model",
     "model": {"dim": 8},
     "data": {"batch_size": 4, "flip": True},
-    "optimizer": {"learning_rate": 1e-3, "decay_end": 0, "name": "adamw"},
+    "optimizer": {"learning_rate": 1e-3, "decay_end": 0, "name": "adamw", "ema_decay": 0.9},
     "made_from": MADE,
 }
 
@@ -84,6 +84,7 @@ def test_change_is_refused_unless_it_is_allowed(name, caplog):
         ({**BOUND, "seed": 1}, "seed=0"),
         (changed(classes=["cat"]), "2 classes, where the data have 1"),
         ({**BOUND, "optimizer": {**BOUND["optimizer"], "name": "muon"}}, "optimizer.name="),
+        ({**BOUND, "optimizer": {**BOUND["optimizer"], "ema_decay": 0.0}}, "optimizer.ema_decay="),
     ],
 )
 def test_what_leaves_no_way_to_go_on_cannot_be_allowed(wanted, text):
