@@ -8,6 +8,7 @@ Nothing in a checkpoint depends on the mesh or the number of processes that wrot
 
 import contextlib
 import json
+import os
 import pathlib
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -86,9 +87,11 @@ class Checkpoints:
             allowed: keys of `config`, or of blocks in it, that may have changed.
 
         Raises:
-            ValueError: the latest checkpoint was made with another configuration, or all are
-                damaged. Nothing is written then.
+            ValueError: the latest checkpoint was made with another configuration, all are damaged,
+                or there is no folder. Nothing is written then.
         """
+        if os.path.lexists(directory) and not directory.is_dir():
+            raise ValueError(f"{directory} is no folder for checkpoints; move it away")
         self._directory = directory
         self._config = json.loads(json.dumps(config))
         self._defaults = json.loads(json.dumps(dict(defaults)))
