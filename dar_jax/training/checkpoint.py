@@ -181,7 +181,7 @@ class Checkpoints:
             iterator: a fresh iterator of the same pipeline; changed in place.
 
         Raises:
-            ValueError: the checkpoint does not fit, or cannot be read.
+            ValueError: the checkpoint does not fit, cannot be read, or has another step's name.
         """
         step = self.latest_step
         logging.info("Resuming from step %d of %s", step, self._directory)
@@ -193,7 +193,14 @@ class Checkpoints:
         with self._explained_damage(step):
             restored: Any = self._manager.restore(step, args=args)
             iterator.set_state(restored.data)
-            return restored.state, restored.interval["metrics"]
+            metrics = restored.interval["metrics"]
+        if int(restored.state.step) != step:
+            # Orbax would save no step before the latest, without a word.
+            raise ValueError(
+                f"{self._directory / str(step)} is the checkpoint of step "
+                f"{int(restored.state.step)}: give it that name, or move it away"
+            )
+        return restored.state, metrics
 
     def close(self) -> None:
         """Stop the background threads; a save under way ends first, and its failure is dropped."""

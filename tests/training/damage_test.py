@@ -120,6 +120,13 @@ def test_checkpoints_that_are_no_folder_are_refused_before_anything_is_written(t
         Checkpoints(tmp_path / "checkpoints", CONFIG, keep=3)
 
 
+def test_checkpoint_with_the_name_of_another_step_is_refused(made, tmp_path):
+    copy = pathlib.Path(shutil.copytree(made, tmp_path / "copy"))
+    shutil.copytree(copy / "2", copy / "30")
+    with pytest.raises(ValueError, match=r"30 is the checkpoint of step 2: give it that name, or"):
+        restore(copy)
+
+
 def test_empty_folder_and_file_with_the_name_of_a_step(made, tmp_path):
     copy = pathlib.Path(shutil.copytree(made, tmp_path / "copy"))
     (copy / "9").mkdir()

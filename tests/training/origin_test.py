@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dar_jax.parallel.workdir import exclusive
+from dar_jax.parallel.workdir import exclusive, open_workdir
 from dar_jax.training import origin
 from tests.damage import warnings
 
@@ -140,6 +140,11 @@ file.flush()
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_workdir_that_is_no_utf8_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"workdir '.*x\\udcff' is no UTF-8; choose another"):
+        open_workdir(f"{tmp_path}/x\udcff")
 
 
 def test_second_run_in_a_workdir_is_refused_until_the_first_is_gone(tmp_path):
