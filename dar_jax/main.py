@@ -86,6 +86,8 @@ OUT_OF_MEMORY = {
 """What to try, by mode; others take a smaller batch."""
 DASHES = ("\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")
 """What editors make of two hyphens."""
+QUOTES = "\\'\""
+"""What a KeyError puts around a key."""
 STORAGE_ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -260,6 +262,8 @@ def _explain(error: Exception, path: str) -> str:
         return f"{path} has no function get_config, which returns the configuration"
     if path and lines:
         return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}"
+    if isinstance(error, KeyError):
+        return f"unknown key {text.strip(QUOTES)!r}; {path} has no key like it"
     return text
 
 
