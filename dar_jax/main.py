@@ -101,6 +101,10 @@ OUT_OF_MEMORY = {
     "demo": "a smaller --config.demo.batch_size",
 }
 """What to try, by mode; others take a smaller batch."""
+DASHES = ("\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")
+"""What editors make of two hyphens."""
+QUOTES = "\\'\""
+"""What a KeyError puts around a key."""
 STORAGE_ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -194,6 +198,11 @@ def _join_job(distributed: types.ModuleType) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a mistake in it is one line, whoever finds it."""
     path = ""
+    for word in argv[1:]:
+        if word.startswith(DASHES):
+            _fail(
+                f"{word!r} begins with {word[0]!r}; did you mean --{word.lstrip(''.join(DASHES))}?"
+            )
     try:
         # Where the flags of keys are looked for.
         sys.argv[:] = argv = _config_first(_last_of_each(_with_files(argv)))
@@ -283,6 +292,8 @@ def _explain(error: Exception, path: str) -> str:
         return f"{path} has no function get_config, which returns the configuration"
     if path and lines:
         return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}"
+    if isinstance(error, KeyError):
+        return f"unknown key {text.strip(QUOTES)!r}; {path} has no key like it"
     return text
 
 
@@ -304,8 +315,11 @@ def _set_up_logging() -> None:
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-    is_ours = pathlib.Path(record.pathname).is_relative_to(config_files.PACKAGE)
-    return record.levelno > python_logging.INFO or is_ours
+    """Tell what is logged; what background threads of libraries fail of is raised here as well."""
+    if pathlib.Path(record.pathname).is_relative_to(config_files.PACKAGE):
+        return True
+    record.exc_info = None
+    return record.levelno > python_logging.INFO
 
 
 def run() -> None:

@@ -102,7 +102,9 @@ def test_sample_mode_writes_grid_strip_and_indices(trained):
 
 IN_THE_FLAGS = {
     "unknown key": (["--config.data.batchsize=4"], "batch_size"),
+    "key of another variant": (["--config.vae=a"], "unknown key 'vae'; "),
     "unknown mode": (["--mode=dance"], "dance"),
+    "dash of an editor": (["\N{EN DASH}config.train.steps=3"], "mean --config.train.steps=3?"),
     "stray word": (["sample"], "did you mean --mode=sample?"),
     "unknown variant": (["--config=configs/mnist.py:cifar"], "'cifar'"),
     "label": (

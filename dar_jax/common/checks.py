@@ -17,6 +17,8 @@ Numbers = tuple[float, ...] | Sequence[float | int] | float | int
 
 def check_shape(name: str, array: Any, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless every axis has its size; a letter stands for any size."""
+    if not hasattr(array, "shape"):
+        raise ValueError(f"{name} is no array but of type {type(array).__name__}")
     shape = tuple(array.shape)
     fits = len(shape) == len(expected) and all(
         size == wanted or isinstance(wanted, str)

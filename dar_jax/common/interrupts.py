@@ -7,6 +7,9 @@ holds Python up. Training takes the first one itself, see
 
 A thread that cannot write its file, on a full disk for instance, ends the main thread too, which
 may be waiting for it.
+
+Callbacks of the garbage collector and `__del__` drop what is raised in them: what they drop of this
+is raised again a moment later.
 """
 
 import multiprocessing
@@ -20,6 +23,8 @@ from typing import NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILURE = signal.SIGUSR2
 """What a thread that has failed sends to the main thread."""
+
+RETRY_S = 0.05
 
 _received: list[int] = []
 _failures: list[BaseException] = []
@@ -43,6 +48,7 @@ def install() -> None:
         signal.signal(number, _interrupt)
     signal.signal(FAILURE, _raise_failure)
     threading.excepthook = _thread_failed
+    sys.unraisablehook = _dropped
 
 
 def handled() -> tuple[signal.Signals, ...]:
@@ -99,6 +105,19 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     _failures.append(error)
     if len(_failures) == 1:
         signal.pthread_kill(threading.main_thread().ident or 0, FAILURE)
+
+
+def _dropped(dropped: "sys.UnraisableHookArgs") -> None:
+    error = dropped.exc_value
+    if isinstance(error, Interrupted):
+        _failures.insert(0, error)
+    if error not in _failures:
+        sys.__unraisablehook__(dropped)
+        return
+    main = threading.main_thread().ident or 0
+    timer = threading.Timer(RETRY_S, signal.pthread_kill, (main, FAILURE))
+    timer.daemon = True
+    timer.start()
 
 
 def _raise_failure(number: int, frame: FrameType | None) -> None:

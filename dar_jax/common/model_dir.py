@@ -106,8 +106,10 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
             is downloaded, or `package://NAME[/directory]`, which comes with the package.
 
     Raises:
-        ValueError: the download failed, or the package ships no such model.
+        ValueError: the download failed, the package ships no such model, or the path is none.
     """
+    if not isinstance(path, str | os.PathLike) or str(path) == "" or "\0" in str(path):
+        raise ValueError(f"{path!r} is no path of a model directory; pass WORKDIR/model")
     if str(path).startswith(SHIPPED_SCHEME):
         return _locate_shipped(str(path))
     path = os.path.expanduser(path)

@@ -24,7 +24,7 @@ from dar_jax.data.base import (
 )
 from dar_jax.data.decode import MAX_FILE_BYTES, picture_suffixes
 from dar_jax.data.listing import LeftOut, Listing, Seen, list_files, subfolders
-from dar_jax.data.names import Splits, find_splits, listed, printable, warn_of_order
+from dar_jax.data.names import Splits, find_splits, listed, printable, warn_of_names
 
 Classes = tuple[tuple[str, str], ...]
 """Class folder and name of the class, in the order of the labels."""
@@ -166,7 +166,7 @@ def _all_classes(root: pathlib.Path, suffixes: tuple[str, ...], title: pathlib.P
                 f"further folders: if these are the classes, use --config.data.path={root / name}"
             )
         logging.warning("%s has a single class, %r", root, name)
-    warn_of_order(names)
+    warn_of_names(names)
     return tuple((name, printable(name)) for name in names)
 
 

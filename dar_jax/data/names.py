@@ -16,6 +16,7 @@ Records. In tars with label files the members of a record share their name up to
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("val", "valid", "validation", "test", "testing", "dev", "eval")
 """What data sets call the part that is held out, the first that exists being taken: the `test`
 part of some (ImageNet's) has no labels."""
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 MACOS_FOLDER = "__MACOSX"
 MAX_LISTED = 5
 
@@ -99,11 +101,27 @@ def find_splits(
     return None
 
 
-def warn_of_order(classes: Sequence[str]) -> None:
-    """Warn if the names of classes are numbers whose order as text is not that of the numbers."""
-    if not all(name.isascii() and name.isdecimal() for name in classes):
+def warn_of_names(classes: Sequence[str]) -> None:
+    """Warn of names that may not mean what they seem to, given in the order of the labels.
+
+    Numbers whose order as text is not that of the numbers, and names that differ by case, blanks or
+    the way that their accents are encoded.
+    """
+    first: dict[str, str] = {}
+    for name in classes:
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), name)
+        if other != name:
+            logging.warning(
+                "%a and %a are two classes; if they are one, put their pictures together",
+                other,
+                name,
+            )
+            break
+    if not all(map(NUMBER.fullmatch, classes)):
         return
-    label = next((i for i, name in enumerate(sorted(classes, key=int)) if classes[i] != name), None)
+    label = next(
+        (i for i, name in enumerate(sorted(classes, key=float)) if classes[i] != name), None
+    )
     if label is not None:
         logging.warning(
             "The names of the classes are numbers and are sorted as text, %s: label %d is class "

@@ -8,6 +8,7 @@ ends a run at its start, not when the first pictures are shown. Nothing is decod
 import functools
 import itertools
 import operator
+import pathlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,9 @@ from absl import logging
 
 from dar_jax.data.base import DataConfig, EncodedSource, Source
 from dar_jax.data.decode import PLUGIN_SUFFIXES, UnreadablePictureError, check_header
+from dar_jax.data.folder import find_parts
 from dar_jax.data.listing import LeftOut, Seen
-from dar_jax.data.names import listed
+from dar_jax.data.names import is_hidden, listed
 from dar_jax.data.sources import count_pictures, load_source
 
 MAX_HEADERS = 1_000
@@ -73,6 +75,21 @@ def warn_of_few(count: int) -> None:
             count,
             "s" * (count != 1),
             ", and distances between sets of pictures need two" * (count == 1),
+        )
+
+
+def check_apart(config: DataConfig, workdir: str) -> None:
+    """Raise ValueError if what a run writes would be taken for its data."""
+    if config.source != "folder" or not config.path:
+        return
+    root, own = pathlib.Path(config.path).resolve(), pathlib.Path(workdir).resolve()
+    splits = find_parts(root)
+    parts = [root] if splits is None else [root / name for name in splits[:2] if name]
+    path = next((part for part in parts if own.is_relative_to(part)), None)
+    if path is not None and not any(map(is_hidden, own.relative_to(path).parts)):
+        raise ValueError(
+            f"workdir {workdir} lies in data.path={config.path!r}, so that the pictures of the run "
+            "would be taken for data; choose another"
         )
 
 

@@ -40,7 +40,7 @@ from dar_jax.data.names import (
     is_split,
     listed,
     printable,
-    warn_of_order,
+    warn_of_names,
 )
 from dar_jax.data.tar_index import TAR_SUFFIXES, Member, open_tar
 from dar_jax.data.tar_records import Record, read_records, read_texts
@@ -297,7 +297,7 @@ def _classes(
             )
         return dict(enumerate(names))
     if wanted is None:
-        warn_of_order(texts)
+        warn_of_names(texts)
         return {name: printable(name) for name in texts}
     missing = sorted(set(wanted) - found)
     if missing:

@@ -18,14 +18,13 @@ import functools
 import io
 import pathlib
 import posixpath
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dar_jax.common.files import parse_json
 from dar_jax.common.typing import Any
 from dar_jax.data.listing import Leaving, Seen
-from dar_jax.data.names import printable
+from dar_jax.data.names import NUMBER, printable
 from dar_jax.data.tar_index import LABEL_SUFFIXES, Member, index_tar, open_tar
 
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_name", "category")
@@ -36,7 +35,6 @@ MAX_NAME = 200
 MAX_LABEL = 10**6
 """No data set has more classes; a larger number is not a label."""
 MAX_DIGITS = 20
-NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 class Record(NamedTuple):
@@ -165,10 +163,12 @@ def _json_label(member: Member, tar: io.BufferedIOBase) -> int | str | None:
 
 def _checked(text: str, member: Member) -> int | str:
     if NUMBER.fullmatch(text):
-        if len(text) <= MAX_DIGITS and 0 <= int(text) < MAX_LABEL:
+        if len(text) <= MAX_DIGITS and "." not in text and 0 <= int(text) < MAX_LABEL:
             return int(text)
         shown = text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]} ..."
-        raise ValueError(f"{_where(member)} holds {shown}, no label in 0..{MAX_LABEL - 1}")
+        raise ValueError(
+            f"{_where(member)} holds {shown}, no label in 0..{MAX_LABEL - 1}, a whole number"
+        )
     if not text or len(text) > MAX_NAME or printable(text) != text:
         shown = repr(text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]} ...")
         raise ValueError(f"{_where(member)} holds {shown}, no number and no name of a class")

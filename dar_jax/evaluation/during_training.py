@@ -1,5 +1,6 @@
 """Evaluation of a model that is being trained: `--mode=evaluate` every so many steps."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 
+from dar_jax.common import model_dir
 from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.model_dir import CONFIG_NAME, MAX_CONFIG_BYTES
 from dar_jax.common.typing import Any
@@ -58,16 +60,26 @@ class TrainEvaluation:
             ValueError: see `Evaluation`.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        failed = self._left_over()
         write_model(self._path)
         distributed.wait_for_all("the model to evaluate")
         subject = self._evaluation.load(str(self._path))
+        if failed not in ("", subject.fingerprint):
+            self._evaluation.forget(failed)
         metrics = evaluate_model(self._evaluation, subject)
         distributed.wait_for_all("the end of an evaluation")
-        self._evaluation.forget(subject)
+        self._evaluation.forget(subject.fingerprint)
         if jax.process_index() == 0:
             (self._path / CONFIG_NAME).unlink()
             shutil.rmtree(self._path)
         return {f"eval/{name}": value for name, value in _one_by_one(metrics)}
+
+    def _left_over(self) -> str:
+        """Fingerprint of a model whose evaluation failed or was interrupted, or ""."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(ValueError):
+                return model_dir.fingerprint(self._path)
+        return ""
 
 
 def _one_by_one(metrics: Metrics) -> list[tuple[str, float]]:

@@ -1,15 +1,30 @@
 """Time grids, the resolution-dependent time shift and logit-normal draws (Esser et al. 2024,
 arXiv:2403.03206, sections 5.3.2 and 3.1)."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.common.checks import check_number
 from dar_jax.common.typing import AnyArray, Array, Float
 
 LAST_NOISE = 0.04
 """Distance from the data at which a stochastic run takes its last step (reference: `last_step_size`
 of SiT)."""
+
+
+MAX_STEPS = 10_000
+"""Of a solver; more only exhaust the memory."""
+
+
+def check_num_steps(num_steps: int, least: int = 1) -> None:
+    """Raise ValueError unless a number of steps is in `least` .. `MAX_STEPS`."""
+    check_number("num_steps", num_steps, numbers.Integral)
+    if not least <= num_steps <= MAX_STEPS:
+        own = " (0 is the model's own)" if least == 0 else ""
+        raise ValueError(f"num_steps={num_steps} must be in 1..{MAX_STEPS}{own}")
 
 
 def shift_times(t: AnyArray, shift: float) -> AnyArray:

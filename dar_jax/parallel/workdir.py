@@ -27,7 +27,10 @@ def open_workdir(workdir: str) -> pathlib.Path:
         raise ValueError("workdir is empty; name a directory with --workdir=DIR")
     path = pathlib.Path(workdir).absolute()
     try:
+        str(path).encode()  # the storage of checkpoints takes nothing else
         path.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"workdir {str(path)!a} is no UTF-8; choose another") from error
     except OSError as error:
         raise ValueError(f"cannot use workdir {path}: {error.strerror}; choose another") from error
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):

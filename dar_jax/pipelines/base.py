@@ -321,6 +321,8 @@ def require_rng(rng: PRNGKeyArray | int | None) -> PRNGKeyArray:
     ):
         what = "is missing" if rng is None else f"is no key but {rng!r}"
         raise ValueError(f"rng {what}: pass rng=jax.random.key(seed), or a seed")
+    if rng.shape and rng.dtype != jnp.uint32:
+        raise ValueError(f"rng holds keys of shape {rng.shape}: pass one, jax.random.key(seed)")
     return rng
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from dar_jax.common.checks import check_integers, check_labels, check_range, check_shape
 from dar_jax.common.image import as_image
 from dar_jax.common.typing import Any, Array
+from dar_jax.flow.times import check_num_steps
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
@@ -74,8 +75,7 @@ def check_steps(config: TokenizerConfig, num_steps: int, num_groups: int, start_
     Raises:
         ValueError: no such steps or groups, or none left to take.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    check_num_steps(num_steps)
     stop_step = sampler.steps_of_groups(config, num_steps, num_groups)
     last = num_steps if stop_step == num_steps else stop_step - 1
     if not 0 <= start_step <= last:

@@ -8,6 +8,7 @@ Nothing in a checkpoint depends on the mesh or the number of processes that wrot
 
 import contextlib
 import json
+import os
 import pathlib
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -86,9 +87,11 @@ class Checkpoints:
             allowed: keys of `config`, or of blocks in it, that may have changed.
 
         Raises:
-            ValueError: the latest checkpoint was made with another configuration, or all are
-                damaged. Nothing is written then.
+            ValueError: the latest checkpoint was made with another configuration, all are damaged,
+                or there is no folder. Nothing is written then.
         """
+        if os.path.lexists(directory) and not directory.is_dir():
+            raise ValueError(f"{directory} is no folder for checkpoints; move it away")
         self._directory = directory
         self._config = json.loads(json.dumps(config))
         self._defaults = json.loads(json.dumps(dict(defaults)))
@@ -178,7 +181,7 @@ class Checkpoints:
             iterator: a fresh iterator of the same pipeline; changed in place.
 
         Raises:
-            ValueError: the checkpoint does not fit, or cannot be read.
+            ValueError: the checkpoint does not fit, cannot be read, or has another step's name.
         """
         step = self.latest_step
         logging.info("Resuming from step %d of %s", step, self._directory)
@@ -190,7 +193,14 @@ class Checkpoints:
         with self._explained_damage(step):
             restored: Any = self._manager.restore(step, args=args)
             iterator.set_state(restored.data)
-            return restored.state, restored.interval["metrics"]
+            metrics = restored.interval["metrics"]
+        if int(restored.state.step) != step:
+            # Orbax would save no step before the latest, without a word.
+            raise ValueError(
+                f"{self._directory / str(step)} is the checkpoint of step "
+                f"{int(restored.state.step)}: give it that name, or move it away"
+            )
+        return restored.state, metrics
 
     def close(self) -> None:
         """Stop the background threads; a save under way ends first, and its failure is dropped."""

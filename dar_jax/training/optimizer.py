@@ -4,9 +4,9 @@
     then, if decay_end > 0, to final_learning_rate from decay_start to decay_end, and flat; linear,
     or along half a cosine
 
-`step` is 0-based (the number of completed updates), so with warm-up the first update has rate 0,
-as in the D-AR training scripts. The tokenizer's recipe warms up and stays constant; the prior's
-is constant up to 300k and linear up to 360k.
+`step` is 0-based (the number of completed steps, skipped ones included), so with warm-up the first
+update has rate 0, as in the D-AR training scripts. The tokenizer's recipe warms up and stays
+constant; the prior's is constant up to 300k and linear up to 360k.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Return the function from the number of completed updates to the learning rate."""
+    """Return the function from the number of completed steps to the learning rate."""
     peak = config.learning_rate
     rate = optax.constant_schedule(peak)
     if config.warmup_steps:

@@ -27,6 +27,8 @@ HISTORY_NAME = "history.jsonl"
 ABSENT = "(absent)"
 FIXED = ("task", "seed", "model", "loss", *(f"optimizer.{n}" for n in ("name", "trained")))
 """Keys that may never change: the state would have another form or another meaning."""
+AVERAGE = "optimizer.ema_decay"
+"""Without it, there is no average to go on with."""
 DIGEST_LENGTH = 64
 MAX_SHOWN = 60
 """Characters of a value that are shown."""
@@ -170,7 +172,8 @@ def _is_below(name: str, keys: Collection[str]) -> bool:
 def _is_fixed(name: str, old: Any, new: Any) -> bool:
     """Tell whether a change leaves no way to go on."""
     is_count = name == CLASSES and ABSENT not in (old, new) and len(old) != len(new)
-    return is_count or _is_below(name, FIXED)
+    is_average = name == AVERAGE and not (old and new)
+    return is_count or is_average or _is_below(name, FIXED)
 
 
 def _key_of(name: str) -> str:

@@ -76,7 +76,8 @@ def train_step(
 ) -> tuple[TrainState, clu_metrics.Collection]:
     """Take one step; see `make_train_step`.
 
-    A loss or gradient that is not finite is not applied: nothing changes but the step.
+    A loss or gradient that is not finite is not applied: nothing changes but the step, and with it
+    the learning rate, whose schedule counts steps. Adam's bias correction counts updates.
 
     Args:
         task: what the loss is.
@@ -99,14 +100,19 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(outputs["loss"]).all()
     params, ema_params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
+        lambda new, old: new if _is_schedule(new) else jnp.where(finite, new, old),
         (params, ema_params, opt_state),
         (state.params, state.ema_params, state.opt_state),
+        is_leaf=_is_schedule,
     )
     state = dataclasses.replace(
         state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
     return state, measure(task, outputs, norm)
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 def gradient(

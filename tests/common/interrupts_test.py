@@ -37,6 +37,14 @@ FAIL = """
         threading.Thread(target=write).start()
         time.sleep(60)
 """
+DROP = """
+        class Drops:
+            def __del__(self):
+                time.sleep(60)
+        Drops()
+        time.sleep(60)
+"""
+"""What the signal raises, it raises where nothing can be raised."""
 
 
 def start(folder, action, ignored=None):
@@ -64,6 +72,15 @@ def end(process):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_with_one_line_and_leaves_nothing(tmp_path, number):
     process = start(tmp_path, WAIT)
+    process.send_signal(number)
+    assert end(process) == (128 + number, [f"stopped by {number.name}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_that_a_callback_drops_is_raised_again(tmp_path, number):
+    process = start(tmp_path, DROP)
+    time.sleep(0.5)
     process.send_signal(number)
     assert end(process) == (128 + number, [f"stopped by {number.name}"])
     assert list(tmp_path.iterdir()) == []

@@ -137,6 +137,12 @@ def test_damaged_model_is_one_line_or_a_warning_or_the_same(tmp_path, caplog, na
     np.testing.assert_array_equal(params["scale"], expected[1]["scale"])
 
 
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_path_is_one_line(path):
+    with pytest.raises(ValueError, match=r"is no path of a model directory; pass WORKDIR/model"):
+        model_dir.locate(path)
+
+
 def test_config_that_was_edited_is_read_with_a_warning(tmp_path, caplog):
     _save(tmp_path / "model")
     path = tmp_path / "model" / "config.json"

@@ -113,9 +113,22 @@ def test_numbers_that_sort_as_text_are_warned_of(tmp_path, warnings):
     assert open_split("folder", tmp_path / "a").class_names == ("0", "10", "9")
     assert "label 1 is class '10'" in warnings.text
     warnings.clear()
+    write(tmp_path / "c", *(f"{name}/{i}.png" for name in ("2.0", "10.0") for i in range(2)))
+    open_split("folder", tmp_path / "c")
+    assert "label 0 is class '10.0'" in warnings.text
+    warnings.clear()
     write(tmp_path / "b", *(f"{name}/{i}.png" for name in ("00", "09", "10") for i in range(2)))
     open_split("folder", tmp_path / "b")
     assert "sorted as text" not in warnings.text
+
+
+@pytest.mark.parametrize(
+    "names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("cat", "cat ")], ids=ascii
+)
+def test_classes_that_look_the_same_are_warned_of(tmp_path, warnings, names):
+    write(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))
+    assert set(open_split("folder", tmp_path).class_names) == set(names)
+    assert "are two classes; if they are one" in warnings.text
 
 
 def test_every_suffix_that_can_be_read_is_and_others_are_counted(tmp_path):

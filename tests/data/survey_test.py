@@ -125,3 +125,27 @@ def test_headers_tell_pictures_that_scaling_would_make_enormous(tmp_path):
     write_tar(tmp_path / "train.tar", {f"c/{i}.png": grey(0) for i in range(3)})
     write_tar(tmp_path / "val.tar", {"c/thin.png": thin})
     assert f"{MAX_ASPECT + 1} x 1 pixels, one side more" in refusal(check, "tar", tmp_path)
+
+
+@pytest.mark.parametrize("workdir", ["", "run", "cat", "cat/../new/run"])
+def test_workdir_in_the_data_is_refused(tmp_path, workdir):
+    fill(tmp_path, 2, "cat", "dog")
+    config = DataConfig(source="folder", path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"lies in data.path=.* choose another"):
+        survey.check_apart(config, str(tmp_path / workdir))
+
+
+@pytest.mark.parametrize("workdir", [".runs/a", "../apart", "cat/.run"])
+def test_workdir_where_no_data_are_looked_for_is_not(tmp_path, workdir):
+    fill(tmp_path / "photos", 2, "cat", "dog")
+    config = DataConfig(source="folder", path=str(tmp_path / "photos"))
+    survey.check_apart(config, str(tmp_path / "photos" / workdir))
+
+
+def test_workdir_beside_the_parts_of_the_data_is_not(tmp_path):
+    fill(tmp_path / "train", 2, "cat", "dog")
+    fill(tmp_path / "val", 2, "cat", "dog")
+    config = DataConfig(source="folder", path=str(tmp_path))
+    survey.check_apart(config, str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="lies in"):
+        survey.check_apart(config, str(tmp_path / "val" / "run"))

@@ -196,6 +196,7 @@ def test_captions_are_no_classes(tmp_path):
 BAD_LABELS = {
     "huge": (b"10000000000", "holds 10000000000, no label in 0..999999"),
     "many digits": (b"9" * 6000, "no label in 0..999999"),
+    "fraction": (b"3.0", "holds 3.0, no label in 0..999999, a whole number"),
     "negative": (b"-1", "holds -1, no label"),
     "empty": (b"", "holds '', no number"),
     "caption": (b"word " * 100, "no name of a class"),

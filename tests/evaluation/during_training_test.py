@@ -1,15 +1,21 @@
 """Evaluation while training: the metrics of `--mode=evaluate`, at every interval, kill or not."""
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
 from configs import mnist
+from dar_jax.common import model_dir
 from dar_jax.config import build as read_config
+from dar_jax.evaluation import during_training
 from dar_jax.evaluation.during_training import _one_by_one
+from dar_jax.evaluation.evaluators.base import Evaluation
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME
 from dar_jax.modes import train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,6 +83,34 @@ def test_evaluation_in_training_is_the_mode_and_survives_a_kill(tmp_path):
     assert run(tmp_path / "killed") == 0
     assert curve(tmp_path / "killed") == pytest.approx(whole, rel=EXACT)
     assert (tmp_path / "killed/model").exists()
+
+
+def test_failed_evaluation_leaves_nothing_once_the_next_is_made(tmp_path, monkeypatch):
+    judge = Evaluation.__new__(Evaluation)
+    judge.directory = tmp_path
+    judge.load = lambda path: types.SimpleNamespace(fingerprint=model_dir.fingerprint(path))
+    evaluation = during_training.TrainEvaluation.__new__(during_training.TrainEvaluation)
+    evaluation._evaluation, evaluation._path = judge, tmp_path / "model"
+
+    def evaluate_model(judge, subject):
+        step = int((tmp_path / "model" / model_dir.CONFIG_NAME).read_text())
+        (tmp_path / f"images-{step}").mkdir()
+        (tmp_path / f"images-{step}" / MANIFEST_NAME).write_text(subject.fingerprint)
+        if step == 1:
+            raise RuntimeError
+        return {}
+
+    def write(step, path):
+        path.mkdir(exist_ok=True)
+        (path / model_dir.CONFIG_NAME).write_text(str(step))
+        (path / model_dir.WEIGHTS_NAME).touch()
+
+    monkeypatch.setattr(during_training, "evaluate_model", evaluate_model)
+    with pytest.raises(RuntimeError):
+        evaluation(functools.partial(write, 1))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "images-1"}
+    evaluation(functools.partial(write, 2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists_are_logged_one_by_one():

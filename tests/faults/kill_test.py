@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,9 +34,8 @@ COMMANDS = {
     "sample": f"{MNIST}dar --config.sample.num_images=20 --config.sample.batch_size=2",
     "cache": f"{MNIST}tokenizer --config.cache.kind=images --config.cache.pictures_per_shard=512",
     "evaluate": (
-        f"{MNIST}dar --config.evaluate.evaluators=generation --config.evaluate.num_images=20 "
-        "--config.evaluate.num_reference=20 --config.sample.batch_size=4 "
-        "--config.evaluate.features=vgg16 --config.evaluate.classifier=False"
+        f"{MNIST}dar --config.evaluate.evaluators=generation,previews "
+        "--config.evaluate.num_images=20 --config.sample.batch_size=4"
     ),
 }
 QUICK = [("cache", signal.SIGKILL)]
@@ -105,17 +105,28 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("mode", "number"), DISTURBED)
 def test_disturbed_command_ends_like_an_undisturbed_one(mode, number, folder, tmp_path):
+    """As often as `KILLS` says; where a command ends before it is disturbed, another one begins."""
     expected, seconds = undisturbed(mode, folder / mode)
     when = random.Random(int(number))
-    for _ in range(KILLS):
-        process = start(mode, tmp_path / "disturbed")
-        time.sleep(when.uniform(0.2, 0.9) * seconds)
-        process.send_signal(number)
-        _, error = process.communicate()
-        assert "Traceback" not in error, error
-        assert len(error.splitlines()) <= 1 or number == signal.SIGKILL, error
-    finish(mode, tmp_path / "disturbed")
-    assert content(tmp_path / "disturbed") == expected
+    done = 0
+    while done < KILLS:
+        workdir, ended = tmp_path / f"after_{done}", False
+        while not ended and done < KILLS:
+            process = start(mode, workdir)
+            try:
+                _, error = process.communicate(timeout=when.uniform(0.2, 0.9) * seconds)
+                ended = True
+                assert process.returncode == 0, error
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
+                _, error = process.communicate()
+                done += 1
+            assert "Traceback" not in error, error
+            assert len(error.splitlines()) <= 1 or number == signal.SIGKILL, error
+        if not ended:
+            finish(mode, workdir)
+        assert content(workdir) == expected
+        shutil.rmtree(workdir)
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ MISTAKES = {
     "drift scale": (dict(drift_scale=3.0), "drift_scale=3.0 must be in 0..2"),
     "solver": (dict(solver="heun"), "solver='heun' must be one of euler_maruyama, euler"),
     "scales of no use": (dict(solver="euler", noise_scale=0.9), "takes no drift_scale=1.0"),
-    "steps": (dict(num_steps=0), "num_steps=0 must be at least 1"),
+    "steps": (dict(num_steps=0), "num_steps=0 must be in 1..10000"),
     "times": (dict(guidance_times=(0.8, 0.2)), "guidance_times=(0.8, 0.2) must be"),
     "option of D-AR": (dict(top_k=5), "config.sample.top_k=5 is not an option"),
     "prefix": (dict(prefix_image="test:0"), "need a model of tokens"),

@@ -32,6 +32,7 @@ def _state(mesh, optimizer):
 def test_state_and_iterator_come_back_on_another_mesh(tmp_path, config, num_devices, ema_decay):
     optimizer = OptimizerConfig(ema_decay=ema_decay)
     saved = _state(sharding.make_mesh(MeshConfig(data=1, fsdp=8)), optimizer)
+    saved = saved.replace(step=saved.step + 3)
     iterator = pipeline.train_iterator(DATA, seed=0)
     for _ in range(3):
         next(iterator)

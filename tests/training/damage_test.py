@@ -113,6 +113,20 @@ def test_stray_folders_are_passed_over(made, tmp_path, name):
     assert restore(copy)[0] == 2 and (copy / name).is_dir()
 
 
+@pytest.mark.parametrize("make", [pathlib.Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_checkpoints_that_are_no_folder_are_refused_before_anything_is_written(tmp_path, make):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints is no folder for checkpoints; move it away"):
+        Checkpoints(tmp_path / "checkpoints", CONFIG, keep=3)
+
+
+def test_checkpoint_with_the_name_of_another_step_is_refused(made, tmp_path):
+    copy = pathlib.Path(shutil.copytree(made, tmp_path / "copy"))
+    shutil.copytree(copy / "2", copy / "30")
+    with pytest.raises(ValueError, match=r"30 is the checkpoint of step 2: give it that name, or"):
+        restore(copy)
+
+
 def test_empty_folder_and_file_with_the_name_of_a_step(made, tmp_path):
     copy = pathlib.Path(shutil.copytree(made, tmp_path / "copy"))
     (copy / "9").mkdir()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dar_jax.parallel.workdir import exclusive
+from dar_jax.parallel.workdir import exclusive, open_workdir
 from dar_jax.training import origin
 from tests.damage import warnings
 
@@ -22,7 +22,7 @@ BOUND = {
     "tokenizer": "one/model",
     "model": {"dim": 8},
     "data": {"batch_size": 4, "flip": True},
-    "optimizer": {"learning_rate": 1e-3, "decay_end": 0, "name": "adamw"},
+    "optimizer": {"learning_rate": 1e-3, "decay_end": 0, "name": "adamw", "ema_decay": 0.9},
     "made_from": MADE,
 }
 
@@ -84,6 +84,7 @@ def test_change_is_refused_unless_it_is_allowed(name, caplog):
         ({**BOUND, "seed": 1}, "seed=0"),
         (changed(classes=["cat"]), "2 classes, where the data have 1"),
         ({**BOUND, "optimizer": {**BOUND["optimizer"], "name": "muon"}}, "optimizer.name="),
+        ({**BOUND, "optimizer": {**BOUND["optimizer"], "ema_decay": 0.0}}, "optimizer.ema_decay="),
     ],
 )
 def test_what_leaves_no_way_to_go_on_cannot_be_allowed(wanted, text):
@@ -139,6 +140,11 @@ file.flush()
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_workdir_that_is_no_utf8_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"workdir '.*x\\udcff' is no UTF-8; choose another"):
+        open_workdir(f"{tmp_path}/x\udcff")
 
 
 def test_second_run_in_a_workdir_is_refused_until_the_first_is_gone(tmp_path):

@@ -199,12 +199,12 @@ class Evaluation:
             options = self.sampling.reconstruction(subject.autoencoder.sampling)
         return {**(dataclasses.asdict(options) if options else {}), **settings}
 
-    def forget(self, subject: Subject) -> None:
-        """Delete the images and features of a model; process 0 only."""
+    def forget(self, fingerprint: str) -> None:
+        """Delete the images and features of a model, by its fingerprint; process 0 only."""
         if jax.process_index() != 0:
             return
         for manifest in self.directory.glob(f"*/{MANIFEST_NAME}"):
-            if subject.fingerprint in manifest.read_text():
+            if fingerprint in manifest.read_text():
                 shutil.rmtree(manifest.parent)
 
     def generated(

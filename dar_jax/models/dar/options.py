@@ -13,6 +13,7 @@ import numpy as np
 from dar_jax.common.checks import Numbers, check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
+from dar_jax.flow.times import check_num_steps
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
@@ -43,11 +44,7 @@ class FlowSampling:
 
     def __post_init__(self):
         solvers.coefficients(self.solver, num_steps=1)
-        check_number("num_steps", self.num_steps, numbers.Integral)
-        if self.num_steps < 0:
-            raise ValueError(
-                f"num_steps={self.num_steps} must be at least 1 (0 is the model's own)"
-            )
+        check_num_steps(self.num_steps, least=0)
 
     def steps(self, config: TokenizerConfig) -> int:
         """Number of denoising steps with this tokenizer."""

@@ -4,7 +4,6 @@ The defaults draw as the model was trained to, with no guidance; recipes set wha
 """
 
 import dataclasses
-import numbers
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from dar_jax.common.checks import Numbers, check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
 from dar_jax.flow.guidance import ALWAYS
-from dar_jax.flow.times import shifted_grid, stochastic_grid
+from dar_jax.flow.times import check_num_steps, shifted_grid, stochastic_grid
 from dar_jax.models.transdiff.model import TransDiffConfig
 
 SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
@@ -43,11 +42,9 @@ class TransDiffSampling:
         times = read_numbers("guidance_times", self.guidance_times)
         object.__setattr__(self, "guidance_scale", scales)
         object.__setattr__(self, "guidance_times", times)
-        check_number("num_steps", self.num_steps, numbers.Integral)
+        check_num_steps(self.num_steps)
         for name in ("drift_scale", "noise_scale"):
             check_number(name, getattr(self, name))
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
         if not all(1 <= scale < np.inf for scale in scales):
             raise ValueError(
                 f"guidance_scale={scales} must be at least 1 (1 is no guidance) and finite"
