@@ -78,7 +78,8 @@ def test_every_group_is_the_best_continuation_of_those_before(dar):
     rngs = jax.random.split(jax.random.key(5), len(LABELS))
     prior, params = dar.prior.model.unstacked(), dar.prior.sampling_params
     flow = (dar.tokenizer.model, dar.tokenizer.params)
-    found = list(search.stream(prior, params, *flow, jnp.asarray(LABELS), rngs, options))
+    scorer, labels = (dar.prior.model, dar.prior.params), jnp.asarray(LABELS)
+    found = list(search.stream(prior, params, *flow, labels, rngs, options, scorer=scorer))
     tokens = np.asarray(found[-1].indices)
     assert [preview.num_tokens for preview in found] == list(GROUPS)
     keys = search.candidate_keys(rngs, 2).reshape(-1, 2)
@@ -89,7 +90,7 @@ def test_every_group_is_the_best_continuation_of_those_before(dar):
             draw = functools.partial(sampler.generate_indices, prior, params, jnp.asarray(LABELS))
             groups = draw(keys[:, candidate], options, prefix=prefix, boundaries=(stop,))
             continued.append(next(groups))
-        reward = search.token_reward("likelihood", prior, params, jnp.asarray(LABELS))
+        reward = search.token_reward("likelihood", *scorer, labels)
         best = np.argmax([reward(each) for each in continued], axis=0)
         expected = [continued[chosen][image] for image, chosen in enumerate(best)]
         np.testing.assert_array_equal(tokens[:, :stop], expected)
