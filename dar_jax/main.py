@@ -57,7 +57,7 @@ import sys
 import traceback
 import types
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -114,12 +114,15 @@ def main(argv: list[str]) -> None:
     del argv
     # What is imported here takes seconds, which `--help` and mistakes of typing do without.
     from dar_jax import config as config_lib
+    from dar_jax.nn import fused_attention
     from dar_jax.parallel import distributed
 
     try:
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
-        _check_devices()
+        devices = _find_devices()
+        if _MODE.value != "compile":  # which is told its own
+            fused_attention.check_device(config.compute, devices)
         mode = pkgutil.resolve_name(f"dar_jax.modes.{MODES[_MODE.value]}")
         mode(config, _WORKDIR.value)
     except distributed.Preempted:
@@ -145,12 +148,12 @@ def _status_of_preempted() -> int:
     return interrupts.status_of(number)
 
 
-def _check_devices() -> None:
+def _find_devices() -> Sequence[Any]:
     """Find the devices before any work: what JAX was told to use may not be there."""
     import jax
 
     try:
-        jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the second of a platform without a plugin
         (reason, *_) = str(error).splitlines() or ["there is no such platform"]
         platforms = os.environ.get("JAX_PLATFORMS", "")

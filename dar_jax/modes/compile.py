@@ -32,6 +32,8 @@ from dar_jax.common.flops import traced_flops
 from dar_jax.config import Config
 from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import build_task
+from dar_jax.nn.fused_attention import check_device
+from dar_jax.nn.target import traced_for
 from dar_jax.parallel import sharding
 from dar_jax.parallel.chips import Chip, chip_of
 from dar_jax.parallel.workdir import open_workdir
@@ -75,6 +77,7 @@ def compile_programs(config: Config, workdir: str) -> None:
     """
     settings = config.compile
     devices = find_devices(settings.topology)
+    check_device(config.compute, devices)
     mesh = sharding.make_mesh(config.mesh, devices)
     programs = list(programs_of(config, mesh))
     directory = open_workdir(workdir)
@@ -135,7 +138,8 @@ def find_devices(topology: str) -> Sequence[Any]:
 
 def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
     """Compile one program and return its report, as JSON types."""
-    traced = program.function.trace(*program.arguments, **program.options)
+    with traced_for(devices):
+        traced = program.function.trace(*program.arguments, **program.options)
     executed = traced_flops(traced.jaxpr)
     report = {
         "images": program.images,
