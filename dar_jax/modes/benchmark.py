@@ -22,14 +22,14 @@ from dar_jax.config import Config
 from dar_jax.generation.batches import check
 from dar_jax.kinds import KINDS, find_kind
 from dar_jax.kinds.loading import from_pretrained, random_pipeline
+from dar_jax.parallel.chips import chip_of
 from dar_jax.performance import device_speed
 from dar_jax.performance.config import BenchmarkConfig
-from dar_jax.performance.device_speed import DeviceSpeed
+from dar_jax.performance.device_speed import GIGA, DeviceSpeed, memory_bytes, shortfall
 from dar_jax.performance.rows import Row, table
 from dar_jax.performance.runs import SEED, Runs
 from dar_jax.pipelines.base import Pipeline
 
-GIGA = 1e9
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 SIZES = (
     *("dim", "num_layers", "encoder_depth", "decoder_depth", "latent_size", "num_references"),
@@ -60,6 +60,9 @@ def benchmark(config: Config, workdir: str) -> None:
         logging.info("Measuring the speed of %s in %s", device.device_kind, dtype)
         speeds[dtype] = device_speed.measure(jnp.dtype(dtype))
     speed, decode_speed = speeds[compute.dtype], speeds[compute.decode_dtype]
+    warning = shortfall(speed.bandwidth, chip_of([device]))
+    if warning:
+        logging.warning("%s: %s", device.device_kind, warning)
     context = {
         "device": device.device_kind,
         "platform": device.platform,
@@ -72,6 +75,7 @@ def benchmark(config: Config, workdir: str) -> None:
         **{name: value for name, value in vars(pipeline.prior.config).items() if name in SIZES},
         "repeats": settings.repeats,
         "bandwidth": speed.bandwidth,
+        "bandwidth_warning": warning,
         "product_bandwidth": speed.product_bandwidth,
         "matmul_flops": speed.flops,
         "decode_matmul_flops": decode_speed.flops,
@@ -157,12 +161,6 @@ def check_memory(needed: int) -> None:
     present = memory_bytes()
     if needed > present:
         raise MemoryError(f"caches of {needed / GIGA:.1f} GB, memory of {present / GIGA:.1f} GB")
-
-
-def memory_bytes() -> int:
-    """Memory of the default device; that of the machine where it does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe(context: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ FIELDS = {
     *("phase", "batch_size", "guidance_scale", "seconds", "bound_seconds", "images_per_second"),
     *("bound_images_per_second", "fraction_of_bound", "device", "platform", "cpu_count", "jax"),
     *("dtype", "weights", "repeats", "bandwidth", "product_bandwidth", "matmul_flops", "solver"),
-    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim"),
+    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim", "bandwidth_warning"),
 }
 """Names in every line, whatever is timed."""
 DAR_FIELDS = {
