@@ -21,11 +21,12 @@ Modes:
               config.evaluate.evaluators: reconstruction, generation, previews, guidance (with
               .guidance_scales); or, with config.evaluate.images, of a folder or .npz of images;
               against config.evaluate.reference, an ADM .npz or a split of the data; resumes
-    benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl
+    benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl; with
+              config.benchmark.what=train or data, of train steps or of reading
     cache     a data set in the form that training reads fastest -> WORKDIR
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
-    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16, without
-              the chips ("local": the devices at hand) -> WORKDIR/compile.json
+    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16 or
+              h200:1x8, without the chips ("local": the devices at hand) -> WORKDIR/compile.json
     demo      WORKDIR/model -> a page on which images grow while their tokens are generated, at
               http://127.0.0.1:7860; config.demo.host and .port change that
 

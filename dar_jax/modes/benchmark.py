@@ -1,5 +1,7 @@
 """`--mode=benchmark`: speed of sampling on one device, each figure beside its bound.
 
+Or, by `config.benchmark.what`, of train steps on all devices, or of reading their data.
+
 The bound is what the device could do at best, see `performance.runs`; its memory bandwidth and
 matrix FLOP/s are measured in the same run. Everything is compiled and run once before, and a figure
 is the median of the repeats.
@@ -22,6 +24,7 @@ from dar_jax.config import Config
 from dar_jax.generation.batches import check
 from dar_jax.kinds import KINDS, find_kind
 from dar_jax.kinds.loading import from_pretrained, random_pipeline
+from dar_jax.kinds.train_speed import time_reading, time_training
 from dar_jax.parallel.chips import chip_of
 from dar_jax.performance import device_speed
 from dar_jax.performance.config import BenchmarkConfig
@@ -39,11 +42,17 @@ SIZES = (
 
 
 def benchmark(config: Config, workdir: str) -> None:
-    """Print a table and write `WORKDIR/benchmark.jsonl`, a line per measurement.
+    """Print the figures and write `WORKDIR/benchmark.jsonl`, a line per measurement.
 
     Raises:
         ValueError: the model cannot be read or draws no images, or a block of the config is wrong.
     """
+    run = _benchmark_sampling if config.benchmark.what == "sample" else _benchmark_training
+    run(config, workdir)
+
+
+def _benchmark_sampling(config: Config, workdir: str) -> None:
+    """Time sampling at every batch size, and say what bounds it."""
     settings, compute = config.benchmark, config.compute
     pipeline, weights = load(config)
     sampling = config.sample.sampling(pipeline.sampling)
@@ -89,6 +98,32 @@ def benchmark(config: Config, workdir: str) -> None:
     if not rows:
         raise ValueError(f"config.benchmark.batch_sizes={settings.batch_sizes}: none fits")
     logging.info("Wrote %s\n%s\n%s", path, describe(context), table(rows))
+
+
+def _benchmark_training(config: Config, workdir: str) -> None:
+    """Time what `config.benchmark.what` names; write and log one line."""
+    settings, device = config.benchmark, jax.devices()[0]
+    measure = {"train": time_training, "data": time_reading}[settings.what]
+    figures = measure(config, SEED, settings.repeats)
+    context = {
+        "what": settings.what,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "jax": jax.__version__,
+        "dtype": config.compute.dtype,
+        "batch_size": config.data.batch_size,
+        "repeats": settings.repeats,
+    }
+    path = pathlib.Path(workdir) / "benchmark.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        temporary.write_text(json.dumps({**figures, **context}) + "\n")
+    values = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in {**context, **figures}.items()
+    )
+    logging.info("Wrote %s\n%s", path, ", ".join(values))
 
 
 def load(config: Config) -> tuple[Pipeline, str]:

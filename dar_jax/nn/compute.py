@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 DTYPES = ("float32", "bfloat16")
 RESIDUAL_DTYPES = ("float32", "compute")
-REMAT_POLICIES = ("none", "blocks", "dots")
+REMAT_POLICIES = ("none", "blocks", "dots", "auto")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 
 
@@ -25,7 +25,8 @@ class Compute:
             branch, so that errors of gradients grow with the depth. The stream of D-AR's flow
             decoder has the compute dtype in any case, as in the reference.
         remat: what the backward pass recomputes: `none`, whole `blocks`, or all but `dots`
-            (matrix products are kept, and what the kernels of attention give).
+            (matrix products are kept, and what the kernels of attention give). With `auto`,
+            training compiles its step to find the least recomputation that fits into memory.
         attention: what computes it, see `nn.fused_attention`: `auto` by device, dtype, length and
             mask; `xla` with all weights in memory; `cudnn` or `splash` wherever these kernels can,
             which is never in float32 or where weights are dropped out.

@@ -101,7 +101,7 @@ class Stack(nnx.Module):
 def rematerialised(body: Callable, policy_name: str, *, in_loop: bool = False) -> Callable:
     """Return `body` with its backward pass recomputing what `Compute.remat` names."""
     match policy_name:
-        case "none":
+        case "none" | "auto":  # not decided where nothing is trained
             return body
         case "blocks":
             policy = None
