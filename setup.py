@@ -54,6 +54,13 @@ setuptools.setup(
         "gpu": ["jax[cuda13]"],  # driver 580 or newer
         "gpu12": ["jax[cuda12]"],  # driver 525 or newer
         "tpu": ["jax[tpu]"],
+        "gpu-aot": [  # compiles for GPUs without one; the plugins must be of jax's version
+            "jax-cuda13-pjrt",
+            "jax-cuda13-plugin",
+            "nvidia-cuda-nvcc",
+            "nvidia-cudnn-cu13",
+            "nvidia-nvvm",
+        ],
         "convert": ["torch"],
         "hub": ["huggingface_hub"],
         "images": ["pillow-heif", "pillow-jxl-plugin"],

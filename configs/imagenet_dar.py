@@ -53,7 +53,7 @@ def get_config(name: str = "l") -> ConfigDict:
     config.task = "dar_prior"
     config.tokenizer = "runs/imagenet/tokenizer/model"
     config.model = common.block(LlamaConfig(**common.variant(name, SIZES)))
-    config.compute.update(dtype="bfloat16", remat="blocks")
+    config.compute.update(dtype="bfloat16", remat="auto")
     # Half the traffic, for 4 bytes per parameter and device: 16 GB have no room for larger sizes.
     config.mesh.update(data=-1, fsdp=-1, gather="step" if name in UP_TO_2B else "layer")
     config.data.update(source="tfds:imagenet2012", image_size=256, crop="ten_crop", batch_size=1024)

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
             perceptual_weight=0.5, alignment_weight=0.5, dinov2="runs/imagenet/dinov2"
         )
     )
-    config.compute.update(dtype="bfloat16", remat="blocks")
+    config.compute.update(dtype="bfloat16", remat="auto")
     config.mesh.update(data=-1, fsdp=-1, gather="step")
     config.data.update(
         source="tfds:imagenet2012", image_size=256, crop="random", flip=True, batch_size=1024

@@ -25,11 +25,12 @@ Modes:
               config.evaluate.evaluators: reconstruction, generation, previews, guidance (with
               .guidance_scales); or, with config.evaluate.images, of a folder or .npz of images;
               against config.evaluate.reference, an ADM .npz or a split of the data; resumes
-    benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl
+    benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl; with
+              config.benchmark.what=train or data, of train steps or of reading
     cache     a data set in the form that training reads fastest -> WORKDIR
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
-    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16, without
-              the chips ("local": the devices at hand) -> WORKDIR/compile.json
+    compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16 or
+              h200:1x8, without the chips ("local": the devices at hand) -> WORKDIR/compile.json
     demo      WORKDIR/model -> a page on which images grow while their tokens are generated, at
               http://127.0.0.1:7860; config.demo.host and .port change that
 
@@ -73,7 +74,7 @@ import sys
 import traceback
 import types
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -136,12 +137,15 @@ def main(argv: list[str]) -> None:
     # What is imported here takes seconds, which `--help` and mistakes of typing do without.
     from dar_jax import config as config_lib
     from dar_jax.common import compiled
+    from dar_jax.nn import fused_attention
     from dar_jax.parallel import distributed
 
     try:
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
-        _check_devices()
+        devices = _find_devices()
+        if _MODE.value != "compile":  # which is told its own
+            fused_attention.check_device(config.compute, devices)
         compiled.keep_programs(config.compute.cache)
         mode = pkgutil.resolve_name(f"dar_jax.modes.{MODES[_MODE.value]}")
         mode(config, _WORKDIR.value)
@@ -168,12 +172,12 @@ def _status_of_preempted() -> int:
     return interrupts.status_of(number)
 
 
-def _check_devices() -> None:
+def _find_devices() -> Sequence[Any]:
     """Find the devices before any work: what JAX was told to use may not be there."""
     import jax
 
     try:
-        jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the second of a platform without a plugin
         (reason, *_) = str(error).splitlines() or ["there is no such platform"]
         platforms = os.environ.get("JAX_PLATFORMS", "")

@@ -3,7 +3,7 @@
 Matrix products and convolutions are counted, at 2 FLOPs a multiply-add, and nothing else: norms,
 activations, softmax and lookups are below 1 % in the models here. A loop counts its body as often
 as it runs (a while loop, whose trips are unknown, once), a conditional its most expensive branch.
-Masks are not seen: causal attention counts all pairs of positions.
+Masks are not seen: causal attention counts all pairs of positions, whatever kernel computes it.
 
 Training is counted on the forward pass. There each product c = a b is one; the backward pass has
 one more for each operand whose gradient is wanted, because the parameters reach it:
@@ -112,6 +112,12 @@ def _count_equation(eqn: JaxprEqn, reached: list[bool]) -> Counted:
             counted = [_count(branch, reached[1:]) for branch in inner]
             costs, outputs = zip(*counted, strict=True)
             return max(costs), [any(flags) for flags in zip(*outputs, strict=True)]
+        case "pallas_call":  # its body runs at every point of the grid
+            body, touched = eqn.params["jaxpr"], any(reached)
+            cost, _ = _count(body, [touched] * len(body.invars))
+            return math.prod(eqn.params["grid_mapping"].grid) * cost, [touched] * len(eqn.outvars)
+        case name if name.startswith("dot_product_attention_"):
+            return _cudnn_attention_flops(eqn, reached), [any(reached)] * len(eqn.outvars)
         case name if name in ZERO_GRADIENT:
             return 0.0, [False] * len(eqn.outvars)
     if len(inner) == 1 and len(inner[0].invars) == len(reached):
@@ -151,6 +157,15 @@ def _count_loop(body: Jaxpr, reached: list[bool], carries: slice) -> Counted:
 def _aval(atom: Any) -> Any:
     """Shape and dtype of a value; JAX declares a base class that has none."""
     return atom.aval
+
+
+def _cudnn_attention_flops(eqn: JaxprEqn, reached: Sequence[bool]) -> float:
+    """FLOPs of cuDNN's attention over queries and keys [B, length, heads, head_dim]."""
+    q, k = (_aval(var).shape for var in eqn.invars[:2])
+    product = 2.0 * math.prod(q) * k[1]
+    if "_bwd" in eqn.primitive.name:
+        return 5 * product  # the weights again, and the gradients of four operands
+    return product * (2 + 4 * any(reached))
 
 
 def _product_flops(eqn: JaxprEqn) -> float:

@@ -32,6 +32,8 @@ from dar_jax.data.sources import count_pictures, load_source
 from dar_jax.data.transforms import CROPS, center_crop, mirror, random_shift
 
 PREFETCHED_BATCHES = 2
+FEW_CORES = 4
+"""On which threads read faster than processes."""
 FLIP_PROBABILITY = 0.5
 
 
@@ -145,25 +147,44 @@ class TrainIterator(grain.DatasetIterator):
         self._next = examples.first_batch
         self._batches = None
         self._waited = 0.0
-        self._waited_since = self._next
+        self._waited_since, self._since = self._next, time.monotonic()
 
     @property
     def source(self) -> Source:
         return self._examples.source
 
-    def take_wait(self) -> float:
-        """Return the mean time that a batch was waited for since the last call, in seconds."""
-        seconds = self._waited / max(1, self._next - self._waited_since)
-        self._waited, self._waited_since = 0.0, self._next
-        return seconds
+    def take_wait(self) -> tuple[float, float]:
+        """Return how long a batch was waited for since the last call.
+
+        The mean in seconds, and the share of all time; nothing of the first batch, for which
+        reading begins.
+        """
+        now, count = time.monotonic(), self._next - self._waited_since
+        mean, share = self._waited / max(1, count), self._waited / max(1e-9, now - self._since)
+        self._waited, self._waited_since, self._since = 0.0, self._next, now
+        return mean, share
+
+    def advice(self, cores: int) -> str:
+        """Say which key makes reading faster on so many cores."""
+        config = self._examples.config
+        workers = cores // 2
+        if config.num_workers < workers and cores > FEW_CORES:
+            return f"raise config.data.num_workers={config.num_workers}, e.g. to {workers}"
+        if config.num_threads < cores:
+            return f"raise config.data.num_threads={config.num_threads} to {cores}"
+        return "all cores read; --mode=cache writes the form that is read fastest"
 
     def __next__(self) -> dict[str, np.ndarray]:
         start = time.monotonic()
+        begins = self._batches is None
         if self._batches is None:
             self._batches = self._open()
         batch = next(self._batches)
         self._next += 1
-        self._waited += time.monotonic() - start
+        if begins:
+            self._waited_since, self._since = self._next, time.monotonic()
+        else:
+            self._waited += time.monotonic() - start
         return batch
 
     def suspects(self, batch: int) -> list[str]:

@@ -19,6 +19,7 @@ from dar_jax.kinds import find_kind
 from dar_jax.kinds.base import Kind
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.nn.fused_attention import check_device
 from dar_jax.parallel.sharding import fsdp_sharding
 from dar_jax.pipelines.base import Autoencoder, Pipeline
 from dar_jax.tasks.base import FrozenModel, Task
@@ -107,10 +108,13 @@ def from_pretrained(
         mesh: spread parameters and batches over these devices; each one reads its own part only.
 
     Raises:
-        ValueError: no such directory, an unknown kind, or weights that do not fit the config.
+        ValueError: no such directory, an unknown kind, weights that do not fit the config, or an
+            attention that the devices do not have.
     """
     directory, kind, architecture, class_names, sampling = open_model(path)
-    model = FunctionalModel(kind.module, architecture, kind.compute_of(compute or Compute()))
+    compute = compute or Compute()
+    check_device(compute, jax.devices())
+    model = FunctionalModel(kind.module, architecture, kind.compute_of(compute))
     like = model.abstract_params()
     shardings = None if mesh is None else fsdp_sharding(like, mesh)
     params = model_dir.load_params(directory, like, shardings)

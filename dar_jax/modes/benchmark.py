@@ -1,5 +1,7 @@
 """`--mode=benchmark`: speed of sampling on one device, each figure beside its bound.
 
+Or, by `config.benchmark.what`, of train steps on all devices, or of reading their data.
+
 The bound is what the device could do at best, see `performance.runs`; its memory bandwidth and
 matrix FLOP/s are measured in the same run. Everything is compiled and run once before, and a figure
 is the median of the repeats.
@@ -22,14 +24,15 @@ from dar_jax.config import Config
 from dar_jax.generation.batches import check
 from dar_jax.kinds import KINDS, find_kind
 from dar_jax.kinds.loading import from_pretrained, random_pipeline
+from dar_jax.kinds.train_speed import time_reading, time_training
+from dar_jax.parallel.chips import chip_of
 from dar_jax.performance import device_speed
 from dar_jax.performance.config import BenchmarkConfig
-from dar_jax.performance.device_speed import DeviceSpeed
+from dar_jax.performance.device_speed import GIGA, DeviceSpeed, memory_bytes, shortfall
 from dar_jax.performance.rows import Row, table
 from dar_jax.performance.runs import SEED, Runs
 from dar_jax.pipelines.base import Pipeline
 
-GIGA = 1e9
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 SIZES = (
     *("dim", "num_layers", "encoder_depth", "decoder_depth", "latent_size", "num_references"),
@@ -39,11 +42,17 @@ SIZES = (
 
 
 def benchmark(config: Config, workdir: str) -> None:
-    """Print a table and write `WORKDIR/benchmark.jsonl`, a line per measurement.
+    """Print the figures and write `WORKDIR/benchmark.jsonl`, a line per measurement.
 
     Raises:
         ValueError: the model cannot be read or draws no images, or a block of the config is wrong.
     """
+    run = _benchmark_sampling if config.benchmark.what == "sample" else _benchmark_training
+    run(config, workdir)
+
+
+def _benchmark_sampling(config: Config, workdir: str) -> None:
+    """Time sampling at every batch size, and say what bounds it."""
     settings, compute = config.benchmark, config.compute
     pipeline, weights = load(config)
     sampling = config.sample.sampling(pipeline.sampling)
@@ -60,6 +69,9 @@ def benchmark(config: Config, workdir: str) -> None:
         logging.info("Measuring the speed of %s in %s", device.device_kind, dtype)
         speeds[dtype] = device_speed.measure(jnp.dtype(dtype))
     speed, decode_speed = speeds[compute.dtype], speeds[compute.decode_dtype]
+    warning = shortfall(speed.bandwidth, chip_of([device]))
+    if warning:
+        logging.warning("%s: %s", device.device_kind, warning)
     context = {
         "device": device.device_kind,
         "platform": device.platform,
@@ -72,6 +84,7 @@ def benchmark(config: Config, workdir: str) -> None:
         **{name: value for name, value in vars(pipeline.prior.config).items() if name in SIZES},
         "repeats": settings.repeats,
         "bandwidth": speed.bandwidth,
+        "bandwidth_warning": warning,
         "product_bandwidth": speed.product_bandwidth,
         "matmul_flops": speed.flops,
         "decode_matmul_flops": decode_speed.flops,
@@ -85,6 +98,32 @@ def benchmark(config: Config, workdir: str) -> None:
     if not rows:
         raise ValueError(f"config.benchmark.batch_sizes={settings.batch_sizes}: none fits")
     logging.info("Wrote %s\n%s\n%s", path, describe(context), table(rows))
+
+
+def _benchmark_training(config: Config, workdir: str) -> None:
+    """Time what `config.benchmark.what` names; write and log one line."""
+    settings, device = config.benchmark, jax.devices()[0]
+    measure = {"train": time_training, "data": time_reading}[settings.what]
+    figures = measure(config, SEED, settings.repeats)
+    context = {
+        "what": settings.what,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "jax": jax.__version__,
+        "dtype": config.compute.dtype,
+        "batch_size": config.data.batch_size,
+        "repeats": settings.repeats,
+    }
+    path = pathlib.Path(workdir) / "benchmark.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        temporary.write_text(json.dumps({**figures, **context}) + "\n")
+    values = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in {**context, **figures}.items()
+    )
+    logging.info("Wrote %s\n%s", path, ", ".join(values))
 
 
 def load(config: Config) -> tuple[Pipeline, str]:
@@ -157,12 +196,6 @@ def check_memory(needed: int) -> None:
     present = memory_bytes()
     if needed > present:
         raise MemoryError(f"caches of {needed / GIGA:.1f} GB, memory of {present / GIGA:.1f} GB")
-
-
-def memory_bytes() -> int:
-    """Memory of the default device; that of the machine where it does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe(context: dict[str, Any]) -> str:

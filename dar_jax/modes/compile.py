@@ -1,7 +1,8 @@
 """Ahead-of-time compilation: does it fit, what does it send, how fast can it be? Without the chips.
 
 The real train step and the real programs of the sampler are compiled for a TPU topology by libtpu's
-compiler, which needs no TPU (`pip install -e '.[tpu]'`), or for the devices at hand. Of each:
+compiler, which needs no TPU (`pip install -e '.[tpu]'`), for NVIDIA GPUs by XLA's, which needs no
+GPU (`pip install -e '.[gpu-aot]'`), or for the devices at hand. Of each:
 
     memory        of one device: arguments, temporaries, all together against the chip's
     work          model FLOPs of the whole batch, and those that the program really runs:
@@ -26,21 +27,21 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.experimental import topologies
 
 from dar_jax.common.flops import traced_flops
 from dar_jax.config import Config
 from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import build_task
+from dar_jax.kinds.train_step import train_step, with_remat
+from dar_jax.nn.fused_attention import check_device
+from dar_jax.nn.target import traced_for
 from dar_jax.parallel import sharding
 from dar_jax.parallel.chips import Chip, chip_of
 from dar_jax.parallel.workdir import open_workdir
-from dar_jax.performance.config import LOCAL
 from dar_jax.performance.hlo import Collective, HloProgram
-from dar_jax.performance.programs import Program, train_program
-from dar_jax.training.step import mesh_options
+from dar_jax.performance.programs import Program, memory_of
+from dar_jax.performance.topologies import devices_per_host, find_devices
 
-EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16"
 REPORT_NAME = "compile.json"
 
 
@@ -51,7 +52,8 @@ class Roofline:
     Attributes:
         compute: executed FLOPs at bfloat16 peak.
         memory: bytes of main memory at its bandwidth.
-        interconnect: bytes of collectives over the links that they can use.
+        interconnect: bytes of collectives over the links that they can use, those between hosts
+            included where these are joined by a network.
         overlapped: the longest of the three.
         serial: their sum.
         mfu_overlapped: if all overlap.
@@ -75,8 +77,12 @@ def compile_programs(config: Config, workdir: str) -> None:
     """
     settings = config.compile
     devices = find_devices(settings.topology)
+    check_device(config.compute, devices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    programs = list(programs_of(config, mesh))
+    chip = chip_of(devices)
+    with traced_for(devices):
+        config = with_remat(config, mesh, None if chip is None else chip.hbm_bytes)
+        programs = list(programs_of(config, mesh))
     directory = open_workdir(workdir)
     report = {
         "topology": settings.topology,
@@ -95,47 +101,16 @@ def compile_programs(config: Config, workdir: str) -> None:
 
 def programs_of(config: Config, mesh: sharding.Mesh) -> Iterator[Program]:
     """Yield the train step, then what sampling runs over and over; nothing is computed."""
+    yield train_step(config, mesh)
     task = build_task(config, with_weights=False)
-    yield train_program(
-        task,
-        config.optimizer,
-        mesh,
-        batch_size=config.data.batch_size,
-        accumulation=config.train.accumulation,
-        **mesh_options(config.mesh, config.compute),
-    )
     images = config.compile.images_per_device * mesh.size
     yield from find_kind(config.task, "config.task").programs(task, mesh, images)
 
 
-def find_devices(topology: str) -> Sequence[Any]:
-    """Return the devices of a topology, which need not exist, or those at hand.
-
-    Raises:
-        ValueError: there is no such topology, or no compiler for it.
-    """
-    if topology == LOCAL:
-        return jax.devices()
-    # Without a TPU, libtpu would ask the cloud's metadata server about one. No chip is touched, so
-    # other processes may have it loaded, which it would take for a conflict.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        if "not installed" in str(error):
-            raise ValueError(
-                f"compile.topology={topology} needs TPU's compiler: pip install -e '.[tpu]'"
-            ) from error
-        raise ValueError(
-            f"no compile.topology {topology!r}: {error}; examples: {EXAMPLES}, {LOCAL}"
-        ) from error
-
-
 def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
     """Compile one program and return its report, as JSON types."""
-    traced = program.function.trace(*program.arguments, **program.options)
+    with traced_for(devices):
+        traced = program.function.trace(*program.arguments, **program.options)
     executed = traced_flops(traced.jaxpr)
     report = {
         "images": program.images,
@@ -150,7 +125,7 @@ def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
             raise
         return {**report, "fits": False, "error": str(error).splitlines()[0]}
     chip = chip_of(devices)
-    text = HloProgram(compiled.as_text(), len(devices))
+    text = HloProgram(compiled.as_text(), len(devices), devices_per_host(devices))
     collectives = text.collectives()
     report |= {
         "compile_seconds": time.monotonic() - start,
@@ -166,34 +141,30 @@ def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
     return report
 
 
-def memory_of(compiled: Any) -> dict[str, int]:
-    """Bytes on one device; results that take the place of donated arguments count once."""
-    stats = compiled.memory_analysis()
-    parts = {
-        "arguments": stats.argument_size_in_bytes,
-        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
 def roofline(
     report: dict[str, Any], collectives: Sequence[Collective], chip: Chip, num_devices: int
 ) -> Roofline:
     """Return the limits of a program whose work is split evenly over the devices."""
     compute = report["executed_flops"] / num_devices / chip.peak_flops
     memory = report["memory_traffic"] / chip.hbm_bandwidth
-    times = (
-        each.bytes / (chip.ici_bandwidth * share_of_links(each, chip, num_devices))
-        for each in collectives
-    )
+    times = (each.bytes / bandwidth_of(each, chip, num_devices) for each in collectives)
     interconnect = sum(times, start=0.0)
     overlapped, serial = max(compute, memory, interconnect), compute + memory + interconnect
     ideal = report["model_flops"] / num_devices / chip.peak_flops
     return Roofline(
         compute, memory, interconnect, overlapped, serial, ideal / overlapped, ideal / serial
     )
+
+
+def bandwidth_of(collective: Collective, chip: Chip, num_devices: int) -> float:
+    """Bytes/s that each device can receive in a collective.
+
+    Devices of a host pool their network adapters: a ring enters the host once, through all of them.
+    """
+    bandwidth = chip.ici_bandwidth * share_of_links(collective, chip, num_devices)
+    if chip.network_bandwidth is None or collective.on_a_host == collective.group_size:
+        return bandwidth
+    return min(bandwidth, chip.network_bandwidth * collective.on_a_host)
 
 
 def share_of_links(collective: Collective, chip: Chip, num_devices: int) -> float:

@@ -25,8 +25,10 @@ from dar_jax.data import pipeline, sources, survey
 from dar_jax.evaluation.during_training import TrainEvaluation
 from dar_jax.kinds import find_kind
 from dar_jax.kinds.loading import build_task
+from dar_jax.kinds.train_step import with_remat
 from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import exclusive, open_workdir
+from dar_jax.performance.programs import device_memory
 from dar_jax.tasks.base import Task
 from dar_jax.training import checkpoint, metrics, origin
 from dar_jax.training import state as state_lib
@@ -95,6 +97,9 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     """
     with _opened(config, workdir, task) as (run, abstract, initial):
         with _closing(run):
+            if config.compute.remat == "auto":  # now that all is known to be right
+                config = with_remat(config, run.mesh, device_memory())
+                run = dataclasses.replace(run, config=config, task=build_task(config))
             _describe(run, abstract)
             state = _fit(run, *_restore_or_create(run, abstract, initial))
             run.checkpoints.wait()

@@ -9,6 +9,7 @@ from flax import nnx
 
 from dar_jax.common.typing import Array, Bool, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.fused_attention import Causal, choose, fused_attention
 from dar_jax.nn.layers import affine_layer_norm, block_init, dropout, linear, split_rng
 from dar_jax.nn.linear import Linear
 from dar_jax.nn.rope import Rope, apply_rope
@@ -22,19 +23,19 @@ class KVCache(NamedTuple):
     values: Array
 
 
-def causal_mask(num_queries: int, num_keys: int) -> Bool[Array, "N M"]:
-    """True where the key is not later than the query; the last query sits at the last key."""
-    return jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
+Mask = Bool[Array, "..."] | Causal
+"""Who may attend: an array, True may, or a rule, which kernels need not read."""
 
 
 def dot_product_attention(
     q: Float[Array, "B heads N head_dim"],
     k: Float[Array, "B kv_heads M head_dim"],
     v: Float[Array, "B kv_heads M head_dim"],
-    mask: Bool[Array, "..."] | None = None,
+    mask: Mask | None = None,
     *,
     dropout_rate: float = 0.0,
     rng: PRNGKeyArray | None = None,
+    attention: str = "auto",
 ) -> Float[Array, "B heads N head_dim"]:
     """Softmax attention with scale 1/sqrt(head_dim); the softmax is float32.
 
@@ -44,10 +45,18 @@ def dot_product_attention(
         q: queries.
         k: keys.
         v: values.
-        mask: True may attend; broadcasts to [B, 1, N, M].
+        mask: who may attend; an array broadcasts to [B, 1, N, M].
         dropout_rate: of the attention weights.
         rng: turns dropout on.
+        attention: see `Compute`.
     """
+    drops_weights = rng is not None and dropout_rate > 0
+    kernel = choose(attention, q, k, mask, drops_weights=drops_weights)
+    if kernel != "xla":
+        assert mask is None or isinstance(mask, Causal)
+        return fused_attention(kernel, q, k, v, mask)
+    if isinstance(mask, Causal):
+        mask = mask.array(q.shape[2], k.shape[2])
     grouped = einops.rearrange(q, "b (kv group) n d -> b kv group n d", kv=k.shape[1])
     scores = jnp.einsum("bkgnd,bkmd->bkgnm", grouped, k, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5
@@ -89,6 +98,7 @@ class Attention(nnx.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         self.weight_dropout = weight_dropout
         self.out_dropout = out_dropout
+        self.attention = compute.attention
 
         def projection(heads_in: int, heads_out: int, init=qkv_init or kernel_init) -> Linear:
             return linear(
@@ -114,7 +124,7 @@ class Attention(nnx.Module):
         *,
         query_rope: Rope | None = None,
         key_rope: Rope | None = None,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | None = None,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B N D"]:
         """Attend from x to `context` (default: x itself).
@@ -124,7 +134,7 @@ class Attention(nnx.Module):
             context: where keys and values come from.
             query_rope: rotation of the queries, after the norm.
             key_rope: rotation of the keys, after the norm.
-            mask: True may attend; [N, M] or [B, 1, N, M].
+            mask: who may attend; an array is [N, M] or [B, 1, N, M].
             rng: turns dropout on.
         """
         context = x if context is None else context
@@ -145,13 +155,19 @@ class Attention(nnx.Module):
         self,
         q: Array,
         cache: KVCache,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Mask | None = None,
         rng: PRNGKeyArray | None = None,
     ) -> Array:
         """Attend with given queries, keys and values, merge the heads, project: [B, N, D]."""
         rng_weights, rng_out = split_rng(rng, 2)
         out = dot_product_attention(
-            q, cache.keys, cache.values, mask, dropout_rate=self.weight_dropout, rng=rng_weights
+            q,
+            cache.keys,
+            cache.values,
+            mask,
+            dropout_rate=self.weight_dropout,
+            rng=rng_weights,
+            attention=self.attention,
         )
         out = self.out(einops.rearrange(out, "b heads n d -> b n (heads d)"))
         return dropout(out, self.out_dropout, rng_out)

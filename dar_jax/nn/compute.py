@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 DTYPES = ("float32", "bfloat16")
 RESIDUAL_DTYPES = ("float32", "compute")
-REMAT_POLICIES = ("none", "blocks", "dots")
+REMAT_POLICIES = ("none", "blocks", "dots", "auto")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Compute:
             branch, so that errors of gradients grow with the depth. The stream of D-AR's flow
             decoder has the compute dtype in any case, as in the reference.
         remat: what the backward pass recomputes: `none`, whole `blocks`, or all but `dots`
-            (matrix products are kept).
+            (matrix products are kept, and what the kernels of attention give). With `auto`,
+            training compiles its step to find the least recomputation that fits into memory.
+        attention: what computes it, see `nn.fused_attention`: `auto` by device, dtype, length and
+            mask; `xla` with all weights in memory; `cudnn` or `splash` wherever these kernels can,
+            which is never in float32 or where weights are dropped out.
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
             they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
         unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
@@ -38,6 +43,7 @@ class Compute:
     decode_dtype: str = "float32"
     residual_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     loss_chunks: int = 1
     unroll: bool = False
     cache: str = ""
@@ -56,6 +62,8 @@ class Compute:
             )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention {self.attention!r} must be one of {', '.join(ATTENTIONS)}")
         if self.loss_chunks < 1:
             raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
 

@@ -32,6 +32,11 @@ def batch_split(sharding: NamedSharding) -> Iterator[None]:
         _BATCH_SHARDING.reset(token)
 
 
+def batch_sharding() -> NamedSharding | None:
+    """Return how the leading axis of batches is split, if that is known."""
+    return _BATCH_SHARDING.get()
+
+
 def keep_batch_split(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     """Return x, its leading axis split as the batch; the others are left to XLA."""
     sharding = _BATCH_SHARDING.get()

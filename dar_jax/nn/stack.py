@@ -8,6 +8,7 @@ from flax import nnx
 
 from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.fused_attention import are_results
 from dar_jax.nn.layout import keep_batch_split
 
 BLOCKS = "blocks"
@@ -100,12 +101,13 @@ class Stack(nnx.Module):
 def rematerialised(body: Callable, policy_name: str, *, in_loop: bool = False) -> Callable:
     """Return `body` with its backward pass recomputing what `Compute.remat` names."""
     match policy_name:
-        case "none":
+        case "none" | "auto":  # not decided where nothing is trained
             return body
         case "blocks":
             policy = None
         case "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = jax.checkpoint_policies.save_from_both_policies(products, are_results)
     # prevent_cse is only needed outside of loops.
     return jax.checkpoint(body, prevent_cse=not in_loop, policy=policy)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Any, Array, Bool, Float, PRNGKeyArray
-from dar_jax.nn.attention import Attention
+from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
+from dar_jax.nn.attention import Attention, Mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import FUSED_QKV_INIT, XAVIER_INIT, Mlp, affine_layer_norm, split_rng
 from dar_jax.nn.rope import Rope
@@ -39,7 +39,7 @@ class TransformerBlock(nnx.Module):
         x: Float[Array, "B N D"],
         *,
         rope: Rope | None = None,
-        mask: Bool[Array, "N N"] | None = None,
+        mask: Mask | None = None,
     ) -> Float[Array, "B N D"]:
         attended = self.attention(self.norm1(x), query_rope=rope, key_rope=rope, mask=mask)
         x = x + (self.gate1[...] * attended).astype(x.dtype)
@@ -101,7 +101,7 @@ class PlainBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        mask: Bool[Array, "N N"] | None = None,
+        mask: Mask | None = None,
         *,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B N D"]:

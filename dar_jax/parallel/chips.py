@@ -3,7 +3,8 @@
 TPU     cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e (key specifications). The
         interconnect is given there in both directions together; here it is one direction.
         v4's: six links of 50 GB/s (arXiv:2304.01433).
-NVIDIA  data sheets of A100 (80 GB SXM), H100 (SXM) and H200: dense bfloat16, NVLink one way.
+NVIDIA  data sheets of A100 (80 GB SXM), H100 (SXM) and H200: dense bfloat16, NVLink one way; the
+        network is that of DGX machines: an adapter per card, of 200 or 400 Gbit/s.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ class Chip:
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that it can receive over all its links to other chips together.
         torus_axes: axes of the torus that those links form; 1 for a switch.
+        network_bandwidth: bytes/s to other hosts, where the links do not reach them.
     """
 
     peak_flops: float
@@ -30,6 +32,7 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     torus_axes: int = 1
+    network_bandwidth: float | None = None
 
 
 CHIPS = {
@@ -37,9 +40,9 @@ CHIPS = {
     "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2),  # v5e
     "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),  # v5p
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1638e9, 400e9, 2),  # v6e
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB, 3350e9, 450e9),
-    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB, 3350e9, 450e9, 1, 50e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9, 1, 50e9),
 }
 """By `device_kind`, as JAX reports it."""
 

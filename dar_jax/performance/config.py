@@ -4,6 +4,7 @@ import dataclasses
 
 from dar_jax.common.checks import check_microbatch
 
+BENCHMARKS = ("sample", "train", "data")
 LOCAL = "local"
 """Names the devices at hand where a topology is asked for."""
 
@@ -13,7 +14,8 @@ class CompileConfig:
     """What is compiled for.
 
     Attributes:
-        topology: a TPU slice such as "v5e:16x16", or "local": the devices at hand.
+        topology: a TPU slice such as "v5e:16x16"; GPUs such as "h200:8x8", eight hosts of eight
+            (also "h100"); or "local": the devices at hand.
         images_per_device: images that the sampler's programs work on, per device.
     """
 
@@ -30,6 +32,8 @@ class BenchmarkConfig:
     """What is timed.
 
     Attributes:
+        what: `sample`; `train`, steps of `config.task` on all devices with its batches; or `data`,
+            reading these batches. The other keys, but `repeats`, are of `sample`.
         model: model directory of a model that draws images; empty takes random weights of the size
             of `config.model`, which are as fast.
         batch_sizes: images at a time; those that do not fit into memory are skipped.
@@ -40,6 +44,7 @@ class BenchmarkConfig:
         repeats: timed runs of everything.
     """
 
+    what: str = "sample"
     model: str = ""
     batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
     guidance_scales: tuple[float, ...] = (4.0, 1.0)
@@ -47,6 +52,8 @@ class BenchmarkConfig:
     repeats: int = 3
 
     def __post_init__(self):
+        if self.what not in BENCHMARKS:
+            raise ValueError(f"what={self.what!r} must be one of {', '.join(BENCHMARKS)}")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes={self.batch_sizes} must be one or more sizes from 1 on")
         if not self.guidance_scales or min(self.guidance_scales) < 1:

@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 COLLECTIVES = {
     "all-gather": lambda size, n: size * (n - 1),
     "reduce-scatter": lambda size, n: size * (n - 1) / n,
@@ -68,20 +70,26 @@ class Collective:
         group_size: devices that take part together.
         count: times that one is run.
         bytes: received by each device, altogether.
+        on_a_host: devices of a group that share a host; `group_size` where all do.
     """
 
     kind: str
     group_size: int
     count: int
     bytes: float
+    on_a_host: int
 
 
 class HloProgram:
     """A compiled program, read from its HLO text."""
 
-    def __init__(self, text: str, num_devices: int):
-        """Parse `compiled.as_text()` of a program over `num_devices` devices."""
+    def __init__(self, text: str, num_devices: int, per_host: int | None = None):
+        """Parse `compiled.as_text()` of a program over `num_devices` devices, `per_host` on each.
+
+        None is all on one host.
+        """
         self.num_devices = num_devices
+        self._per_host = per_host or num_devices
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.unknown_loops: set[str] = set()
         """Loops whose trip count could not be found; they count as one trip."""
@@ -105,12 +113,17 @@ class HloProgram:
             kind = _kind(instruction)
             scatter = kind == "all-reduce" and SCATTER_FUSION in computation
             kind = "reduce-scatter" if scatter else kind
-            group = self._group_size(instruction)
+            members = self._group(instruction)
+            group = len(members)
+            near = sum(each // self._per_host == members[0] // self._per_host for each in members)
             operands = self._operand_types(computation, instruction)
             operand_bytes = sum(type_bytes(type_) for type_ in operands)
-            count[kind, group] += runs
-            size[kind, group] += runs * COLLECTIVES[kind](operand_bytes, group)
-        found = [Collective(kind, n, times, size[kind, n]) for (kind, n), times in count.items()]
+            count[kind, group, near] += runs
+            size[kind, group, near] += runs * COLLECTIVES[kind](operand_bytes, group)
+        found = [
+            Collective(kind, group, times, size[kind, group, near], near)
+            for (kind, group, near), times in count.items()
+        ]
         return sorted(found, key=lambda each: -each.bytes)
 
     def memory_traffic(self) -> float:
@@ -193,20 +206,26 @@ class HloProgram:
         value = _constant(instructions, instructions[operands[index]]) if operands else None
         return 0 if value is None else value
 
-    def _group_size(self, instruction: Instruction) -> int:
+    def _group(self, instruction: Instruction) -> list[int]:
+        """Devices of the first group."""
         attributes = instruction.attributes
-        iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+        iota = re.search(
+            r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+        )
         if iota:
-            return int(iota[1])
+            shape = [int(side) for side in iota[2].split(",")]
+            order = [int(axis) for axis in iota[3].split(",")] if iota[3] else None
+            devices = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+            return devices.ravel()[: int(iota[1])].tolist()
         listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
         if listed:
-            return len(listed[1].split(","))
+            return [int(device) for device in listed[1].split(",")]
         mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
-        if mesh:
+        if mesh:  # TPU's, whose hosts are no matter
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
             axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-            return math.prod(int(part or sizes[axis]) for axis, part in axes)
-        return self.num_devices
+            return list(range(math.prod(int(part or sizes[axis]) for axis, part in axes)))
+        return list(range(self.num_devices))
 
     def _traffic(self, computation: str, instruction: Instruction) -> float:
         opcode = instruction.opcode

@@ -99,3 +99,20 @@ def abstract(tree: Any, shardings: Any) -> Any:
         tree,
         shardings,
     )
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes on one device; results that take the place of donated arguments count once."""
+    stats = compiled.memory_analysis()
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def device_memory() -> int | None:
+    """Bytes that programs may take on a device at hand; None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

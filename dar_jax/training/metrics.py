@@ -256,5 +256,7 @@ def _progress(step: int, num_steps: int, values: Mapping[str, float]) -> str:
         ]
         if "perf/mfu" in values:
             parts.append(f"MFU {values['perf/mfu']:.1%}")
+        if "perf/data_wait_share" in values:
+            parts.append(f"waiting for data {values['perf/data_wait_share']:.0%}")
         parts.append(f"{left} left")
     return " | ".join(parts)

@@ -1,5 +1,6 @@
 """What a run tells of its steps: checked, averaged, written, one step late."""
 
+import os
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from dar_jax.training import metrics
 from dar_jax.training.config import TrainConfig
 from dar_jax.training.finite import SkippedSteps
 
+LONG_WAIT = 0.2
+"""Share of a step that waits for data above which something is said."""
 SILENT_SECONDS = 30.0
 """After which a step is reported, if its metrics are not."""
 
@@ -59,10 +62,20 @@ class Report:
         self._progress = Progress(num_steps, "steps", every=SILENT_SECONDS)
         self._why_negative = why_negative
         self._pending = None
+        self._advised = False
 
     def interval(self) -> list[Any]:
         """Return the metrics of the steps since the last line."""
         return self._interval.save()
+
+    def _wait(self) -> dict[str, float]:
+        """Return how long a step waited for data; say once what helps, if that is long."""
+        seconds, share = self._iterator.take_wait()
+        if share > LONG_WAIT and not self._advised:
+            self._advised = True
+            advice = self._iterator.advice(os.cpu_count() or 1)
+            logging.warning("%.0f %% of a step is waiting for data: %s", 100 * share, advice)
+        return {"perf/data_wait": seconds, "perf/data_wait_share": share}
 
     def push(self, step: int, update: clu_metrics.Collection) -> None:
         """Take the metrics of the step just dispatched and handle those of the one before."""
@@ -83,9 +96,8 @@ class Report:
         self._progress.add(1, told=due)
         if due:
             rate = {"train/learning_rate": float(np.asarray(self._schedule(step - 1)))}
-            wait = {"perf/data_wait": self._iterator.take_wait()}
             values = self._interval.take(step)
-            self._writer.scalars(step, {**values, **rate, **wait})
+            self._writer.scalars(step, {**values, **rate, **self._wait()})
             if self._why_negative and values.get("train/loss", 0.0) < 0:
                 logging.info("The loss is below zero, as it may be: %s", self._why_negative)
                 self._why_negative = ""

@@ -1,6 +1,7 @@
 """Input pipeline: order, epochs, shards, restoring."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -79,6 +80,42 @@ def test_restored_iterator_continues_where_it_was():
     fresh = pipeline.train_iterator(CONFIG, seed=0)
     fresh.set_state(state)
     np.testing.assert_array_equal(_take(fresh, BATCHES_PER_EPOCH), expected)
+
+
+def test_share_of_waiting_leaves_the_first_batch_out(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(pipeline, "time", clock)
+
+    def batches():
+        for seconds in (100.0, 3.0, 1.0, 2.0, 6.0):
+            clock.now += seconds
+            yield {}
+
+    iterator = pipeline.train_iterator(CONFIG, seed=0)
+    monkeypatch.setattr(iterator, "_open", batches)
+    next(iterator)
+    for _ in range(2):  # steps of 6 seconds
+        next(iterator)
+        clock.now += 6
+    assert iterator.take_wait() == (2.0, 4 / 16)
+    for _ in range(2):
+        next(iterator)
+    assert iterator.take_wait() == (4.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "expected"),
+    [
+        (2, {}, "all cores read; --mode=cache"),
+        (4, {}, "raise config.data.num_threads=2 to 4"),
+        (16, {}, "raise config.data.num_workers=0, e.g. to 8"),
+        (16, {"num_workers": 8}, "raise config.data.num_threads=2 to 16"),
+        (16, {"num_workers": 8, "num_threads": 16}, "all cores read; --mode=cache"),
+    ],
+)
+def test_advice_is_what_the_cores_allow(cores, options, expected):
+    iterator = pipeline.train_iterator(dataclasses.replace(CONFIG, **options), seed=0)
+    assert iterator.advice(cores).startswith(expected)
 
 
 def test_parts_of_a_batch_are_the_same_for_any_number_of_parts():

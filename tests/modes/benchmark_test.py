@@ -19,6 +19,7 @@ from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.modes import benchmark
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance import device_speed
+from dar_jax.performance.config import BenchmarkConfig
 from dar_jax.performance.runs import SEED
 from dar_jax.pipelines.dar import PriorPipeline
 from tests import tiny_transdiff
@@ -28,7 +29,7 @@ FIELDS = {
     *("phase", "batch_size", "guidance_scale", "seconds", "bound_seconds", "images_per_second"),
     *("bound_images_per_second", "fraction_of_bound", "device", "platform", "cpu_count", "jax"),
     *("dtype", "weights", "repeats", "bandwidth", "product_bandwidth", "matmul_flops", "solver"),
-    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim"),
+    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim", "bandwidth_warning"),
 }
 """Names in every line, whatever is timed."""
 DAR_FIELDS = {
@@ -272,3 +273,24 @@ def test_device_speed_is_positive_and_finite():
     speed = device_speed.measure(jnp.dtype("bfloat16"))
     assert 0 < speed.product_bandwidth <= speed.bandwidth < math.inf
     assert 0 < speed.flops < math.inf
+
+
+@pytest.mark.parametrize("what", ["train", "data"])
+def test_training_is_timed(config, tmp_path, what):
+    settings = changed(config, what=what)
+    settings.data.update(source="synthetic", image_size=32, batch_size=8)
+    benchmark.benchmark(read_config(settings), str(tmp_path))
+    (line,) = (tmp_path / "benchmark.jsonl").read_text().splitlines()
+    line = json.loads(line)
+    assert (line["what"], line["batch_size"]) == (what, 8)
+    if what == "data":
+        assert line["images_per_second"] > 0
+    else:
+        assert line["perf/images_per_second"] > 0
+        assert line["compile_seconds"] > 0
+        assert line["memory"] > 0
+
+
+def test_unknown_benchmark_is_refused():
+    with pytest.raises(ValueError, match="what='speed' must be one of sample, train, data"):
+        BenchmarkConfig(what="speed")

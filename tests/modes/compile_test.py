@@ -12,7 +12,8 @@ from dar_jax.config import build as read_config
 from dar_jax.kinds.loading import build_task
 from dar_jax.modes import compile as compile_mode
 from dar_jax.parallel import sharding
-from dar_jax.parallel.chips import Chip
+from dar_jax.parallel.chips import CHIPS, Chip
+from dar_jax.performance import topologies
 from dar_jax.performance.config import CompileConfig
 from dar_jax.performance.hlo import Collective
 
@@ -110,7 +111,7 @@ def test_topology_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, reason, 
     def refuse(**_):
         raise RuntimeError(reason)
 
-    monkeypatch.setattr(compile_mode.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", refuse)
     with pytest.raises(ValueError, match=message) as caught:
         compile_mode.compile_programs(
             read_config(tiny_config(tmp_path, topology="v9:2x2")), str(tmp_path / "r")
@@ -126,7 +127,7 @@ def test_no_images_are_refused():
 
 def test_roofline_takes_the_longest_or_all():
     report = {"model_flops": 80e12, "executed_flops": 100e12, "memory_traffic": 0.1e12}
-    ring = Collective("all-gather", 4, 1, 10e9)
+    ring = Collective("all-gather", 4, 1, 10e9, 4)
     limits = compile_mode.roofline(report, [ring], CHIP, num_devices=4)
     assert (limits.compute, limits.memory) == (0.25, 0.1)
     assert limits.interconnect == pytest.approx(10e9 / 200e9)
@@ -148,8 +149,54 @@ def test_roofline_takes_the_longest_or_all():
     ],
 )
 def test_small_groups_use_part_of_the_links(kind, group_size, devices, share):
-    collective = Collective(kind, group_size, 1, 1.0)
+    collective = Collective(kind, group_size, 1, 1.0, group_size)
     assert compile_mode.share_of_links(collective, CHIP, devices) == share
+
+
+H200 = CHIPS["NVIDIA H200"]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "on_a_host", "bandwidth"),
+    [
+        (8, 8, 450e9),  # a host: NVLink
+        (64, 8, 400e9),  # through all eight adapters of the host
+        (8, 1, 50e9),  # one card of each host
+    ],
+)
+def test_groups_over_hosts_are_as_fast_as_the_network(group_size, on_a_host, bandwidth):
+    collective = Collective("all-gather", group_size, 1, 1.0, on_a_host)
+    assert compile_mode.bandwidth_of(collective, H200, 64) == bandwidth
+
+
+@pytest.mark.parametrize("topology", ["h100:1x8", "h200:8x8"])
+def test_gpus_without_their_compiler_are_one_line(monkeypatch, topology):
+    asked = {}
+
+    def refuse(**options):
+        asked.update(options)
+        raise RuntimeError("Unknown backend cuda\nmore")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", refuse)
+    with pytest.raises(ValueError, match=r"pip install -e '.\[gpu-aot\]' \(Unknown backend cuda\)"):
+        topologies.find_devices(topology)
+    assert asked["topology"] == f"1x{topology[5:]}"
+    assert f'name: "{topologies.GPUS[topology[:4]]}"' in asked["target_config"]
+
+
+@pytest.mark.slow
+def test_compilation_for_gpus_that_are_not_there(tmp_path):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    config = tiny_config(tmp_path, topology="h200:2x4")
+    config.compute.dtype = "bfloat16"
+    compile_mode.compile_programs(read_config(config), str(tmp_path / "run"))
+    report = json.loads((tmp_path / "run" / "compile.json").read_text())
+    assert (report["device_kind"], report["devices"]) == ("NVIDIA H200", 8)
+    for program in report["programs"].values():
+        assert program["fits"]
+        assert 0 < program["roofline"]["mfu_serial"] < program["roofline"]["mfu_overlapped"] < 1
+    step = report["programs"]["train step"]
+    assert {each["on_a_host"] for each in step["collectives"]} == {1, 4}  # data, fsdp
 
 
 @pytest.mark.slow

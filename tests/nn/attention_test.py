@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dar_jax.nn.attention import Attention, causal_mask, dot_product_attention
+from dar_jax.nn.attention import Attention, dot_product_attention
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.fused_attention import Causal
 from dar_jax.nn.rope import rope_1d
 
 ATOL = 1e-5  # float32 sums of at most 16 terms of order 1
@@ -46,13 +47,14 @@ def test_dot_product_attention_equals_a_loop(kv_heads, masked):
 
 def test_one_mask_serves_the_batch():
     q, k = draw(2, 4, 5, 8), draw(2, 4, 5, 8)
-    mask = causal_mask(5, 5)
+    mask = Causal().array(5, 5)
     expected = loop_over_heads(q, k, k, np.broadcast_to(mask, (2, 5, 5)))
     np.testing.assert_allclose(dot_product_attention(q, k, k, mask), expected, atol=ATOL)
+    np.testing.assert_allclose(dot_product_attention(q, k, k, Causal()), expected, atol=ATOL)
 
 
 def test_causal_mask_aligns_the_last_query_with_the_last_key():
-    np.testing.assert_array_equal(causal_mask(2, 4), [[1, 1, 1, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(Causal().array(2, 4), [[1, 1, 1, 0], [1, 1, 1, 1]])
 
 
 def assert_close(actual, expected):

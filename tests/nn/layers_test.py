@@ -1,5 +1,7 @@
 """Norms, patches, time features, dropout."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from dar_jax.nn.layers import (
     rms_norm,
 )
 from dar_jax.nn.patch import patchify, unpatchify
+from dar_jax.nn.target import traced_for
 
 
 @pytest.mark.parametrize(("width", "std"), [(192, 0.04), (768, 0.02), (1024, 0.02)])
@@ -83,6 +86,31 @@ def test_dropout_keeps_the_mean_and_stops_without_a_key():
     assert set(np.unique(dropped)) == {np.float32(0.0), np.float32(1 / 0.75)}
     assert np.mean(dropped) == pytest.approx(1.0, abs=0.02)
     assert dropout(x, 0.25, None) is x
+
+
+def test_dropout_of_accelerators_depends_on_the_key_alone():
+    x = jnp.ones((100, 100))
+    saved = jax.random.key_data(jax.random.key(0))  # as a checkpoint has it
+    gpu = types.SimpleNamespace(platform="gpu")
+
+    @jax.jit
+    def dropped(x, rng, step):
+        return dropout(x, 0.25, jax.random.fold_in(rng, step))
+
+    with traced_for([gpu]):
+        assert "rng_bit_generator" in dropped.lower(x, jax.random.key(0), 1).as_text()
+        first, second, other = (
+            np.asarray(dropped(x, rng, step))
+            for rng, step in [
+                (jax.random.key(0), 1),
+                (jax.random.wrap_key_data(saved), 1),
+                (jax.random.key(0), 2),
+            ]
+        )
+    np.testing.assert_array_equal(first, second)
+    assert np.mean(first == other) == pytest.approx(0.75**2 + 0.25**2, abs=0.02)
+    assert np.mean(first) == pytest.approx(1.0, abs=0.02)
+    assert "rng_bit_generator" not in dropped.lower(x, jax.random.key(0), 1).as_text()
 
 
 def test_modulate_with_zeros_is_the_identity():

@@ -53,7 +53,7 @@ HAND_COUNTS = {
 def test_collectives_count_with_the_trips_of_their_loops(name):
     function, kind, count, size = HAND_COUNTS[name]
     program = compiled(function)
-    assert program.collectives() == [Collective(kind, DEVICES, count, float(size))]
+    assert program.collectives() == [Collective(kind, DEVICES, count, float(size), DEVICES)]
     assert not program.unknown_loops
 
 
@@ -115,9 +115,24 @@ def test_programs_of_the_tpu_compiler_are_understood():
     text = TPU_TEXT.replace("GROUPS", MESH_GROUPS)
     found = HloProgram(text, DEVICES).collectives()
     assert found == [
-        Collective("all-gather", 4, 3, 3.0 * 16 * 256 * 2 * 3),
-        Collective("reduce-scatter", 4, 1, 8 * 16 * 4 * 3 / 4),
+        Collective("all-gather", 4, 3, 3.0 * 16 * 256 * 2 * 3, 4),
+        Collective("reduce-scatter", 4, 1, 8 * 16 * 4 * 3 / 4, 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "on_a_host"),
+    [
+        ("replica_groups=[2,4]<=[8]", 4, 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, 1),
+        ("replica_groups={{0,1,4,5},{2,3,6,7}}", 4, 2),
+        ("replica_groups={}", 8, 4),
+    ],
+)
+def test_groups_are_told_by_how_they_lie_on_hosts(groups, size, on_a_host):
+    text = TPU_TEXT.replace("GROUPS", groups)
+    (found, *_) = HloProgram(text, DEVICES, per_host=4).collectives()
+    assert (found.group_size, found.on_a_host) == (size, on_a_host)
 
 
 CHAIN_TEXT = """\
@@ -168,7 +183,7 @@ ENTRY %main (x: f32[2,8]) -> f32[8,8] {
 
 def test_collective_spread_over_fusions_counts_once():
     assert HloProgram(CHAIN_TEXT, 4).collectives() == [
-        Collective("all-gather", 4, 1, 2 * 8 * 4.0 * 3)
+        Collective("all-gather", 4, 1, 2 * 8 * 4.0 * 3, 4)
     ]
 
 

@@ -105,6 +105,8 @@ def test_resumed_writer_leaves_no_doubles(tmp_path):
 def test_time_left_may_be_days():
     values = {"perf/steps_per_second": 0.1, "perf/seconds_per_step": 10.0}
     values |= {"perf/images_per_second": 1.0, "perf/tflops_per_device": 1.0}
+    values["perf/data_wait_share"] = 0.314
+    assert "| waiting for data 31% |" in metrics._progress(0, 20_000, values)
     assert metrics._progress(0, 20_000, values).endswith("2 days, 7:33:20 left")
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dar_jax.common.image import RGB
-from dar_jax.common.typing import Array, Bool, Float
+from dar_jax.common.typing import Array, Float
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.fused_attention import Causal
 from dar_jax.nn.layers import FRAMEWORK_INIT, layer_norm, linear
 from dar_jax.nn.patch import patchify
 from dar_jax.nn.rope import append_identity, rope_2d
@@ -100,8 +101,7 @@ class Encoder(nnx.Module):
         rows, columns = (side // self.config.patch_size for side in image.shape[1:3])
         patch_rope = rope_2d(rows, columns, self.config.head_dim, self.config.rope_base)
         rope = append_identity(patch_rope, self.num_tokens)
-        mask = encoder_mask(rows * columns, self.num_tokens)
-        tokens = self.stack(tokens, rope=rope, mask=mask)
+        tokens = self.stack(tokens, rope=rope, mask=Causal(prefix=rows * columns))
         return self.to_code(layer_norm(tokens[:, -self.num_tokens :]))
 
     def embed(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
@@ -114,9 +114,3 @@ class Encoder(nnx.Module):
         """Return the learned queries."""
         queries = self.query_table[: self.num_tokens]
         return queries if self.query_projection is None else self.query_projection(queries)
-
-
-def encoder_mask(num_patches: int, num_queries: int) -> Bool[Array, "N N"]:
-    """Causal over [patches, queries], with every patch visible to all."""
-    size = num_patches + num_queries
-    return jnp.tri(size, dtype=bool) | (jnp.arange(size) < num_patches)

@@ -15,8 +15,9 @@ from flax import nnx
 
 from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.models.dar.decoding import DecodingBlock, Position, positions_of
-from dar_jax.nn.attention import Attention, KVCache, causal_mask
+from dar_jax.nn.attention import Attention, KVCache, Mask
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.fused_attention import Causal
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
 from dar_jax.nn.layout import keep_batch_split
 from dar_jax.nn.rope import Rope, rope_1d
@@ -124,7 +125,7 @@ class LlamaBlock(nnx.Module):
         self,
         x: Float[Array, "B N D"],
         rope: Rope,
-        mask: Bool[Array, "..."],
+        mask: Mask,
         *,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B N D"]:
@@ -242,8 +243,8 @@ class Llama(nnx.Module):
         x = dropout(x, self.config.token_dropout, rng_tokens)
         x = x.astype(self.compute.residual_jnp_dtype)
         length = x.shape[1]
-        mask = causal_mask(length, length) if mask is None else mask[:, None]
-        return self.norm(self.stack(x, self.rope()[:length], mask, rng=rng_blocks))
+        where = Causal() if mask is None else mask[:, None]
+        return self.norm(self.stack(x, self.rope()[:length], where, rng=rng_blocks))
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the float32 logits of normalised positions."""

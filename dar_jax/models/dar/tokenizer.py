@@ -22,8 +22,8 @@ from dar_jax.common.typing import Array, Float, Int
 from dar_jax.models.dar.decoder import FlowDecoder, FlowDecoderConfig, FlowPrediction
 from dar_jax.models.dar.encoder import Encoder, EncoderConfig
 from dar_jax.models.dar.quantizer import Quantized, Quantizer, normalized
-from dar_jax.nn.attention import causal_mask
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.fused_attention import Causal
 from dar_jax.nn.layers import FRAMEWORK_INIT, layer_norm, linear
 from dar_jax.nn.stack import Stack
 from dar_jax.nn.transformer import TransformerBlock
@@ -187,8 +187,7 @@ class ConditionLayers(nnx.Module):
         )
 
     def __call__(self, codes: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
-        num_tokens = codes.shape[1]
-        return layer_norm(self.stack(self.embed(codes), mask=causal_mask(num_tokens, num_tokens)))
+        return layer_norm(self.stack(self.embed(codes), mask=Causal()))
 
     def embed(self, codes: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
         """Project the codes and add the positions."""

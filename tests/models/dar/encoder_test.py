@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.models.dar.encoder import encoder_mask
+from dar_jax.nn.fused_attention import Causal
 from tests.golden import models
 
 NUM_TOKENS = 16
@@ -49,7 +49,7 @@ def test_first_code_depends_on_every_pixel(tokenizer, image):
 
 
 def test_mask_hides_queries_from_patches():
-    mask = np.asarray(encoder_mask(3, 2))
+    mask = np.asarray(Causal(prefix=3).array(5, 5))
     expected = np.array([[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
     np.testing.assert_array_equal(mask, expected)
 

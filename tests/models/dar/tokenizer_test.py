@@ -10,7 +10,7 @@ import pytest
 
 from dar_jax.common.tree import num_parameters
 from dar_jax.models.dar.decoder import FlowDecoderConfig
-from dar_jax.models.dar.encoder import EncoderConfig, encoder_mask
+from dar_jax.models.dar.encoder import EncoderConfig
 from dar_jax.models.dar.tokenizer import (
     ConditionConfig,
     Tokenizer,
@@ -19,9 +19,9 @@ from dar_jax.models.dar.tokenizer import (
     step_starts,
     window_start,
 )
-from dar_jax.nn.attention import causal_mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.nn.fused_attention import Causal
 from dar_jax.nn.layers import layer_norm
 from dar_jax.nn.patch import patchify
 from dar_jax.nn.rope import append_identity, rope_2d
@@ -80,8 +80,9 @@ def trace_layers(model, params, image):
     rows, columns = (side // config.patch_size for side in image.shape[1:3])
     rope = rope_2d(rows, columns, config.head_dim, config.rope_base)
     values |= {"rope_cos": rope.cos, "rope_sin": rope.sin}
-    values["attn_mask"] = mask = encoder_mask(rows * columns, encoder.num_tokens)
     x = values["tokens_in"]
+    mask = Causal(prefix=rows * columns)
+    values["attn_mask"] = mask.array(x.shape[1], x.shape[1])
     for i, block in enumerate(encoder.stack.blocks):
         x = block(x, rope=append_identity(rope, encoder.num_tokens), mask=mask)
         values[f"enc_layer{i}"] = x
@@ -90,7 +91,7 @@ def trace_layers(model, params, image):
         x = condition_layers.embed(tokenizer.encode(image).codes)
         values["dec_in"] = x
         for i, block in enumerate(condition_layers.stack.blocks):
-            x = block(x, mask=causal_mask(x.shape[1], x.shape[1]))
+            x = block(x, mask=Causal())
             values[f"dec_layer{i}"] = x
     return values
 

@@ -1,0 +1,61 @@
+"""`compute.remat=auto`: the least recomputation with which a train step fits into memory.
+
+The step is compiled with each policy in turn, the fastest first, until the compiler's own count of
+its memory fits: exact, for the time of one or two compilations more.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from dar_jax.nn.compute import Compute
+from dar_jax.performance.programs import Program, memory_of
+
+POLICIES = ("none", "dots", "blocks")
+"""Of `compute.remat`, the fastest first."""
+USABLE = 0.9
+"""Share of the memory that a step may take: pictures, evaluation and fragments have the rest."""
+
+
+def choose_remat(
+    compute: Compute, train_step: Callable[[Compute], Program], memory: float | None
+) -> Compute:
+    """Return `compute` with `remat=auto` decided; what is decided already stays.
+
+    Args:
+        compute: execution choices.
+        train_step: the train step of others.
+        memory: bytes of a device; None, where it is not known, recomputes nothing.
+    """
+    if compute.remat != "auto":
+        return compute
+    candidates = [dataclasses.replace(compute, remat=policy) for policy in POLICIES]
+    if memory is None:
+        return candidates[0]
+    for candidate in candidates[:-1]:
+        needed = _needed(train_step(candidate))
+        fits = needed <= USABLE * memory
+        logging.info(
+            "compute.remat=%s needs %.3g GB of %.3g: %s",
+            candidate.remat,
+            needed / 1e9,
+            memory / 1e9,
+            "taken" if fits else "too much",
+        )
+        if fits:
+            return candidate
+    logging.info("compute.remat=%s is what is left", candidates[-1].remat)
+    return candidates[-1]
+
+
+def _needed(program: Program) -> float:
+    """Bytes of one device."""
+    lowered = program.function.lower(*program.arguments, **program.options)
+    try:
+        return memory_of(lowered.compile())["total"]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return float("inf")

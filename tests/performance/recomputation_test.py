@@ -1,0 +1,58 @@
+"""`compute.remat=auto` takes the least recomputation that fits."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dar_jax.nn.compute import Compute
+from dar_jax.performance import recomputation
+from dar_jax.performance.programs import Program
+from dar_jax.performance.recomputation import choose_remat
+
+NEEDED = {"none": None, "dots": 15e9, "blocks": 5e9}
+"""Bytes of a step; None is more than can be compiled."""
+AUTO = Compute(dtype="bfloat16", remat="auto")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Policies whose step was compiled."""
+    policies = []
+
+    def memory_of(_):
+        needed = NEEDED[policies[-1]]
+        if needed is None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return {"total": needed}
+
+    monkeypatch.setattr(recomputation, "memory_of", memory_of)
+    return policies
+
+
+def step_of(compiled):
+    def train_step(compute):
+        compiled.append(compute.remat)
+        return Program("train step", jax.jit(jnp.sin), (jax.ShapeDtypeStruct((), "f4"),), {}, 1)
+
+    return train_step
+
+
+@pytest.mark.parametrize(
+    ("memory", "taken", "tried"),
+    [
+        (None, "none", []),
+        (20e9, "dots", ["none", "dots"]),
+        (16e9, "blocks", ["none", "dots"]),  # little is left for pictures
+        (1e9, "blocks", ["none", "dots"]),
+    ],
+)
+def test_least_recomputation_that_fits_is_taken(compiled, memory, taken, tried):
+    compute = choose_remat(AUTO, step_of(compiled), memory)
+    assert compute == Compute(dtype="bfloat16", remat=taken)
+    assert compiled == tried
+
+
+def test_what_is_decided_stays(compiled):
+    compute = Compute(remat="blocks")
+    assert choose_remat(compute, step_of(compiled), 1e12) is compute
+    assert not compiled
