@@ -34,11 +34,11 @@ def keep_programs(setting: str) -> None:
     """
     if setting == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
     # A run has dozens of programs that take less than JAX's least, one second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if jax.config.jax_compilation_cache_dir and not setting:
+    if jax.config.values["jax_compilation_cache_dir"] and not setting:
         return
     try:
         user = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

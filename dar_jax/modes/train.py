@@ -15,10 +15,8 @@ from typing import Any
 
 import jax
 from absl import logging
-from clu import parameter_overview
 
-from dar_jax.common import files, model_dir
-from dar_jax.common.tree import num_parameters
+from dar_jax.common import model_dir
 from dar_jax.common.typing import Params
 from dar_jax.config import Config
 from dar_jax.data import pipeline, sources, survey
@@ -37,7 +35,7 @@ from dar_jax.training.checkpoint import CHECKPOINTS
 from dar_jax.training.finite import SkippedSteps, check_parameters
 from dar_jax.training.optimizer import learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
-from dar_jax.training.report import Report, is_due
+from dar_jax.training.report import Report, describe, is_due
 from dar_jax.training.state import TrainState
 
 NUM_PICTURES = 16
@@ -100,7 +98,10 @@ def train(config: Config, workdir: str, task: Task) -> bool:
             if config.compute.remat == "auto":  # now that all is known to be right
                 config = with_remat(config, run.mesh, device_memory())
                 run = dataclasses.replace(run, config=config, task=build_task(config))
-            _describe(run, abstract)
+            describe(run.workdir, config.to_dict(), abstract.params, run.mesh)
+            if jax.process_index() == 0:
+                latest = run.checkpoints.latest_step or 0
+                origin.record(run.workdir, latest, run.checkpoints.changes)
             state = _fit(run, *_restore_or_create(run, abstract, initial))
             run.checkpoints.wait()
         done = int(state.step) >= config.train.steps
@@ -201,24 +202,6 @@ def _finish(run: Run, state: TrainState) -> None:
     """Write the model directory of the workdir."""
     _export(run, state, run.workdir / model_dir.WORKDIR_NAME)
     distributed.wait_for_all("export")
-
-
-def _describe(run: Run, abstract: TrainState) -> None:
-    """Log what is trained, in two lines; the whole config and a table of arrays go to files."""
-    overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
-    texts = {
-        "config.json": json.dumps(run.config.to_dict(), indent=2),
-        "parameters.txt": overview,
-    }
-    count = num_parameters(abstract.params)
-    logging.info("Parameters: %s; %s are in %s", f"{count:,}", " and ".join(texts), run.workdir)
-    logging.info("Mesh: %s of %s", dict(run.mesh.shape), jax.devices()[0].device_kind)
-    if jax.process_index() != 0:
-        return
-    for name, text in texts.items():
-        with files.replacing(run.workdir / name) as temporary:
-            temporary.write_text(f"{text}\n")
-    origin.record(run.workdir, run.checkpoints.latest_step or 0, run.checkpoints.changes)
 
 
 def _restore_or_create(

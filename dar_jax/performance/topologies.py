@@ -68,7 +68,7 @@ def find_devices(topology: str) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")
     extra = "gpu-aot" if is_gpu else "tpu"
     try:
-        if is_gpu:
+        if gpus is not None and is_gpu:
             return _gpus(*gpus.groups())
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:

@@ -1,6 +1,9 @@
 """What a run tells of its steps: checked, averaged, written, one step late."""
 
+import json
 import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,8 +11,12 @@ import numpy as np
 import optax
 from absl import logging
 from clu import metrics as clu_metrics
+from clu import parameter_overview
 
+from dar_jax.common import files
 from dar_jax.common.progress import Progress
+from dar_jax.common.tree import num_parameters
+from dar_jax.common.typing import Params
 from dar_jax.data.pipeline import TrainIterator
 from dar_jax.training import metrics
 from dar_jax.training.config import TrainConfig
@@ -24,6 +31,22 @@ SILENT_SECONDS = 30.0
 def is_due(step: int, every: int, last_step: int) -> bool:
     """Tell whether what happens every so many steps, and at the end, happens after this one."""
     return every > 0 and (step % every == 0 or step == last_step)
+
+
+def describe(
+    workdir: pathlib.Path, config: Mapping[str, Any], params: Params, mesh: jax.sharding.Mesh
+) -> None:
+    """Log what is trained, in two lines; the whole config and a table of arrays go to files."""
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    texts = {"config.json": json.dumps(config, indent=2), "parameters.txt": overview}
+    count = num_parameters(params)
+    logging.info("Parameters: %s; %s are in %s", f"{count:,}", " and ".join(texts), workdir)
+    logging.info("Mesh: %s of %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    if jax.process_index() != 0:
+        return
+    for name, text in texts.items():
+        with files.replacing(workdir / name) as temporary:
+            temporary.write_text(f"{text}\n")
 
 
 class Report:

@@ -279,16 +279,8 @@ def stream(
         boundaries=group_boundaries(config),
         key_mask=key_mask,
     )
-    drawn = previews(
-        tokenizer,
-        tokenizer_params,
-        groups,
-        rngs,
-        sampling,
-        known=known,
-        microbatch=microbatch,
-    )
-    return one_ahead(drawn)
+    flow = (tokenizer, tokenizer_params, groups, rngs, sampling)
+    return one_ahead(previews(*flow, known=known, microbatch=microbatch))
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
