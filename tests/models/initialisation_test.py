@@ -193,10 +193,13 @@ def transdiff_cases():
             other_tokenizer(SHALLOW_TOKENIZER),
             OTHER_TOKENIZER,
             id="tokenizer-other",
+            marks=pytest.mark.slow,
         ),
         *prior_cases(),
         *transdiff_cases(),
-        pytest.param(KlVae, KlVaeConfig(), KlVaeConfig(), KL_VAE, id="kl_vae"),
+        pytest.param(
+            KlVae, KlVaeConfig(), KlVaeConfig(), KL_VAE, id="kl_vae", marks=pytest.mark.slow
+        ),
         pytest.param(PatchGan, PatchGanConfig(), PatchGanConfig(), PATCHGAN, id="patchgan"),
     ],
 )

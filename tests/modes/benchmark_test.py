@@ -151,6 +151,7 @@ def test_benchmark_writes_every_measurement_beside_its_bound(config, tmp_path, c
     assert len(caplog.messages[-1].splitlines()) == 1 + 1 + 1 + len(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_drawing")
 def test_benchmark_of_transdiff_has_its_own_phases(mrar_config, tmp_path, caplog):
     with caplog.at_level("INFO", logger="absl"):

@@ -110,9 +110,16 @@ with references. By hand, from the widths of all layers: products and attention 
 multiply-add, attention at the pairs that its mask allows, matrices and caches in bfloat16."""
 
 
-@pytest.mark.parametrize(
-    "case", CLOSED_FORMS, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}-{case[3]:g}"
-)
+def closed_form_cases():
+    traced_once = (trans_diff, "l", 1, 1.0)
+    for case in CLOSED_FORMS:
+        family, size, batch_size, scale = case
+        quick = family is dar or case == traced_once
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(case, id=f"{family.__name__}-{size}-{batch_size}-{scale:g}", marks=marks)
+
+
+@pytest.mark.parametrize("case", closed_form_cases())
 def test_bounds_are_those_of_closed_forms(case):
     family, size, batch_size, scale = case
     form = transdiff.MRAR if family is trans_diff else {}
@@ -190,7 +197,13 @@ def test_half_of_the_rows_without_guidance():
                 assert 0 < caches < single.num_bytes or (caches, guided.phase) == (0, "encoder")
 
 
-@pytest.mark.parametrize(("size", "teraflops"), [("b", 12.8), ("l", 29.7), ("h", 57.4)])
+@pytest.mark.parametrize(
+    ("size", "teraflops"),
+    [
+        ("l", 29.7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("b", 12.8), ("h", 57.4))),
+    ],
+)
 def test_latents_are_bound_by_the_published_work(size, teraflops):
     """Published without cached keys and values of the condition, which save 11 %."""
     bounds = trans_diff(size, 64).bounds(1.3)
@@ -198,14 +211,22 @@ def test_latents_are_bound_by_the_published_work(size, teraflops):
     assert seconds == pytest.approx(64 * 0.89 * teraflops * 1e12 / H200.flops, rel=0.01)
 
 
-@pytest.mark.parametrize(("size", "teraflops"), [("b", 44), ("l", 103), ("h", 200)])
+@pytest.mark.parametrize(
+    ("size", "teraflops"),
+    [
+        ("l", 103),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("b", 44), ("h", 200))),
+    ],
+)
 def test_latents_with_references_take_the_published_work(size, teraflops):
     parts = trans_diff(size, **transdiff.MRAR).parts(1.3)
     found = sum(map(flops_of, parts))
     assert found / 1e12 == pytest.approx(teraflops, rel=0.01)
 
 
-@pytest.mark.parametrize("form", [{}, transdiff.MRAR, transdiff.AT_512_PIXELS])
+@pytest.mark.parametrize(
+    "form", [{}, transdiff.MRAR, pytest.param(transdiff.AT_512_PIXELS, marks=pytest.mark.slow)]
+)
 def test_phases_of_transdiff_add_up(form):
     runs, previews = trans_diff("l", 8, **form), 4
     bounds, decode = runs.bounds(1.5), runs.bounds(None)["decode"]

@@ -170,7 +170,7 @@ def check_samples(golden, folder):
         golden.check(f"sample_{run['name']}", to_nchw(latents))
 
 
-@pytest.mark.parametrize("folder", ONE_STEP)
+@pytest.mark.parametrize("folder", [ONE_STEP[0], pytest.param(ONE_STEP[1], marks=pytest.mark.slow)])
 def test_one_step_model_equals_the_reference(folder):
     model, params = models.transdiff(folder)
     with fixtures.Compare(folder) as golden:
