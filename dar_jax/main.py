@@ -296,7 +296,7 @@ def _explain(error: Exception, path: str) -> str:
         return f"{path} has no function get_config, which returns the configuration"
     if path and lines:
         return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}"
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) or any(isinstance(each, KeyError) for each in error.args):
         return f"unknown key {text.strip(QUOTES)!r}; {path} has no key like it"
     return text
 

