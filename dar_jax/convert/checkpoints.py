@@ -170,7 +170,7 @@ def _read_torch(path: pathlib.Path) -> Checkpoint:
 def _unpickle(path: pathlib.Path) -> dict[str, Any]:
     """Read the dict that a `.pt` holds; its tensors stay on disk until they are used."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"{path} needs torch, which is not installed; run pip install 'dar-jax[convert]' or "
@@ -212,7 +212,7 @@ def _allowed() -> list[Any]:
 
 def _is_tensor(value: Any) -> bool:
     """Whether it is a tensor with data of its own, neither sparse nor quantised nor abstract."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     return (
         isinstance(value, torch.Tensor)

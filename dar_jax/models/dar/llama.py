@@ -8,6 +8,7 @@ is left out.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -164,14 +165,14 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, compute: Compute | None = None):
         self.compute = compute = compute or Compute()
         self.config = config
-        table = dict(dtype=jnp.float32, embedding_init=INIT, rngs=rngs)
+        table = functools.partial(nnx.Embed, dtype=jnp.float32, embedding_init=INIT, rngs=rngs)
         if config.caption_dim is None:
-            self.condition_embed = nnx.Embed(config.num_classes + 1, config.dim, **table)
+            self.condition_embed = table(config.num_classes + 1, config.dim)
         else:
             self.condition_embed = CaptionProjection(
                 config.caption_dim, config, compute=compute, rngs=rngs
             )
-        self.token_embed = nnx.Embed(config.vocab_size, config.dim, **table)
+        self.token_embed = table(config.vocab_size, config.dim)
         block = LlamaBlock if compute.stacked else DecodingBlock
         self.stack = Stack(
             lambda block_rngs: block(config, compute=compute, rngs=block_rngs),
