@@ -27,7 +27,7 @@ from tests.training.toy_task import ToyTask
 ROOT = pathlib.Path(__file__).parents[2]
 RUN_JOB = """
 import sys, time
-from dar_jax.training import distributed
+from dar_jax.parallel import distributed
 process, address, workdir, pause = int(sys.argv[1]), *sys.argv[2:4], float(sys.argv[4])
 distributed.initialize(address, 2, process, timeout_s=120.0)
 from tests.parallel import distributed_test

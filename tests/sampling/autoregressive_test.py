@@ -1,6 +1,5 @@
 """Decoding with caches in groups: what a sample depends on; what the compiled loop copies."""
 
-import functools
 import math
 import re
 
@@ -264,8 +263,8 @@ def optimized():
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize(("num_kv_heads", "window"), [(None, 0), (2, 0), (2, 2)])
-def test_decoding_copies_no_cache_and_no_weights(num_kv_heads, window):
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+def test_decoding_copies_no_cache_and_no_weights(num_kv_heads):
     config = LlamaConfig(
         num_layers=2,
         num_heads=4,
@@ -288,13 +287,8 @@ def test_decoding_copies_no_cache_and_no_weights(num_kv_heads, window):
 
     state, rngs = jax.eval_shape(shapes)
     scales = jax.ShapeDtypeStruct((config.num_tokens,), jnp.float32)
-    fixed = dict(stop=config.num_tokens, num_slots=config.num_tokens + 4)
-    decode, own = autoregressive.decode, {"start": 32}
-    if window:
-        decode, own = autoregressive.decode_ahead, {"window": window}
-        begin = functools.partial(autoregressive.start_ahead, num_known=32, window=window)
-        state = jax.eval_shape(begin, state)
-    lowered = decode.lower(decoder, params, state, rngs, scales, **fixed, **own)
+    span = dict(start=32, stop=config.num_tokens, num_slots=config.num_tokens + 4)
+    lowered = autoregressive.decode.lower(decoder, params, state, rngs, scales, **span)
     matrices = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     cache = state.caches[0].keys.size * 2  # of this group's slots
     assert not new_buffers_in_loops(lowered.compile().as_text(), min(*matrices, cache))
