@@ -54,7 +54,7 @@ import sys
 import jax
 import jax.numpy as jnp
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_num_cpu_devices", 8)
 jnp.float32 = jnp.float64  # what the code and flax ask for where float32 is the point
 from dar_jax.nn.compute import Compute
 Compute.jnp_dtype = jnp.dtype("float64")
