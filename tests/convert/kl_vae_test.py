@@ -60,6 +60,7 @@ def test_conversion_is_reversible():
         np.testing.assert_array_equal(array, state_dict[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_converted_model_directory_encodes_and_decodes_like_the_reference(tmp_path, caplog):
     state_dict = fixtures.load_state_dict(FOLDER)
     extra = {"loss.logvar": np.zeros(1, np.float32)}

@@ -87,6 +87,7 @@ def test_previews_end_with_the_images_of_the_api(generator):
     np.testing.assert_array_equal(previews[-1].pixels, expected)
 
 
+@pytest.mark.slow
 def test_model_of_latents_has_steps_and_one_guidance_scale(tmp_path, compiled):
     tiny_transdiff.save_vae(tmp_path)
     config = mnist.get_config("transdiff_mrar")

@@ -69,6 +69,7 @@ def test_option_of_another_kind_is_refused(config, trained):
         sample.sample(read_config(config), str(trained))
 
 
+@pytest.mark.slow
 def test_it_is_evaluated(config, trained):
     config = config.copy_and_resolve_references()
     config.evaluate.update(evaluators="generation,reconstruction", num_images=20)

@@ -80,6 +80,7 @@ def stages(model, params, arrays):
     return dict(zip(names, map(to_nchw, found), strict=True))
 
 
+@pytest.mark.slow
 def test_vae_of_many_groups_matches_reference_on_images_that_are_not_square():
     model, params = models.kl_vae(GROUPS)
     with fixtures.Compare(GROUPS) as golden:

@@ -73,6 +73,7 @@ def test_prior_without_a_tokenizer_takes_the_released_one_if_it_fits(tmp_path):
         compile_mode.compile_programs(read_config(config), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_latent_model_has_a_condition_and_a_step_of_every_image_on_its_device(tmp_path):
     config = mnist.get_config("transdiff_mrar")
     config.model.update(encoder_depth=1, decoder_depth=1)

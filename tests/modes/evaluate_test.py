@@ -181,6 +181,7 @@ def test_calibration_compares_posteriors_with_how_often_they_are_right():
     assert few["calibration_error"] == pytest.approx(0.1)  # always right, and 90 % sure
 
 
+@pytest.mark.slow
 def test_model_of_latents_is_judged_like_one_of_tokens(run, tmp_path):
     tiny_transdiff.save_vae(tmp_path)
     path = tiny_transdiff.save(tmp_path, "model", tiny_transdiff.ONE_STEP)

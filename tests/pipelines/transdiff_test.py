@@ -83,6 +83,7 @@ def test_an_image_depends_on_its_index_and_label_only(load):
     assert np.abs(other - part).max() > 0.01
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_what_one_draws(load, directory):
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
     split = from_pretrained(directory / "mrar", mesh=mesh)

@@ -162,6 +162,7 @@ def test_generator_and_discriminator_do_not_move_each_other(adversarial, batch, 
     assert all(norms[name] == 0 for name in foreign)
 
 
+@pytest.mark.slow
 def test_one_step_trains_both_and_the_discriminator_waits_for_its_start(batch):
     task = make_task(adversarial_weight=0.5)
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, ema_decay=0.9)

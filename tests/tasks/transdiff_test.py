@@ -51,6 +51,7 @@ def make_task(vae):
     return make
 
 
+@pytest.mark.slow
 def test_updates_equal_the_reference(monkeypatch):
     reference = fixtures.load_json(UPDATES, "config")
     run = Training("transdiff/transdiff_tiny", fixtures.load_io("transdiff/transdiff_tiny")[0])
@@ -187,6 +188,7 @@ def train_steps(task, config, count=2):
     return before, state, update
 
 
+@pytest.mark.slow
 def test_decoder_alone_is_trained_where_the_config_says_so(make_task):
     config = OptimizerConfig(warmup_steps=0, weight_decay=0.1, trained="decoder/")
     before, state, update = train_steps(make_task(), config)
