@@ -14,8 +14,8 @@ from dar_jax.data.pipeline import train_iterator
 from dar_jax.kinds.loading import build_task
 from dar_jax.kinds.train_step import TrainBlocks, train_step, with_remat
 from dar_jax.parallel.sharding import batch_part, make_mesh
-from dar_jax.performance.device_speed import timed
-from dar_jax.performance.programs import device_memory, memory_of
+from dar_jax.performance.device_speed import memory_bytes, timed
+from dar_jax.performance.programs import memory_of
 from dar_jax.training.metrics import performance
 from dar_jax.training.state import create_state
 
@@ -32,7 +32,7 @@ def time_training(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any
         repeats: timed runs, of which the median counts.
     """
     mesh = make_mesh(config.mesh)
-    config = with_remat(config, mesh, device_memory())
+    config = with_remat(config, mesh, memory_bytes())
     program = train_step(config, mesh)
     compiled, compile_seconds = timed(lambda: program.function.lower(*program.arguments).compile())
     task = build_task(config, with_weights=False)

@@ -42,7 +42,7 @@ def train_step(config: TrainBlocks, mesh: Mesh) -> Program:
     )
 
 
-def with_remat(config: C, mesh: Mesh, memory: float | None) -> C:
+def with_remat(config: C, mesh: Mesh, memory: float | int | None) -> C:
     """Decide `compute.remat=auto` for devices with so many bytes of memory, or one unknown."""
 
     def of(compute: Compute) -> Program:

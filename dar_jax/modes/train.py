@@ -26,7 +26,7 @@ from dar_jax.kinds.loading import build_task
 from dar_jax.kinds.train_step import with_remat
 from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import exclusive, open_workdir
-from dar_jax.performance.programs import device_memory
+from dar_jax.performance.device_speed import memory_bytes
 from dar_jax.tasks.base import Task
 from dar_jax.training import checkpoint, metrics, origin
 from dar_jax.training import state as state_lib
@@ -96,8 +96,10 @@ def train(config: Config, workdir: str, task: Task) -> bool:
     with _opened(config, workdir, task) as (run, abstract, initial):
         with _closing(run):
             if config.compute.remat == "auto":  # now that all is known to be right
-                config = with_remat(config, run.mesh, device_memory())
-                run = dataclasses.replace(run, config=config, task=build_task(config))
+                config = with_remat(config, run.mesh, memory_bytes())
+                # The weights of frozen models are in the run.
+                task = build_task(config, with_weights=False)
+                run = dataclasses.replace(run, config=config, task=task)
             describe(run.workdir, config.to_dict(), abstract.params, run.mesh)
             if jax.process_index() == 0:
                 latest = run.checkpoints.latest_step or 0

@@ -76,8 +76,8 @@ def probe_bytes(platform: str, memory: int) -> int:
 
 
 def memory_bytes() -> int:
-    """Memory of the default device; that of the machine where it does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Memory of the first device of this process; that of the machine where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

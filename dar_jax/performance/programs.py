@@ -111,8 +111,3 @@ def memory_of(compiled: Any) -> dict[str, int]:
         "code": stats.generated_code_size_in_bytes,
     }
     return {**parts, "total": sum(parts.values())}
-
-
-def device_memory() -> int | None:
-    """Bytes that programs may take on a device at hand; None where it does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -20,7 +20,7 @@ USABLE = 0.9
 
 
 def choose_remat(
-    compute: Compute, train_step: Callable[[Compute], Program], memory: float | None
+    compute: Compute, train_step: Callable[[Compute], Program], memory: float | int | None
 ) -> Compute:
     """Return `compute` with `remat=auto` decided; what is decided already stays.
 

@@ -313,6 +313,8 @@ def generate(
         parents = yield state.tokens[:, :stop]
         if parents is not None:
             state = take(state, parents)
+            if isinstance(state, AheadState):  # beyond, tokens are the parent's draws
+                state = state._replace(known=jnp.minimum(state.known, stop))
 
 
 def without_guidance(decoder: TokenDecoder, state: State) -> tuple[TokenDecoder, State]:

@@ -72,9 +72,11 @@ def test_take_gathers_all_rows_of_a_candidate():
     assert taken[:, 0].tolist() == [4, 5, 0, 1, 0, 1, 8, 9, 8, 9, 10, 11]
 
 
-def test_every_group_is_the_best_continuation_of_those_before(dar):
+@pytest.mark.parametrize("lookahead", [0, 4])
+def test_every_group_is_the_best_continuation_of_those_before(dar, lookahead):
     """The gathered caches continue a prefix as running it anew does."""
-    options = DarSampling(guidance_scale=2.0, search=Search("groups", 2, "likelihood"))
+    search_options = Search("groups", 2, "likelihood")
+    options = DarSampling(guidance_scale=2.0, search=search_options, lookahead=lookahead)
     rngs = jax.random.split(jax.random.key(5), len(LABELS))
     prior, params = dar.prior.model.unstacked(), dar.prior.sampling_params
     flow = (dar.tokenizer.model, dar.tokenizer.params)
