@@ -37,6 +37,8 @@ Measured by
 and, with `--config.evaluate.evaluators=previews`, after every group of tokens. The weights are
 those that `--mode=convert --config.convert.net=inception` writes.
 
+The recommended guidance, 4.0 for all tokens, is what the reference draws pictures to look at with.
+
 For the other sizes (b 111M, xxxl 3.9B, 1b, 3b, 7b) the reference gives no scores. Published
 training: 300 epochs, about 360,000 steps of 1024 images; L took 2 days on 16 A100.
 """

@@ -170,7 +170,7 @@ def generate(
         ValueError: a label is not a class, or what the model draws is not finite.
     """
     progress = Progress(len(labels))
-    size = whole_batch(pipeline, min(config.batch_size, len(labels)))
+    size = batch_size(config, pipeline, len(labels))
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
         rows = {name: pad(values[part], size) for name, values in per_image.items()}
@@ -205,6 +205,11 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "seed": config.seed,
         **dataclasses.asdict(config.sampling(pipeline.sampling)),
     }
+
+
+def batch_size(config: SampleConfig, model: Pipeline | Autoencoder, num_images: int) -> int:
+    """Images at a time: what the config says, or the model's directory, and no more than asked."""
+    return whole_batch(model, min(config.batch_size or model.batch_size, num_images))
 
 
 def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:

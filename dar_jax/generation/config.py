@@ -22,7 +22,8 @@ class SampleConfig:
         labels: classes to draw, by index or name; empty takes the first ten, or all for a set of
             images.
         images_per_class: images of every class, side by side.
-        batch_size: images that a process generates at a time.
+        batch_size: images that a process generates at a time; 0 takes what the model directory
+            recommends.
         seed: image i depends on this seed, i and its label only.
         num_images: size of a set of images, classes in turns; 0 draws pictures to look at.
         format: of that set: "npz" or "png".
@@ -40,7 +41,7 @@ class SampleConfig:
     untrained_model: str = ""
     labels: tuple[int | str, ...] = ()
     images_per_class: int = 10
-    batch_size: int = 100
+    batch_size: int = 0
     seed: int = 0
     num_images: int = 0
     format: str = "npz"
@@ -54,7 +55,7 @@ class SampleConfig:
     def __post_init__(self):
         for name, least in (
             ("images_per_class", 1),
-            ("batch_size", 1),
+            ("batch_size", 0),
             ("num_images", 0),
             ("variations", 0),
         ):
@@ -105,10 +106,11 @@ class SampleConfig:
         Raises:
             ValueError: an option that the kind does not have, or one out of range.
         """
+        size = {"batch_size": self.batch_size} if self.batch_size else {}
         if kind.sampling is None:
-            return {}
+            return size
         chosen = self.sampling if kind.draws_images else self.reconstruction
-        return {"sampling": dataclasses.asdict(chosen(kind.sampling()))}
+        return {"sampling": dataclasses.asdict(chosen(kind.sampling())), **size}
 
 
 def sampling_fields() -> dict[str, Any]:

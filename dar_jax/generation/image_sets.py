@@ -14,7 +14,7 @@ from dar_jax.common import image as images
 from dar_jax.common.batches import pad
 from dar_jax.common.progress import Progress, wait_for
 from dar_jax.common.typing import Any, Array
-from dar_jax.generation.batches import options, whole_batch
+from dar_jax.generation.batches import batch_size, options
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
 from dar_jax.pipelines.base import Pipeline, check_sound, is_sound
@@ -54,7 +54,7 @@ def fill(
     def write(first: int, arrays: dict[str, np.ndarray]) -> None:
         image_set.write(first, arrays.pop(PIXELS), arrays)
 
-    size = whole_batch(pipeline, min(config.batch_size, image_set.count))
+    size = batch_size(config, pipeline, image_set.count)
     runs = list(image_set.runs(size, jax.process_index(), jax.process_count()))
     progress = Progress(sum(stop - first for first, stop in runs))
     finish = None

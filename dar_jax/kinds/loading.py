@@ -21,7 +21,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.fused_attention import check_device
 from dar_jax.parallel.sharding import fsdp_sharding
-from dar_jax.pipelines.base import Autoencoder, Pipeline
+from dar_jax.pipelines.base import BATCH_SIZE, Autoencoder, Pipeline
 from dar_jax.tasks.base import FrozenModel, Task
 
 
@@ -34,6 +34,7 @@ class Opened(NamedTuple):
         architecture: of the kind's class.
         class_names: of the classes that have a name.
         sampling: options that it is best used with, of the kind's class; None if it has none.
+        batch_size: images that it is best used on at a time.
     """
 
     path: pathlib.Path
@@ -41,6 +42,7 @@ class Opened(NamedTuple):
     architecture: Any
     class_names: tuple[str, ...]
     sampling: Any
+    batch_size: int
 
 
 @runtime_checkable
@@ -91,7 +93,10 @@ def open_model(path: str | os.PathLike, kind: str | None = None) -> Opened:
     class_names = loaded.get("class_names", [])
     if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
         raise ValueError(f"{directory}: class_names must be a list of names")
-    return Opened(directory, found, architecture, tuple(class_names), sampling)
+    batch_size = loaded.get("batch_size", BATCH_SIZE)
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"{directory}: batch_size={batch_size!r} must be an integer of at least 1")
+    return Opened(directory, found, architecture, tuple(class_names), sampling, batch_size)
 
 
 def from_pretrained(
@@ -111,7 +116,7 @@ def from_pretrained(
         ValueError: no such directory, an unknown kind, weights that do not fit the config, or an
             attention that the devices do not have.
     """
-    directory, kind, architecture, class_names, sampling = open_model(path)
+    directory, kind, architecture, class_names, sampling, batch_size = open_model(path)
     compute = compute or Compute()
     check_device(compute, jax.devices())
     model = FunctionalModel(kind.module, architecture, kind.compute_of(compute))
@@ -131,7 +136,7 @@ def from_pretrained(
         class_names=class_names,
         mesh=mesh,
     )
-    pipeline.sampling = sampling
+    pipeline.sampling, pipeline.batch_size = sampling, batch_size
     return pipeline
 
 

@@ -29,6 +29,8 @@ from dar_jax.parallel.sharding import (
 T = TypeVar("T")
 Labels = Array | np.ndarray | Sequence[int | str] | int | np.integer | str
 """Classes by index or name: one or several; where a model takes captions, those."""
+BATCH_SIZE = 100
+"""Images that are drawn at a time by a model whose directory recommends no number."""
 PER_IMAGE = ("prefix", "caption_mask", "known", "mask")
 """Arguments of `Pipeline.stream` that have a row for every image."""
 
@@ -77,9 +79,11 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
         sampling_class: dataclass of how images are drawn; None if nothing is.
         sampling: the options that the model is best used with; those of its directory, which
             otherwise hold what the class does.
+        batch_size: images that are best decoded at a time.
     """
 
     sampling_class: type | None = None
+    batch_size: int = BATCH_SIZE
 
     @functools.cached_property
     def sampling(self) -> Any:
@@ -131,6 +135,7 @@ class Pipeline(abc.ABC):
         sampling_class: that dataclass.
         sampling: the options that the model is best used with, of that class: what its directory
             recommends. An instance may be put in its place.
+        batch_size: images that are best drawn at a time: `generate` draws more of them in turns.
         generated_class: dataclass of what `generate` returns: `images`, and fields of the last
             preview that are kept beside them.
         keeps_tokens: whether `stream` takes `prefix`, `known` and `mask`: layout control and
@@ -142,6 +147,7 @@ class Pipeline(abc.ABC):
 
     sampling_class: type
     generated_class: type
+    batch_size: int = BATCH_SIZE
     keeps_tokens: bool = False
     has_likelihood: bool = False
 
@@ -236,8 +242,8 @@ class Pipeline(abc.ABC):
     def generate(self, labels: Labels, *, first_index: int = 0, **options: Any) -> Any:
         """Return the end of `stream` as `generated_class`.
 
-        A small batch is padded to one of few sizes, so that all sizes share few programs; with
-        `microbatch` it is as large as the caller says.
+        A small batch is padded to one of few sizes, so that all sizes share few programs; more than
+        `batch_size` images are drawn in turns. With `microbatch` the batch is as the caller says.
 
         Raises:
             ValueError: see `stream`, or what the model draws is not finite.
@@ -247,18 +253,29 @@ class Pipeline(abc.ABC):
             del given["mask"]  # one for all images
         rows = {"labels": self.class_indices(labels), **given}
         sizes = {len(value) if np.ndim(value) else 0 for value in rows.values()}
-        size = padded = sizes.pop()
-        if not sizes and options.get("microbatch") is None:
-            padded = padded_size(size, num_batch_shards(self.mesh))
-        if padded != size:
-            rows = {name: pad(np.asarray(value), padded) for name, value in rows.items()}
+        if len(sizes) > 1 or options.get("microbatch") is not None:
+            return self.generated_class(**self._draw(rows, first_index, options))
+        size, shards = sizes.pop(), num_batch_shards(self.mesh)
+        turn = max(self.batch_size // shards, 1) * shards
+        padded = padded_size(size, shards) if size <= turn else turn
+        if padded == size or size % shards:
+            return self.generated_class(**self._draw(rows, first_index, options))
+        parts = []
+        for first in range(0, size, padded):
+            part = {name: np.asarray(value)[first : first + padded] for name, value in rows.items()}
+            part = {name: pad(value, padded) for name, value in part.items()}
+            drawn = self._draw(part, first_index + first, options)
+            # On the host, where no size needs a program.
+            parts.append({name: np.asarray(value) for name, value in drawn.items()})
+        kept = {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
+        return self.generated_class(**self.prior.put(kept))
+
+    def _draw(self, rows: dict[str, Any], first_index: int, options: dict[str, Any]) -> Any:
+        """Return the images of one batch and what is kept beside them, by name."""
         last = last_of(self.stream(**{**options, **rows}, first_index=first_index, previews=False))
         kept = {name: getattr(last, name) for name in ("images", *self.kept_fields)}
         check_sound(is_sound(*kept.values()), first_index)
-        if padded != size:
-            # On the host, where no size needs a program.
-            kept = {name: self.prior.put(np.asarray(value)[:size]) for name, value in kept.items()}
-        return self.generated_class(**kept)
+        return kept
 
 
 @jax.jit

@@ -195,8 +195,8 @@ class TransDiffPipeline(Pipeline):
             out = transdiff.generate([3, 1, 4], rng=0)
             out.save("grid.png")
 
-        Batches of up to 32 images share six programs: they are padded to powers of two. What the
-        model draws must be finite.
+        Batches of up to 32 images share six programs: they are padded to powers of two. More than
+        `batch_size` are drawn in turns. What the model draws must be finite.
 
         Returns:
             `images`, float32 [B, H, W, 3] in [-1, 1], and `latents`; with `to_pil()`, `grid()` and

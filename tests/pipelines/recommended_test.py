@@ -1,5 +1,6 @@
 """Options that travel with a model, and classes by name."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 import dar_jax
 from dar_jax.common import model_dir
+from dar_jax.generation import batches
 from dar_jax.generation.config import SampleConfig
 from dar_jax.kinds.loading import open_model
 from tests import tiny_model
@@ -17,6 +19,7 @@ from tests import tiny_model
 def directory(tmp_path_factory):
     path = tiny_model.save(tmp_path_factory.mktemp("model"))
     config = json.loads((path / "config.json").read_text())
+    config["batch_size"] = 4
     config["sampling"] = {"guidance_scale": [1.0, 3.0], "temperature": 0.5, "solver": "euler"}
     (path / "config.json").write_text(json.dumps(config))
     (path / "digests.json").unlink(missing_ok=True)
@@ -38,6 +41,40 @@ def test_options_of_the_directory_are_used_unless_others_are_given(dar, director
     config = SampleConfig(options={"temperature": 2.0})
     assert config.sampling(open_model(directory).sampling).guidance_scale == (1.0, 3.0)
     assert config.sampling(dar.sampling).temperature == 2.0
+
+
+def test_batch_size_of_the_directory_is_used_unless_another_is_given(dar):
+    settings = SampleConfig()
+    assert batches.batch_size(settings, dar, 100) == 4
+    assert batches.batch_size(settings, dar, 3) == 3
+    assert batches.batch_size(dataclasses.replace(settings, batch_size=7), dar, 100) == 7
+
+
+def test_more_images_than_a_batch_are_drawn_in_turns(dar, monkeypatch):
+    labels, sizes = np.arange(10) % 3, []
+    turns = [dar.generate(labels[i : i + 4], rng=5, first_index=i).images for i in (0, 4, 8)]
+    draw = dar.stream
+
+    def stream(labels, **options):
+        sizes.append(len(labels))
+        return draw(labels, **options)
+
+    monkeypatch.setattr(dar, "stream", stream)
+    out = dar.generate(labels, rng=5)
+    assert sizes == [4, 4, 4]
+    np.testing.assert_array_equal(out.images[:8], np.concatenate(turns[:2]))
+    np.testing.assert_array_equal(
+        out.indices[8:], dar.generate(labels[8:], rng=5, first_index=8).indices
+    )
+    assert len(out.images) == len(out.indices) == 10
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, "4", True, None])
+def test_wrong_batch_size_of_a_directory_is_one_line(directory, tmp_path, size):
+    config = json.loads((directory / "config.json").read_text()) | {"batch_size": size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="batch_size=.* must be an integer of at least 1"):
+        open_model(tmp_path)
 
 
 def test_wrong_recommendation_is_one_line(directory, tmp_path):

@@ -18,7 +18,7 @@ from dar_jax.common.typing import Float, Int
 from dar_jax.evaluation.evaluators.base import Evaluation, Metrics, Subject, below
 from dar_jax.evaluation.feature_store import read_ahead
 from dar_jax.evaluation.image_sources import SplitImages
-from dar_jax.generation.batches import class_name, whole_batch
+from dar_jax.generation.batches import batch_size, class_name
 from dar_jax.generation.image_sets import SOUND, write_batch
 from dar_jax.generation.resumable_arrays import Pieces
 from dar_jax.generation.surprise import picture
@@ -98,7 +98,7 @@ def _scores(
     }
     pieces = Pieces(evaluation.path("likelihood", made_with), len(pictures))
     pieces.bind(made_with)
-    size = whole_batch(model, min(evaluation.sampling.batch_size, len(pictures)))
+    size = batch_size(evaluation.sampling, model, len(pictures))
     runs = list(pieces.runs(size, jax.process_index(), jax.process_count()))
     labels = pictures.labels().astype(np.int32)
     progress = Progress(sum(stop - first for first, stop in runs))

@@ -16,7 +16,7 @@ from dar_jax.evaluation.feature_store import read_ahead
 from dar_jax.evaluation.image_sources import Images, SetImages, SplitImages, read_all
 from dar_jax.evaluation.pairs import codebook_metrics, distance_metrics, pair_metrics
 from dar_jax.evaluation.perceptual import psnr, ssim
-from dar_jax.generation.batches import whole_batch
+from dar_jax.generation.batches import batch_size
 from dar_jax.generation.image_set import PIXELS
 from dar_jax.generation.image_sets import SOUND, write_batch
 from dar_jax.generation.resumable_arrays import Pieces
@@ -40,7 +40,8 @@ def evaluate(evaluation: Evaluation, subject: Subject) -> Metrics:
     }
     pieces = Pieces(evaluation.path("reconstructions", made_with), len(originals))
     pieces.bind(made_with)
-    fill(pieces, model, originals, options, batch_size=sampling.batch_size, seed=sampling.seed)
+    size = batch_size(sampling, model, len(originals))
+    fill(pieces, model, originals, options, size=size, seed=sampling.seed)
     others = SetImages(pieces, made_with)
     measures = {"psnr_db": psnr, "ssim": ssim}
     if evaluation.lpips is not None:
@@ -65,7 +66,7 @@ def fill(
     originals: Images,
     options: Any,
     *,
-    batch_size: int,
+    size: int,
     seed: int,
 ) -> None:
     """Encode and decode the originals that are lacking, then wait for other processes.
@@ -75,10 +76,10 @@ def fill(
         model: the tokenizer or VAE.
         originals: what is reconstructed.
         options: of the model's `sampling_class`.
-        batch_size: images at a time.
+        size: images at a time.
         seed: image i draws from `fold_in(seed, i)`.
     """
-    size, rng = whole_batch(model, min(batch_size, len(originals))), jax.random.key(seed)
+    rng = jax.random.key(seed)
     runs = list(pieces.runs(size, jax.process_index(), jax.process_count()))
     progress = Progress(sum(stop - first for first, stop in runs))
     for first, pixels in read_ahead(originals, runs):
