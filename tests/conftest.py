@@ -42,6 +42,11 @@ TORCHVISION = (
 )
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, which idle while a test waits for a process it started."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def stub_torchvision(monkeypatch):
     """Let packages that import torchvision at their top be imported without it."""

@@ -59,6 +59,11 @@ def keep_programs(setting: str) -> None:
     logging.info("Compiled programs are kept in %s, which has %d", directory, kept)
 
 
+def once() -> dict[str, int] | None:
+    """Compiler options of a program that runs once: CPUs take longer to optimise it than to run."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def cpu_fingerprint() -> str:
     """Name this kind of CPU: equal names have equal instructions."""
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else [platform.processor()]

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dar_jax.common import model_dir
+from dar_jax.common.compiled import once
 from dar_jax.common.config_build import build, check_sizes
 from dar_jax.common.typing import Any
 from dar_jax.data.base import DataConfig
@@ -153,10 +154,10 @@ def random_pipeline(config: TaskBlocks, *, seed: int = 0) -> Pipeline | Autoenco
         architecture = _architecture(other, config.companions[name])
         kind.check_companion(config.model, name, architecture, config.companions[name])
         model = FunctionalModel(other.module, architecture, other.compute_of(config.compute))
-        params = jax.jit(model.init)(jax.random.key(seed))
+        params = jax.jit(model.init, compiler_options=once())(jax.random.key(seed))
         companions[name] = other.make_pipeline(model, params, companions={})
     model = FunctionalModel(kind.module, config.model, kind.compute_of(config.compute))
-    params = jax.jit(model.init)(jax.random.key(seed))
+    params = jax.jit(model.init, compiler_options=once())(jax.random.key(seed))
     return kind.make_pipeline(model, params, companions=companions)
 
 

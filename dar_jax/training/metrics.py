@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from absl import logging
 from clu import metrics as clu_metrics
 from PIL import Image
@@ -149,6 +148,8 @@ class Writer:
         self._path = workdir / FILE_NAME
         cut_lines(self._path, first_step)
         # The suffix tells apart files begun in the same second, which is all their names say.
+        import tensorboardX  # imports torch, where that is installed
+
         self._events = tensorboardX.SummaryWriter(
             str(workdir), purge_step=first_step + 1, filename_suffix=f".{first_step}"
         )

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dar_jax.common import model_dir, tree
+from dar_jax.common.compiled import once
 from dar_jax.common.typing import Params, PRNGKeyArray
 from dar_jax.parallel import sharding
 from dar_jax.tasks.base import Task
@@ -68,7 +69,8 @@ def create_state(
         params: start from these, already in their shards, instead of the drawn ones of their names.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, config, mesh))
-    return jax.jit(_creator(task, config), out_shardings=shardings)(rng, params)
+    create = jax.jit(_creator(task, config), out_shardings=shardings, compiler_options=once())
+    return create(rng, params)
 
 
 def _creator(task: Task, config: OptimizerConfig):

@@ -277,15 +277,12 @@ def loss_and_shapes(name, data, directory):
     return task.loss, (params, sample_of(config, data), rng, task.abstract_frozen())
 
 
-ONE_OF_EACH_FAMILY = ("imagenet_tokenizer", "imagenet_dar:l", "imagenet_transdiff:l,mrar")
+QUICK = ("imagenet_tokenizer", "imagenet_dar:l")
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ONE_OF_EACH_FAMILY else pytest.mark.slow)
-        for name in RELEASED
-    ],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RELEASED],
 )
 def test_training_the_released_models(name, tmp_path):
     config_name, _, data = name.partition(" ")

@@ -168,6 +168,7 @@ def test_benchmark_of_transdiff_has_its_own_phases(mrar_config, tmp_path, caplog
     assert "num_references 4, num_steps 3" in caplog.text
 
 
+@pytest.mark.slow
 def test_parts_of_transdiff_are_what_sampling_runs(drawn):
     """The first pass that is timed ends with the latents of the first preview."""
     pipeline, _ = drawn["transdiff"]

@@ -316,7 +316,12 @@ def at_step(step, action, monkeypatch):
     monkeypatch.setattr(train.sharding, "put_batch", put_batch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+OTHER_SIGNALS = [
+    pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP)
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHER_SIGNALS])
 def test_signal_saves_at_once_and_the_same_command_continues_exactly(tmp_path, monkeypatch, number):
     handler = signal.SIG_DFL  # whatever started the tests, such as nohup
     before = signal.signal(number, handler)

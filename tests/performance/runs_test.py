@@ -111,11 +111,9 @@ multiply-add, attention at the pairs that its mask allows, matrices and caches i
 
 
 def closed_form_cases():
-    traced_once = (trans_diff, "l", 1, 1.0)
     for case in CLOSED_FORMS:
         family, size, batch_size, scale = case
-        quick = family is dar or case == traced_once
-        marks = () if quick else pytest.mark.slow
+        marks = () if family is dar else pytest.mark.slow
         yield pytest.param(case, id=f"{family.__name__}-{size}-{batch_size}-{scale:g}", marks=marks)
 
 

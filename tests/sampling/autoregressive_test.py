@@ -186,7 +186,7 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
     assert np.any(parts != unguided)
 
 
-@pytest.mark.parametrize("lookahead", [0, 3])
+@pytest.mark.parametrize("lookahead", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
     slots = []
     grow = autoregressive.grow
