@@ -58,6 +58,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jnp.float32 = jnp.float64  # what the code and flax ask for where float32 is the point
 from dar_jax.nn.compute import Compute
 Compute.jnp_dtype = jnp.dtype("float64")
+from dar_jax.common import image
+image.to_float = lambda pixels: pixels.astype("float64") / 127.5 - 1
 from tests.parallel import meshes_test
 meshes_test.write_errors(*sys.argv[1:])
 """
