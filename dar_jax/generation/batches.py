@@ -1,6 +1,5 @@
 """Images from a model directory with the options of `config.sample`, batch by batch."""
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -203,7 +202,7 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "decode_dtype": pipeline.compute.decode_dtype,
         "residual_dtype": pipeline.compute.residual_jnp_dtype.name,
         "seed": config.seed,
-        **dataclasses.asdict(config.sampling(pipeline.sampling)),
+        **pipeline.settings(config.sampling(pipeline.sampling)),
     }
 
 

@@ -45,6 +45,21 @@ DROP = """
         time.sleep(60)
 """
 """What the signal raises, it raises where nothing can be raised."""
+NOISE = """
+        class Closed:
+            def __del__(self):
+                raise RuntimeError("Event loop is closed")
+        Closed()
+        interrupts.silence()
+        def fail():
+            raise KeyError
+        for target in (fail, Closed):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        raise OSError("what ended it")
+"""
+"""An error ends a loop of callbacks, then the run; threads go on for a while."""
 
 
 def start(folder, action, ignored=None):
@@ -108,3 +123,7 @@ def test_hangup_that_nohup_ignores_stays_ignored(tmp_path):
 def test_thread_that_cannot_write_ends_the_process_with_one_line(tmp_path):
     assert end(start(tmp_path, FAIL)) == (2, ["failed: [Errno 28] No space left on device"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_threads_say_after_the_error_that_ends_a_run_is_dropped(tmp_path):
+    assert end(start(tmp_path, NOISE)) == (2, ["failed: what ended it"])
