@@ -133,4 +133,5 @@ def _ignore_failure(failure: object) -> None:
 
 
 def _raise_failure(number: int, frame: FrameType | None) -> None:
-    raise _failures[0]
+    if _failures:  # the signal may come from elsewhere, a job scheduler for one
+        raise _failures[0]

@@ -134,6 +134,7 @@ def classes_of(
         # On the command line `cat,dog` is one word.
         if isinstance(label, int):
             labels.append(label)
+            _compare_with_names(label, class_names)
             continue
         names = [label] if label in class_names else label.split(",")
         labels += [class_index(name, class_names) for name in names]
@@ -143,6 +144,17 @@ def classes_of(
             f"config.sample.labels: {wrong[0]} is not a class, expected 0..{num_classes - 1}"
         )
     return tuple(labels) or tuple(range(num_classes))[:most]
+
+
+def _compare_with_names(label: int, class_names: Sequence[str]) -> None:
+    """Warn where a number is another class's name, as of numbers that are sorted as text."""
+    name = str(label)
+    if name in class_names and class_names.index(name) != label:
+        logging.warning(
+            "config.sample.labels: %d is taken as the number of a class; for the class of that "
+            "name, number %d, write it in quotes: \"'%d'\"",
+            *(label, class_names.index(name), label),
+        )
 
 
 def class_name(pipeline: Pipeline, label: int) -> str:

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from dar_jax.common import interrupts
+
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT_S = 60
 PROGRAM = """
@@ -114,6 +116,15 @@ def test_second_ctrl_c_ends_what_holds_python_up(tmp_path):
 def test_hangup_that_nohup_ignores_stays_ignored(tmp_path):
     process = start(tmp_path, WAIT, ignored=signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (143, ["stopped by SIGTERM"])
+
+
+def test_signal_of_a_failure_that_is_none_is_passed_over(tmp_path):
+    process = start(tmp_path, WAIT)
+    process.send_signal(interrupts.FAILURE)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
