@@ -23,6 +23,12 @@ from dar_jax.training.checkpoint import CHECKPOINTS, latest_step
 
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
+JAX_DEFAULTS = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,
+}
+"""Settings, of the environment for instance, with which the same seed draws other images."""
 
 
 class Batch(NamedTuple):
@@ -215,7 +221,14 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "residual_dtype": pipeline.compute.residual_jnp_dtype.name,
         "seed": config.seed,
         **pipeline.settings(config.sampling(pipeline.sampling)),
+        **unusual_settings(),
     }
+
+
+def unusual_settings() -> dict[str, Any]:
+    """Return those of JAX's settings that draw other images, where they are not the defaults."""
+    settings = {name: jax.config.values[name] for name in JAX_DEFAULTS}
+    return {name: value for name, value in settings.items() if value != JAX_DEFAULTS[name]}
 
 
 def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:

@@ -1,7 +1,8 @@
-"""Labels that a command names, as classes of the model."""
+"""Batches of images: labels that a command names, and what the images depend on."""
 
 import pytest
 
+from dar_jax.generation import batches
 from dar_jax.generation.batches import classes_of
 from dar_jax.generation.config import SampleConfig
 from tests.damage import warnings
@@ -27,3 +28,10 @@ def test_number_that_is_the_name_of_another_class_is_told(caplog):
     )
     with pytest.raises(ValueError, match="10 is not a class"):
         classes_of(3, NAMES, SampleConfig(labels=(10,)))
+
+
+def test_settings_of_jax_that_draw_other_images_are_told_apart(monkeypatch):
+    """The tests have the defaults; with others, those would be unusual."""
+    assert batches.unusual_settings() == {}
+    monkeypatch.setitem(batches.JAX_DEFAULTS, "jax_enable_x64", True)
+    assert batches.unusual_settings() == {"jax_enable_x64": False}
