@@ -70,7 +70,10 @@ class Config:
     compute: Compute = _free(Compute)
     data: DataConfig = _bound(DataConfig, but=READING_KEYS)
     optimizer: OptimizerConfig = _bound(OptimizerConfig)
-    train: TrainConfig = _free(TrainConfig)
+    train: TrainConfig = _bound(
+        TrainConfig,
+        but=tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name != "init_from"),
+    )
     mesh: MeshConfig = _free(MeshConfig)
     sample: SampleConfig = _free(SampleConfig)
     evaluate: EvaluateConfig = _free(EvaluateConfig)

@@ -336,6 +336,10 @@ def run() -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
         app.run(main, flags_parser=parse_flags)
+    except SystemExit as end:
+        if end.code:
+            interrupts.silence()
+        raise
     except BrokenPipeError:  # whoever reads has read enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(interrupts.status_of(signal.SIGPIPE))

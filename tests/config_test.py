@@ -168,10 +168,11 @@ def test_block_of_every_class_stands_once():
 
 def test_what_a_run_is_bound_to():
     config = read_config(mnist.get_config("dar"))
-    assert config.bound().keys() == {"task", "seed", "tokenizer", "model", "data", "optimizer"}
-    assert "path" not in config.bound()["data"]
+    blocks = {"model", "data", "optimizer", "train"}
+    assert config.bound().keys() == {"task", "seed", "tokenizer", *blocks}
+    assert "path" not in config.bound()["data"] and config.bound()["train"] == {"init_from": ""}
     defaults = config.bound_defaults()
-    assert defaults.keys() == {"model", "data", "optimizer"}
+    assert defaults.keys() == blocks
     hints = typing.get_type_hints(type(config.data))
     assert defaults["data"].keys() == hints.keys()
 

@@ -174,7 +174,8 @@ def _read(
         return views.of(found["pixels"]), int(found["label"])
 
     dataset = grain.MapDataset.range(pictures.start, pictures.stop).map(example)
-    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, PREFETCHED_PICTURES)))
+    options = grain.ReadOptions(num_threads, max(num_threads, PREFETCHED_PICTURES))
+    iterator = iter(dataset.to_iter_dataset(options))
     try:
         yield from iterator  # pyright: ignore[reportReturnType] - grain leaves None out
     finally:

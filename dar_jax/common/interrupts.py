@@ -25,6 +25,8 @@ FAILURE = signal.SIGUSR2
 """What a thread that has failed sends to the main thread."""
 
 RETRY_S = 0.05
+LOOP_CLOSED = "Event loop is closed"
+"""What callbacks of a loop say that an error has ended; the error is raised where the loop ran."""
 
 _received: list[int] = []
 _failures: list[BaseException] = []
@@ -73,6 +75,11 @@ def leave(message: str, status: int) -> NoReturn:
     os._exit(status)
 
 
+def silence() -> None:
+    """Let threads say no more: the run has ended with an error, which has been told."""
+    threading.excepthook = sys.unraisablehook = _ignore_failure
+
+
 def status_of(number: int) -> int:
     """The exit status of a process that a signal ended."""
     return 128 + number
@@ -112,7 +119,8 @@ def _dropped(dropped: "sys.UnraisableHookArgs") -> None:
     if isinstance(error, Interrupted):
         _failures.insert(0, error)
     if error not in _failures:
-        sys.__unraisablehook__(dropped)
+        if str(error) != LOOP_CLOSED:
+            sys.__unraisablehook__(dropped)
         return
     main = threading.main_thread().ident or 0
     timer = threading.Timer(RETRY_S, signal.pthread_kill, (main, FAILURE))
@@ -120,5 +128,10 @@ def _dropped(dropped: "sys.UnraisableHookArgs") -> None:
     timer.start()
 
 
+def _ignore_failure(failure: object) -> None:
+    """Hook that says nothing."""
+
+
 def _raise_failure(number: int, frame: FrameType | None) -> None:
-    raise _failures[0]
+    if _failures:  # the signal may come from elsewhere, a job scheduler for one
+        raise _failures[0]

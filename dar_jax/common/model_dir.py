@@ -176,13 +176,18 @@ def companion(directory: str | os.PathLike, name: str) -> pathlib.Path:
     """Return the model directory that a model directory holds as `name`.
 
     Raises:
-        ValueError: it was written without one.
+        ValueError: it was written without one, or with another one.
     """
     nested = pathlib.Path(directory) / name
     if not nested.is_dir():
         raise ValueError(
             f"{directory} holds a model without its {name}: put the {name}'s model directory at "
             f"{nested}, or convert again with --config.{name}=DIR"
+        )
+    if damage := _find_damage(nested.parent, f"{name}/{WEIGHTS_NAME}"):
+        raise ValueError(
+            f"{directory} holds another {name} than it was made with ({damage}): bring that one "
+            f"back, or delete {digests.DIGESTS_NAME} there if you changed it yourself"
         )
     return nested
 

@@ -294,6 +294,6 @@ def _read_ahead(
     dataset: grain.MapDataset, num_threads: int, batch_size: int
 ) -> grain.DatasetIterator:
     """Read examples in several threads and batch them in another; None is not an example."""
-    options = grain.ReadOptions(num_threads, PREFETCHED_BATCHES * batch_size)
+    options = grain.ReadOptions(num_threads, max(num_threads, PREFETCHED_BATCHES * batch_size))
     batches = dataset.to_iter_dataset(options).batch(batch_size)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))

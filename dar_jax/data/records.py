@@ -116,7 +116,7 @@ def _records(
         return LABEL.pack(picture.label) + data
 
     dataset = grain.MapDataset.range(pictures.start, pictures.stop).map(record)
-    options = grain.ReadOptions(config.num_threads, PREFETCHED_PICTURES)
+    options = grain.ReadOptions(config.num_threads, max(config.num_threads, PREFETCHED_PICTURES))
     iterator = iter(dataset.to_iter_dataset(options))
     try:
         yield from filter(None, iterator)

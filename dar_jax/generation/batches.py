@@ -1,6 +1,5 @@
 """Images from a model directory with the options of `config.sample`, batch by batch."""
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,12 @@ from dar_jax.training.checkpoint import CHECKPOINTS, latest_step
 
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
+JAX_DEFAULTS = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,
+}
+"""Settings, of the environment for instance, with which the same seed draws other images."""
 
 
 class Batch(NamedTuple):
@@ -135,6 +140,7 @@ def classes_of(
         # On the command line `cat,dog` is one word.
         if isinstance(label, int):
             labels.append(label)
+            _compare_with_names(label, class_names)
             continue
         names = [label] if label in class_names else label.split(",")
         labels += [class_index(name, class_names) for name in names]
@@ -144,6 +150,17 @@ def classes_of(
             f"config.sample.labels: {wrong[0]} is not a class, expected 0..{num_classes - 1}"
         )
     return tuple(labels) or tuple(range(num_classes))[:most]
+
+
+def _compare_with_names(label: int, class_names: Sequence[str]) -> None:
+    """Warn where a number is another class's name, as of numbers that are sorted as text."""
+    name = str(label)
+    if name in class_names and class_names.index(name) != label:
+        logging.warning(
+            "config.sample.labels: %d is taken as the number of a class; for the class of that "
+            "name, number %d, write it in quotes: \"'%d'\"",
+            *(label, class_names.index(name), label),
+        )
 
 
 def class_name(pipeline: Pipeline, label: int) -> str:
@@ -203,13 +220,20 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "decode_dtype": pipeline.compute.decode_dtype,
         "residual_dtype": pipeline.compute.residual_jnp_dtype.name,
         "seed": config.seed,
-        **dataclasses.asdict(config.sampling(pipeline.sampling)),
+        **pipeline.settings(config.sampling(pipeline.sampling)),
+        **unusual_settings(),
     }
 
 
 def batch_size(config: SampleConfig, model: Pipeline | Autoencoder, num_images: int) -> int:
     """Images at a time: what the config says, or the model's directory, and no more than asked."""
     return whole_batch(model, min(config.batch_size or model.batch_size, num_images))
+
+
+def unusual_settings() -> dict[str, Any]:
+    """Return those of JAX's settings that draw other images, where they are not the defaults."""
+    settings = {name: jax.config.values[name] for name in JAX_DEFAULTS}
+    return {name: value for name, value in settings.items() if value != JAX_DEFAULTS[name]}
 
 
 def whole_batch(pipeline: Pipeline | Autoencoder, size: int) -> int:

@@ -182,6 +182,10 @@ class Pipeline(abc.ABC):
             ]
         return labels
 
+    def settings(self, sampling: Any) -> dict[str, Any]:
+        """What images depend on of the options of the kind, and of the files that they name."""
+        return dataclasses.asdict(sampling)
+
     @property
     def kept_fields(self) -> tuple[str, ...]:
         """Fields of the last preview that are kept beside the images."""

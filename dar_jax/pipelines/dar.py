@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from dar_jax.common import digests
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.image import as_image
 from dar_jax.common.pictures import Images
@@ -36,6 +37,8 @@ from dar_jax.pipelines.dar_inputs import (
 )
 from dar_jax.pipelines.dar_likelihood import LikelihoodPipeline
 from dar_jax.pipelines.options import takes_options
+
+REWARD = "content of search.reward"
 
 
 @jax.tree_util.register_dataclass
@@ -261,6 +264,10 @@ class DarPipeline(LikelihoodPipeline):
     @property
     def num_tokens(self) -> int:
         return self.tokenizer.config.num_tokens
+
+    def settings(self, sampling: DarSampling) -> dict[str, Any]:
+        search, values = sampling.search, super().settings(sampling)
+        return {**values, REWARD: digests.of_file(search.reward)} if search.by_file else values
 
     @takes_options(DarSampling)
     def stream(

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from dar_jax.common import interrupts
+
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT_S = 60
 PROGRAM = """
@@ -45,6 +47,21 @@ DROP = """
         time.sleep(60)
 """
 """What the signal raises, it raises where nothing can be raised."""
+NOISE = """
+        class Closed:
+            def __del__(self):
+                raise RuntimeError("Event loop is closed")
+        Closed()
+        interrupts.silence()
+        def fail():
+            raise KeyError
+        for target in (fail, Closed):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        raise OSError("what ended it")
+"""
+"""An error ends a loop of callbacks, then the run; threads go on for a while."""
 
 
 def start(folder, action, ignored=None):
@@ -105,6 +122,19 @@ def test_hangup_that_nohup_ignores_stays_ignored(tmp_path):
     assert end(process) == (143, ["stopped by SIGTERM"])
 
 
+def test_signal_of_a_failure_that_is_none_is_passed_over(tmp_path):
+    process = start(tmp_path, WAIT)
+    process.send_signal(interrupts.FAILURE)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (143, ["stopped by SIGTERM"])
+
+
 def test_thread_that_cannot_write_ends_the_process_with_one_line(tmp_path):
     assert end(start(tmp_path, FAIL)) == (2, ["failed: [Errno 28] No space left on device"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_threads_say_after_the_error_that_ends_a_run_is_dropped(tmp_path):
+    assert end(start(tmp_path, NOISE)) == (2, ["failed: what ended it"])

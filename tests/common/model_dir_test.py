@@ -88,7 +88,11 @@ def test_companions_are_copied_in(tmp_path):
         companions={"tokenizer": tmp_path / "tokenizer"},
     )
     assert model_dir.load_model(tmp_path / "prior")[0]["kind"] == "prior"
-    assert model_dir.load_model(tmp_path / "prior" / "tokenizer")[0]["kind"] == "toy"
+    nested = model_dir.companion(tmp_path / "prior", "tokenizer")
+    assert model_dir.load_model(nested)[0]["kind"] == "toy"
+    _save(nested, PARAMS | {"scale": jnp.float32(0.2)})
+    with pytest.raises(ValueError, match="prior holds another tokenizer than it was made with"):
+        model_dir.companion(tmp_path / "prior", "tokenizer")
 
 
 @pytest.mark.parametrize("damage", ["missing", "file", "no weights", "torn config", "torn weights"])

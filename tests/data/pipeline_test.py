@@ -8,6 +8,7 @@ import pytest
 
 from dar_jax.data import embedded, pipeline, sources
 from dar_jax.data.sources import DataConfig
+from tests.damage import warnings
 
 CONFIG = DataConfig(source="synthetic", image_size=4, batch_size=16, num_threads=2)
 NUM_PICTURES = 96
@@ -135,6 +136,14 @@ def test_state_restores_into_another_number_of_parts():
     expected = _take(whole, 3)
     found = [np.concatenate(pair) for pair in zip(*(_take(h, 3) for h in halves), strict=True)]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_batches_of_one_are_read_without_a_warning(caplog):
+    config = dataclasses.replace(CONFIG, batch_size=1, num_threads=16)
+    with warnings(caplog) as told:
+        next(pipeline.train_iterator(config, seed=0))
+        next(pipeline.eval_batches(config, "test"))
+    assert told == []
 
 
 def test_batch_that_does_not_divide_over_processes_is_refused():

@@ -59,6 +59,12 @@ def test_another_architecture_is_refused_in_one_line(half, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_run_that_goes_on_from_another_start_is_refused(half):
+    with pytest.raises(ValueError, match=r"train\.init_from='', the config has '.*half") as caught:
+        train_test.run(half, steps=4, init_from=str(half / "model"))
+    assert "--config.train.allow_change=train.init_from" in str(caught.value)
+
+
 def test_export_writes_the_model_of_a_run_that_is_not_over(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_task", lambda _: ToyTask())
     config = read_config(train_test.make_config(steps=4))

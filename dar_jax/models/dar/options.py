@@ -87,6 +87,11 @@ class Search:
         if self.temperature <= 0:
             raise ValueError(f"search.temperature={self.temperature} must be above 0")
 
+    @property
+    def by_file(self) -> bool:
+        """Whether the reward is a file of the user's."""
+        return bool(self.method) and self.reward not in TOKEN_REWARDS
+
 
 @dataclasses.dataclass(frozen=True)
 class DarSampling(FlowSampling):
@@ -159,7 +164,7 @@ class DarSampling(FlowSampling):
         self.scales(config.num_tokens)
         if not self.search.method:
             return
-        if self.search.reward not in TOKEN_REWARDS:
+        if self.search.by_file:
             load_reward(self.search.reward)
         if self.temperature == 0:
             raise ValueError("temperature=0 draws equal candidates: search needs a higher one")

@@ -15,8 +15,9 @@ from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.options import DarSampling, Search
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.pipelines.base import image_keys
-from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
+from dar_jax.pipelines.dar import REWARD, DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import autoregressive
+from dar_jax.sampling.rewards import load_reward
 from tests.golden import models
 
 ROUNDING = 1e-4  # one compiled step at a time against a compiled loop
@@ -114,6 +115,19 @@ def test_reward_of_a_file_sees_the_images(dar, tmp_path):
     assert np.all(np.ptp(brightness, axis=0) > ROUNDING)
     kept = np.mean(found.images, axis=(1, 2, 3))
     np.testing.assert_allclose(kept, np.max(brightness, axis=0), atol=ROUNDING)
+
+
+def test_reward_is_known_by_the_content_of_its_file(dar, tmp_path):
+    path = tmp_path / "reward.py"
+    sampling = DarSampling(search=Search("end", 2, str(path)))
+    settings, scores = [], []
+    for sign in ("", "-"):
+        path.write_text(BRIGHT.replace("images.", f"{sign}images."))
+        settings.append(dar.settings(sampling))
+        scores.append(float(load_reward(str(path))(jnp.ones((1, 4, 4, 3)), None)[0]))
+    assert scores == [1.0, -1.0]
+    assert [k for k, old in settings[0].items() if settings[1][k] != old] == [REWARD]
+    assert REWARD not in dar.settings(DarSampling(search=Search("end", 2)))
 
 
 def test_calls_are_counted():
