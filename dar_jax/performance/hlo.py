@@ -231,7 +231,7 @@ class HloProgram:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done"):
             return 0.0
-        if opcode == "fusion":
+        if opcode in ("fusion", "fusion-start"):
             return self._fusion_traffic(self._fused_by(instruction))
         operands = self._operand_types(computation, instruction)
         if opcode in ("dynamic-slice", "slice", "gather"):

@@ -192,6 +192,29 @@ def test_traffic_of_fusions_leaves_out_what_is_handed_through():
     assert HloProgram(CHAIN_TEXT, 4).memory_traffic() == 5 * (a_row + a_row) + gathered
 
 
+ASYNC_TEXT = """\
+%update (stack: f32[24,8], row: f32[1,8], i: s32[]) -> f32[24,8] {
+  %stack = f32[24,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %updated = f32[24,8]{1,0} dynamic-update-slice(%stack, %row, %i)
+}
+
+ENTRY %main (a: f32[24,8], b: f32[1,8], c: s32[]) -> f32[24,8] {
+  %a = f32[24,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %c = s32[] parameter(2)
+  %start = ((f32[24,8], f32[1,8], s32[]), f32[24,8], u32[]) fusion-start(%a, %b, %c), calls=%update
+  ROOT %done = f32[24,8]{1,0} fusion-done(%start)
+}
+"""
+"""A fusion under way while others run, as NVIDIA's compiler has it."""
+
+
+def test_traffic_of_a_fusion_that_is_started_is_that_of_the_fusion():
+    assert HloProgram(ASYNC_TEXT, 1).memory_traffic() == 2 * 8 * 4 + 4  # a row, and its place
+
+
 def test_loop_without_a_readable_bound_is_named():
     program = HloProgram(TPU_TEXT.replace("direction=LT", "direction=NE"), DEVICES)
     assert program.unknown_loops == {"while.1"}
