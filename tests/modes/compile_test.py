@@ -170,7 +170,7 @@ def test_groups_over_hosts_are_as_fast_as_the_network(group_size, on_a_host, ban
     assert compile_mode.bandwidth_of(collective, H200, 64) == bandwidth
 
 
-@pytest.mark.parametrize("topology", ["h100:1x8", "h200:8x8"])
+@pytest.mark.parametrize("topology", ["h100:1x8", "h200:8x8", "b200:9x8"])
 def test_gpus_without_their_compiler_are_one_line(monkeypatch, topology):
     asked = {}
 
@@ -182,7 +182,7 @@ def test_gpus_without_their_compiler_are_one_line(monkeypatch, topology):
     with pytest.raises(ValueError, match=r"pip install -e '.\[gpu-aot\]' \(Unknown backend cuda\)"):
         topologies.find_devices(topology)
     assert asked["topology"] == f"1x{topology[5:]}"
-    assert f'name: "{topologies.GPUS[topology[:4]]}"' in asked["target_config"]
+    assert f'name: "{topologies.GPUS[topology[:4]].kind}"' in asked["target_config"]
 
 
 @pytest.mark.slow
