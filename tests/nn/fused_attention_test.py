@@ -107,7 +107,7 @@ def test_cudnn_is_told_the_mask_by_flags(monkeypatch, mask):
     ],
 )
 @pytest.mark.parametrize("mask", [None, Causal(), Causal(prefix=128)])
-def test_kernels_compile_for_devices_that_are_not_there(topology, package, kernels, mask):
+def test_gradients_compile_for_devices_that_are_not_there(topology, package, kernels, mask):
     pytest.importorskip(package)
     devices = find_devices(topology)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -117,10 +117,23 @@ def test_kernels_compile_for_devices_that_are_not_there(topology, package, kerne
     def loss(*arrays):
         return jnp.sum(dot_product_attention(*arrays, mask), dtype=jnp.float32)
 
-    with traced_for(devices), batch_split(where):
+    with traced_for(devices), batch_split(where), jax.default_matmul_precision("default"):
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array)
     text = lowered.compile().as_text()
     assert all(kernel in text for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_kernel_compiles_where_products_are_to_be_precise(precision):
+    """As of a tokenizer that decodes in bfloat16."""
+    pytest.importorskip("libtpu")
+    devices = find_devices("v5e:2x2")[:1]
+    where = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
+    array = jax.ShapeDtypeStruct((4, 2, 256, 64), jnp.bfloat16, sharding=where)
+    with traced_for(devices), jax.default_matmul_precision(precision):
+        lowered = jax.jit(dot_product_attention).lower(array, array, array)
+    assert "tpu_custom_call" in lowered.compile().as_text()
 
 
 def choice(device, length=256, mask=None, *, wanted="auto", head_dim=64, keys=None, **options):
