@@ -16,6 +16,7 @@ from dar_jax.parallel.chips import CHIPS, Chip
 from dar_jax.performance import topologies
 from dar_jax.performance.config import CompileConfig
 from dar_jax.performance.hlo import Collective
+from dar_jax.performance.kernels import START
 
 CHIP = Chip(100e12, 16e9, 1e12, 200e9, 2)
 
@@ -198,6 +199,8 @@ def test_compilation_for_gpus_that_are_not_there(tmp_path):
         assert 0 < program["roofline"]["mfu_serial"] < program["roofline"]["mfu_overlapped"] < 1
     step = report["programs"]["train step"]
     assert {each["on_a_host"] for each in step["collectives"]} == {1, 4}  # data, fsdp
+    assert step["kernels"]["seconds"] >= step["kernels"]["count"] * START
+    assert "__cudnn$fmhaSoftmaxBackward" in step["kernels"]["libraries"]
 
 
 @pytest.mark.slow
