@@ -24,6 +24,7 @@ from typing import cast
 import grain
 import grain.experimental
 import numpy as np
+from absl import flags
 
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import references
@@ -220,6 +221,8 @@ class TrainIterator(grain.DatasetIterator):
         count = num_workers(config, examples.source, usable_cores())
         if not count:
             return _read_ahead(numbers, config.num_threads, size)
+        if not flags.FLAGS.is_parsed():  # from Python; grain asks for its own when it starts some
+            flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(config.num_threads, max(config.num_threads, 2))
         workers = grain.MultiprocessingOptions(count, per_worker_buffer_size=1)
         # Whole batches go round the workers, so that they come in the same order without them.
