@@ -66,7 +66,7 @@ PRIORS = {64: (8, 8, 512), 128: (12, 10, 640), 256: (12, 12, 768)}
 
 
 def accelerated(config: ConfigDict, image_size: int) -> None:
-    config.compute.update(dtype="bfloat16", remat="blocks")
+    config.compute.update(dtype="bfloat16", remat="auto")
     config.data.image_size = image_size
 
 

@@ -80,7 +80,7 @@ def one_step(config: ConfigDict, size: dict[str, int]) -> None:
         flip=True,
         batch_size=BATCH_SIZE,
     )
-    config.compute.update(dtype="bfloat16", remat="blocks")
+    config.compute.update(dtype="bfloat16", remat="auto")
     config.mesh.update(data=-1, fsdp=-1, gather="step")
     config.optimizer.update(
         learning_rate=8e-4,

@@ -13,5 +13,7 @@ if [[ ! -x $venv/bin/python || -e $venv.unfinished ]]; then
   make_environment "$venv" "${EXTRA:-gpu}"
 fi
 
+XLA_FLAGS="$(sed '/^#/d' launch/gpu_flags.txt | tr '\n' ' ')${XLA_FLAGS:-}"
+export XLA_FLAGS
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95} # JAX takes 0.75
 run exec "$venv/bin/python" -m dar_jax.main "$@"

@@ -54,3 +54,9 @@ def stub_torchvision(monkeypatch):
         module = mock.MagicMock(__path__=[])
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture(autouse=True)
+def few_cores(monkeypatch):
+    """Let no test start reading processes because it runs where there are cores for them."""
+    monkeypatch.setattr("dar_jax.data.pipeline.usable_cores", lambda: 2)

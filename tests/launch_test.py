@@ -138,6 +138,25 @@ def test_gpu_node_runs_one_process_and_installs_where_nothing_is(tmp_path):
         assert install[-2:] == ["--editable", f".[{extra}]"]
 
 
+@pytest.mark.parametrize("script", ["gpu_node.sh", "slurm.sbatch"])
+def test_flags_of_the_user_come_after_those_for_gpus(script, tmp_path):
+    """The last value of a flag holds."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho $XLA_FLAGS\n")
+    python.chmod(0o755)
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "VENV": str(tmp_path)}
+    for flags in ("", "--xla_gpu_enable_latency_hiding_scheduler=false"):
+        status, output, _ = run(script, *ARGUMENTS, XLA_FLAGS=flags, **environment)
+        assert status == 0
+        first, *others = output.split()
+        assert first == "--xla_gpu_enable_latency_hiding_scheduler=true"
+        assert all(flag.startswith("--xla_gpu_") for flag in others)
+        assert (others[-1] == flags) == bool(flags)
+
+
 def test_slurm_runs_a_task_per_gpu_and_requeues():
     (command,) = commands("slurm.sbatch", *ARGUMENTS)
     python, status = f"{VENV}/bin/python", "--preempted_status=143"

@@ -16,6 +16,8 @@ from dar_jax.data.transforms import CROPS
 SPLITS = ("train", "test")
 SPLIT_SEED = 0
 """Seed of every held-out split that is drawn."""
+AUTO = "auto"
+"""As many reading processes as the cores allow."""
 MAX_READERS = 1_024
 """Threads or processes that read; more only exhaust the machine."""
 MAX_JSON_BYTES = 2**28
@@ -50,7 +52,8 @@ class DataConfig:
         batch_size: pictures per step over all processes.
         num_threads: readers per process.
         num_workers: reading processes beside each training process, each with `num_threads`; 0
-            reads in the training process, which is faster on few cores.
+            reads in the training process, which is faster on few cores; "auto" is one for every
+            two cores, where there are more than four and pictures are to be decoded.
         max_corrupt_fraction: part of a process's pictures that may be unreadable: of those to
             train on when training, of all when held-out ones are read.
     """
@@ -67,20 +70,26 @@ class DataConfig:
     references: str = ""
     batch_size: int = 128
     num_threads: int = 8
-    num_workers: int = 0
+    num_workers: int | str = AUTO
     max_corrupt_fraction: float = 0.01
 
     def __post_init__(self):
         for name in ("image_size", "batch_size", "num_threads", "num_references"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
-        for name in ("padding", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} is negative")
-        most = {"num_threads": MAX_READERS, "num_workers": MAX_READERS, "padding": self.image_size}
-        for name, limit in most.items():
-            if getattr(self, name) > limit:
-                raise ValueError(f"{name} {getattr(self, name)} is too many, at most {limit}")
+        workers = str(self.num_workers)  # a flag gives text
+        if workers != AUTO and not workers.removeprefix("-").isdecimal():
+            raise ValueError(f"num_workers {workers!r} is neither {AUTO} nor a number")
+        most = {
+            "num_threads": (self.num_threads, MAX_READERS),
+            "num_workers": (0 if workers == AUTO else int(workers), MAX_READERS),
+            "padding": (self.padding, self.image_size),
+        }
+        for name, (value, limit) in most.items():
+            if value < 0:
+                raise ValueError(f"{name} {value} is negative")
+            if value > limit:
+                raise ValueError(f"{name} {value} is too many, at most {limit}")
         if self.crop not in CROPS:
             raise ValueError(f"unknown crop {self.crop!r}; available: {', '.join(CROPS)}")
         if self.references and self.num_references == 1:

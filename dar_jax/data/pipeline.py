@@ -15,6 +15,7 @@ places.
 
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from typing import cast
 import grain
 import grain.experimental
 import numpy as np
+from absl import flags
 
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import references
-from dar_jax.data.base import DataConfig, Source
+from dar_jax.data.base import AUTO, DataConfig, EncodedSource, Source
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
 from dar_jax.data.sources import count_pictures, load_source
 from dar_jax.data.transforms import CROPS, center_crop, mirror, random_shift
@@ -34,6 +36,8 @@ from dar_jax.data.transforms import CROPS, center_crop, mirror, random_shift
 PREFETCHED_BATCHES = 2
 FEW_CORES = 4
 """On which threads read faster than processes."""
+MAX_AUTO_WORKERS = 16
+"""Each has the list of all pictures, and takes seconds to start."""
 FLIP_PROBABILITY = 0.5
 
 
@@ -166,10 +170,10 @@ class TrainIterator(grain.DatasetIterator):
 
     def advice(self, cores: int) -> str:
         """Say which key makes reading faster on so many cores."""
-        config = self._examples.config
-        workers = cores // 2
-        if config.num_workers < workers and cores > FEW_CORES:
-            return f"raise config.data.num_workers={config.num_workers}, e.g. to {workers}"
+        config, workers = self._examples.config, cores // 2
+        current = num_workers(config, self.source, cores)
+        if current < workers and cores > FEW_CORES:
+            return f"raise config.data.num_workers={current}, e.g. to {workers}"
         if config.num_threads < cores:
             return f"raise config.data.num_threads={config.num_threads} to {cores}"
         return "all cores read; --mode=cache writes the form that is read fastest"
@@ -214,12 +218,32 @@ class TrainIterator(grain.DatasetIterator):
         examples = dataclasses.replace(self._examples, first_batch=self._next)
         config, size = examples.config, examples.part_size
         numbers = grain.MapDataset.range(sys.maxsize).map(examples)
-        if not config.num_workers:
+        count = num_workers(config, examples.source, usable_cores())
+        if not count:
             return _read_ahead(numbers, config.num_threads, size)
+        if not flags.FLAGS.is_parsed():  # from Python; grain asks for its own when it starts some
+            flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(config.num_threads, max(config.num_threads, 2))
-        workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=1)
+        workers = grain.MultiprocessingOptions(count, per_worker_buffer_size=1)
         # Whole batches go round the workers, so that they come in the same order without them.
         return iter(numbers.batch(size).to_iter_dataset(options).mp_prefetch(workers))
+
+
+def num_workers(config: DataConfig, source: Source, cores: int) -> int:
+    """Return the number of reading processes, which `auto` leaves to the cores.
+
+    Arrays in memory, codes and latents are read faster than they come from another process.
+    """
+    if config.num_workers != AUTO:
+        return int(config.num_workers)
+    pictures = source.source if isinstance(source, references.GroupSource) else source
+    decodes = isinstance(pictures, EncodedSource)
+    return min(cores // 2, MAX_AUTO_WORKERS) if decodes and cores > FEW_CORES else 0
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than there are, where a job was given a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_iterator(config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)) -> TrainIterator:

@@ -25,6 +25,7 @@ from dar_jax.models.frozen.inception import Inception, InceptionConfig
 from dar_jax.models.frozen.lpips import NETWORKS, Lpips
 from dar_jax.models.frozen.pretrained import inception_params, lpips_params
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.performance.program_speed import time_model
 
 INCEPTION = "inception"
 BATCH_SIZE = 64
@@ -75,6 +76,13 @@ EXTRACTORS = {
         _vgg16_features,
     ),
 }
+
+
+def time_features(name: str, pixels: tuple[int, int, int, int], **options: int) -> dict[str, Any]:
+    """Time a network of `EXTRACTORS` on images of this shape; see `program_speed.time_model`."""
+    network = EXTRACTORS[name]
+    compute = functools.partial(_compute, network.model, network.apply)
+    return time_model(compute, network.model, pixels, **options)
 
 
 def metric_name(metric: str, extractor: str) -> str:

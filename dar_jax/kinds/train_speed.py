@@ -1,26 +1,27 @@
-"""Timed train steps of `--mode=benchmark`, and the speed at which their data can be read.
+"""Train steps, encoding, and the reading of their data, timed for `--mode=benchmark`.
 
-Both know no weights and no pictures that a run would need: the step gets zeros, which take as long.
+All of it with random weights, and, but for reading, with black pictures, which take as long.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dar_jax.common.image import to_float
+from dar_jax.common.typing import Array, Params
 from dar_jax.data.pipeline import train_iterator
-from dar_jax.kinds.loading import build_task
+from dar_jax.kinds import find_kind
+from dar_jax.kinds.loading import build_task, frozen_model
 from dar_jax.kinds.train_step import TrainBlocks, train_step, with_remat
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel.sharding import batch_part, make_mesh
-from dar_jax.performance.device_speed import memory_bytes, timed
-from dar_jax.performance.programs import memory_of
-from dar_jax.training.metrics import performance
+from dar_jax.performance.device_speed import memory_bytes
+from dar_jax.performance.program_speed import RUNS, time_model, time_program
 from dar_jax.training.state import create_state
-
-STEPS = 5
-"""Train steps, or batches read, of one timed run."""
 
 
 def time_training(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any]:
@@ -34,31 +35,43 @@ def time_training(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any
     mesh = make_mesh(config.mesh)
     config = with_remat(config, mesh, memory_bytes())
     program = train_step(config, mesh)
-    compiled, compile_seconds = timed(lambda: program.function.lower(*program.arguments).compile())
-    task = build_task(config, with_weights=False)
-    state = create_state(task, config.optimizer, jax.random.key(seed), mesh=mesh)
-    batch, frozen = jax.tree.map(_zeros, program.arguments[1:])
 
-    def run() -> Any:
-        nonlocal state
-        update = None
-        for _ in range(STEPS):
+    def start(compiled: Any) -> Callable[[], Any]:
+        task = build_task(config, with_weights=False)
+        state = create_state(task, config.optimizer, jax.random.key(seed), mesh=mesh)
+        batch, frozen = jax.tree.map(_zeros, program.arguments[1:])
+
+        def step() -> Any:
+            nonlocal state
             state, update = compiled(state, batch, frozen)
-        return update
+            return update
 
-    timed(run)
-    seconds = statistics.median(timed(run)[1] for _ in range(repeats)) / STEPS
-    assert program.model_flops is not None
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "remat": config.compute.remat,
-        "compile_seconds": compile_seconds,
-        **performance(
-            seconds, program.images, program.model_flops / program.images, list(mesh.devices.flat)
-        ),
-        "memory": memory_of(compiled)["total"],
-        "peak_memory": stats.get("peak_bytes_in_use"),
-    }
+        return step
+
+    return {"remat": config.compute.remat, **time_program(program, start, mesh, repeats)}
+
+
+def time_encoding(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any]:
+    """Encode the pictures of a batch, with the model or the tokenizer or autoencoder it needs.
+
+    Args:
+        config: the model and its batch.
+        seed: of the parameters.
+        repeats: timed runs, of which the median counts.
+    """
+    kind = find_kind(config.task, "config.task")
+    model = FunctionalModel(kind.module, config.model, kind.compute_of(config.compute))
+    for name, companion in kind.companions.items():
+        path = config.companions[name]
+        model = frozen_model(companion, path, config.compute, with_weights=False).model
+
+    def encode(params: Params, pixels: Array) -> Any:
+        with model.in_float32(params) as module:
+            return module.encode(to_float(pixels))
+
+    data = config.data
+    shape = (data.batch_size, data.image_size, data.image_size, 3)
+    return time_model(encode, model, shape, seed=seed, repeats=repeats)
 
 
 def time_reading(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any]:
@@ -75,13 +88,16 @@ def time_reading(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any]
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(RUNS):
                 next(iterator)
             times.append(time.perf_counter() - start)
     finally:
         iterator.close()
-    images = STEPS * config.data.batch_size
-    return {"images_per_second": images / statistics.median(times)}
+    batch_size = config.data.batch_size
+    return {
+        "batch_size": batch_size,
+        "images_per_second": RUNS * batch_size / statistics.median(times),
+    }
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

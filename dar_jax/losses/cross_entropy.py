@@ -12,7 +12,6 @@ from typing import NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-import optax
 
 from dar_jax.common.typing import Array, Float, Int
 
@@ -68,6 +67,31 @@ def token_cross_entropy(
 
 def _sums(head: Callable[[Array], Array], hidden: Array, targets: Array) -> TokenLoss:
     logits = head(hidden)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     hits = jnp.argmax(logits, axis=-1) == targets
+    losses = _cross_entropy(logits, targets)
     return TokenLoss(jnp.sum(losses), jnp.sum(hits, dtype=jnp.float32))
+
+
+@jax.custom_vjp
+def _cross_entropy(logits: Array, targets: Array) -> Array:
+    """Of logits [B, n, V] against targets [B, n]: losses [B, n].
+
+    The gradient, softmax - one-hot, is one elementwise pass over the logits; autodiff scatters into
+    an array of their size instead.
+    """
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(logits, targets):
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return (normaliser - picked)[..., 0], (logits, normaliser, targets)
+
+
+def _cross_entropy_backward(residuals, gradient):
+    logits, normaliser, targets = residuals
+    one_hot = targets[..., None] == jnp.arange(logits.shape[-1])
+    return gradient[..., None] * (jnp.exp(logits - normaliser) - one_hot), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

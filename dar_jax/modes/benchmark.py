@@ -1,6 +1,7 @@
 """`--mode=benchmark`: speed of sampling on one device, each figure beside its bound.
 
-Or, by `config.benchmark.what`, of train steps on all devices, or of reading their data.
+Or, by `config.benchmark.what`, of train steps on all devices, of reading their data, of encoding
+it, or of the network that evaluation puts images through.
 
 The bound is what the device could do at best, see `performance.runs`; its memory bandwidth and
 matrix FLOP/s are measured in the same run. Everything is compiled and run once before, and a figure
@@ -21,10 +22,11 @@ from absl import logging
 
 from dar_jax.common import files
 from dar_jax.config import Config
+from dar_jax.evaluation.features import EXTRACTORS, time_features
 from dar_jax.generation.batches import check
 from dar_jax.kinds import KINDS, find_kind
 from dar_jax.kinds.loading import from_pretrained, random_pipeline
-from dar_jax.kinds.train_speed import time_reading, time_training
+from dar_jax.kinds.train_speed import time_encoding, time_reading, time_training
 from dar_jax.parallel.chips import chip_of
 from dar_jax.performance import device_speed
 from dar_jax.performance.config import BenchmarkConfig
@@ -47,7 +49,7 @@ def benchmark(config: Config, workdir: str) -> None:
     Raises:
         ValueError: the model cannot be read or draws no images, or a block of the config is wrong.
     """
-    run = _benchmark_sampling if config.benchmark.what == "sample" else _benchmark_training
+    run = _benchmark_sampling if config.benchmark.what == "sample" else _benchmark_other
     run(config, workdir)
 
 
@@ -100,10 +102,15 @@ def _benchmark_sampling(config: Config, workdir: str) -> None:
     logging.info("Wrote %s\n%s\n%s", path, describe(context), table(rows))
 
 
-def _benchmark_training(config: Config, workdir: str) -> None:
+def _benchmark_other(config: Config, workdir: str) -> None:
     """Time what `config.benchmark.what` names; write and log one line."""
     settings, device = config.benchmark, jax.devices()[0]
-    measure = {"train": time_training, "data": time_reading}[settings.what]
+    measure = {
+        "train": time_training,
+        "encode": time_encoding,
+        "data": time_reading,
+        "evaluate": _time_evaluation,
+    }[settings.what]
     figures = measure(config, SEED, settings.repeats)
     context = {
         "what": settings.what,
@@ -112,7 +119,6 @@ def _benchmark_training(config: Config, workdir: str) -> None:
         "cpu_count": os.cpu_count(),
         "jax": jax.__version__,
         "dtype": config.compute.dtype,
-        "batch_size": config.data.batch_size,
         "repeats": settings.repeats,
     }
     path = pathlib.Path(workdir) / "benchmark.jsonl"
@@ -124,6 +130,17 @@ def _benchmark_training(config: Config, workdir: str) -> None:
         for name, value in {**context, **figures}.items()
     )
     logging.info("Wrote %s\n%s", path, ", ".join(values))
+
+
+def _time_evaluation(config: Config, seed: int, repeats: int) -> dict[str, Any]:
+    """Time the network of `config.evaluate.features`."""
+    name, side = config.evaluate.features, config.data.image_size
+    if name not in EXTRACTORS:
+        raise ValueError(
+            f"config.evaluate.features={name!r} must be one of {', '.join(EXTRACTORS)} to be timed"
+        )
+    shape = (config.evaluate.batch_size, side, side, 3)
+    return time_features(name, shape, seed=seed, repeats=repeats)
 
 
 def load(config: Config) -> tuple[Pipeline, str]:

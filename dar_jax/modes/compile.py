@@ -8,6 +8,8 @@ GPU (`pip install -e '.[gpu-aot]'`), or for the devices at hand. Of each:
     work          model FLOPs of the whole batch, and those that the program really runs:
                   recomputation and masked halves of attention included
     collectives   by kind, with what a device receives, loops included
+    kernels       of GPUs: how many run, which are of libraries, and how long they take by the model
+                  of `performance.kernels`
     roofline      seconds for the FLOPs at peak, for the bytes of main memory and for those of the
                   interconnect. A run takes the longest of them if all overlap, their sum if nothing
                   does; real ones lie between or above, since nothing reaches its peak.
@@ -39,6 +41,7 @@ from dar_jax.parallel import sharding
 from dar_jax.parallel.chips import Chip, chip_of
 from dar_jax.parallel.workdir import open_workdir
 from dar_jax.performance.hlo import Collective, HloProgram
+from dar_jax.performance.kernels import kernels_of
 from dar_jax.performance.programs import Program, memory_of
 from dar_jax.performance.topologies import devices_per_host, find_devices
 
@@ -138,6 +141,8 @@ def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
         report["fits"] = report["memory"]["total"] <= chip.hbm_bytes
         report["memory"]["of_chip"] = chip.hbm_bytes
         report["roofline"] = dataclasses.asdict(roofline(report, collectives, chip, len(devices)))
+        if devices[0].platform != "tpu":  # whose products are written otherwise
+            report["kernels"] = kernels_of(text, chip)._asdict()
     return report
 
 
@@ -189,7 +194,7 @@ def table(report: dict[str, Any]) -> str:
     head = (
         "program | images | GB per device: arguments + temporaries = total | fits | "
         "TFLOP model / executed | received per device | compute, memory, interconnect ms | "
-        "run ms | MFU"
+        "run ms | MFU | kernels"
     )
     rows = [head, " | ".join("---" for _ in head.split(" | "))]
     rows += [_row(name, each) for name, each in report["programs"].items()]
@@ -199,7 +204,7 @@ def table(report: dict[str, Any]) -> str:
 def _row(name: str, report: dict[str, Any]) -> str:
     flops = f"{report['model_flops'] / 1e12:.4g} / {report['executed_flops'] / 1e12:.4g}"
     if "memory" not in report:
-        return f"{name} | {report['images']} | {report['error']} | no | {flops} | | | | "
+        return f"{name} | {report['images']} | {report['error']} | no | {flops} | | | | | "
     memory = {part: f"{size / 1e9:.2f}" for part, size in report["memory"].items()}
     kinds = dict.fromkeys(each["kind"] for each in report["collectives"])
     received = ", ".join(
@@ -215,13 +220,15 @@ def _row(name: str, report: dict[str, Any]) -> str:
         received or "nothing",
     ]
     if "roofline" not in report:
-        return " | ".join([*cells, "", "", ""])
+        return " | ".join([*cells, "", "", "", ""])
     limits = {part: value * 1e3 for part, value in report["roofline"].items()}
     cells += [
         f"{limits['compute']:.4g}, {limits['memory']:.4g}, {limits['interconnect']:.4g}",
         f"{limits['overlapped']:.4g} .. {limits['serial']:.4g}",
         f"{limits['mfu_overlapped'] / 10:.0f} .. {limits['mfu_serial'] / 10:.0f} %",
     ]
+    kernels = report.get("kernels")
+    cells.append(f"{kernels['count']}, {1e3 * kernels['seconds']:.4g} ms" if kernels else "")
     return " | ".join(cells)
 
 

@@ -205,7 +205,9 @@ def _splash(q: Array, k: Array, v: Array, *, causal: bool, interpret: bool) -> A
             interpret=interpret,
         )
         scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-        attended: Any = jax.vmap(kernel)(scaled, k, v)
+        # TPU's compiler refuses products of bfloat16 that are to be more precise than that.
+        with jax.default_matmul_precision("default"):
+            attended: Any = jax.vmap(kernel)(scaled, k, v)
         return attended
 
     return _split(of_device, num_kv_heads=k.shape[1])(q, k, v)

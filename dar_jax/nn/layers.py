@@ -1,15 +1,18 @@
 """Norms, MLPs and dropout."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
+from dar_jax.common.typing import Any, Array, Bool, Float, PRNGKeyArray
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.layout import batch_sharding
 from dar_jax.nn.linear import Linear
 from dar_jax.nn.target import traced_devices
 
@@ -109,19 +112,42 @@ def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
     """Dropout with an explicit key; no key means evaluation."""
     if rng is None or rate == 0.0:
         return x
-    return nnx.Dropout(rate, deterministic=False)(x, rngs=_fast_bits(rng))
+    kept = 1.0 - rate
+    return jnp.where(_kept(rng, kept, x.shape), x / kept, 0)
 
 
-def _fast_bits(rng: PRNGKeyArray) -> PRNGKeyArray:
-    """Return a key whose bits accelerators draw with their own generator, which costs a fraction.
+def _kept(rng: PRNGKeyArray, share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """Draw which elements of a batch stay.
 
-    They depend on the key alone, so that what resumes draws the same; but, unlike those of CPUs,
-    also on the kind of device and on how it shares the batch.
+    Accelerators draw with their own generator, which costs a fraction, and every device for its
+    rows alone: XLA cannot split that generator and would have all of them draw for all rows. What
+    is drawn depends on the key alone, so that what resumes draws the same; but, unlike that of
+    CPUs, also on the kind of device and on how it shares the batch.
     """
     if traced_devices()[0].platform == "cpu":
-        return rng
-    data = jax.random.key_data(rng)
-    return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")  # as JAX seeds it
+        return jax.random.bernoulli(rng, share, shape)
+    data, where = jax.random.key_data(rng), batch_sharding()
+
+    def draw(data: Array, shape: tuple[int, ...]) -> Array:
+        seed = jnp.concatenate([data, data])  # as JAX does
+        return jax.random.bernoulli(jax.random.wrap_key_data(seed, impl="rbg"), share, shape)
+
+    if where is None:
+        return draw(data, shape)
+    (rows,), mesh = where.spec, where.mesh
+    num_parts = math.prod(mesh.shape[axis] for axis in rows)
+    if shape[0] % num_parts:
+        return draw(data, shape)
+
+    def of_device(data: Array) -> Array:
+        # Another key, not another place of its sequence, which the others go through too.
+        part = jax.lax.axis_index(rows).astype(data.dtype)
+        return draw(data.at[0].add(part), (shape[0] // num_parts, *shape[1:]))
+
+    split = PartitionSpec(rows)
+    return jax.shard_map(
+        of_device, mesh=mesh, in_specs=PartitionSpec(), out_specs=split, check_vma=False
+    )(data)
 
 
 def split_rng(rng: PRNGKeyArray | None, num: int) -> tuple[PRNGKeyArray | None, ...]:

@@ -17,12 +17,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dar_jax.common.typing import Any, Array, Float, Params
 from dar_jax.nn.layout import gradient_dtype
 
 IMAGE_LAYOUT = ("NHWC", "HWIO", "NHWC")
+PRODUCT = "product"
+"""Name of the results of linear layers, for policies of recomputation: these do not see into layers
+that have a gradient of their own."""
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +85,7 @@ class Linear(nnx.Module):
         whole, part = _parts(self.kernel)
         bias = None if self.bias is None else jnp.asarray(self.bias[...])
         dtypes = Dtypes(self.dtype, self.result_dtype, gradient_dtype(), part.dtype)
-        return _affine(dtypes, x.astype(self.dtype), whole, part, bias)
+        return checkpoint_name(_affine(dtypes, x.astype(self.dtype), whole, part, bias), PRODUCT)
 
 
 class Conv(nnx.Module):

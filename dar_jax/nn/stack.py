@@ -10,6 +10,7 @@ from dar_jax.common.typing import Any, Array, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.fused_attention import are_results
 from dar_jax.nn.layout import keep_batch_split
+from dar_jax.nn.linear import PRODUCT
 
 BLOCKS = "blocks"
 """Path component under which stacked parameters lie; their leading axis is the layer."""
@@ -106,7 +107,7 @@ def rematerialised(body: Callable, policy_name: str, *, in_loop: bool = False) -
         case "blocks":
             policy = None
         case "dots":
-            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
             policy = jax.checkpoint_policies.save_from_both_policies(products, are_results)
     # prevent_cse is only needed outside of loops.
     return jax.checkpoint(body, prevent_cse=not in_loop, policy=policy)

@@ -3,8 +3,8 @@
 TPU     cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e (key specifications). The
         interconnect is given there in both directions together; here it is one direction.
         v4's: six links of 50 GB/s (arXiv:2304.01433).
-NVIDIA  data sheets of A100 (80 GB SXM), H100 (SXM) and H200: dense bfloat16, NVLink one way; the
-        network is that of DGX machines: an adapter per card, of 200 or 400 Gbit/s.
+NVIDIA  data sheets of A100 (80 GB SXM), H100 (SXM), H200 and DGX B200: dense bfloat16, NVLink one
+        way; the network is that of DGX machines: an adapter per card, of 200 or 400 Gbit/s.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ CHIPS = {
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),
     "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB, 3350e9, 450e9, 1, 50e9),
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9, 1, 50e9),
+    "NVIDIA B200": Chip(2250e12, 180e9, 8000e9, 900e9, 1, 50e9),
 }
 """By `device_kind`, as JAX reports it."""
 

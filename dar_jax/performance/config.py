@@ -4,7 +4,7 @@ import dataclasses
 
 from dar_jax.common.checks import check_microbatch
 
-BENCHMARKS = ("sample", "train", "data")
+BENCHMARKS = ("sample", "train", "encode", "data", "evaluate")
 LOCAL = "local"
 """Names the devices at hand where a topology is asked for."""
 
@@ -15,7 +15,7 @@ class CompileConfig:
 
     Attributes:
         topology: a TPU slice such as "v5e:16x16"; GPUs such as "h200:8x8", eight hosts of eight
-            (also "h100"); or "local": the devices at hand.
+            (also "h100", "b200"); or "local": the devices at hand.
         images_per_device: images that the sampler's programs work on, per device.
     """
 
@@ -32,8 +32,10 @@ class BenchmarkConfig:
     """What is timed.
 
     Attributes:
-        what: `sample`; `train`, steps of `config.task` on all devices with its batches; or `data`,
-            reading these batches. The other keys, but `repeats`, are of `sample`.
+        what: `sample`; `train`, steps of `config.task` on all devices with its batches; `encode`,
+            the pictures of these to tokens or latents; `data`, reading these batches; or
+            `evaluate`, images of `data.image_size` through the network of `evaluate.features`. The
+            other keys, but `repeats`, are of `sample`.
         model: model directory of a model that draws images; empty takes random weights of the size
             of `config.model`, which are as fast.
         batch_sizes: images at a time; those that do not fit into memory are skipped.

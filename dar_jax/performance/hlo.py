@@ -18,7 +18,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,7 @@ _FREE = {
     *("while", "conditional", "call", "opt-barrier", "partition-id", "replica-id"),
 }
 """Instructions that move nothing themselves."""
+FUSIONS = ("fusion", "fusion-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,15 @@ class Collective:
     count: int
     bytes: float
     on_a_host: int
+
+
+class Kernel(NamedTuple):
+    """A kernel: its instruction, times that it runs, bytes of one run, and what is fused in it."""
+
+    instruction: Instruction
+    runs: int
+    bytes: float
+    inside: dict[str, Instruction]
 
 
 class HloProgram:
@@ -143,6 +153,16 @@ class HloProgram:
             arrays = [instruction.type] if started else [*operands, instruction.type]
             moved += runs * sum(type_bytes(type_, off_chip=True) for type_ in arrays)
         return moved
+
+    def kernels(self) -> Iterator[Kernel]:
+        """Yield what one run starts on a device, without collectives."""
+        for computation, instruction, runs in self._instructions():
+            opcode = instruction.opcode
+            if computation in self._fused or opcode in _FREE or _kind(instruction) in COLLECTIVES:
+                continue
+            if not opcode.endswith("-done"):
+                inside = self._fused_by(instruction) if opcode in FUSIONS else {}
+                yield Kernel(instruction, runs, self._traffic(computation, instruction), inside)
 
     def _instructions(self) -> Iterator[tuple[str, Instruction, int]]:
         for computation, runs in self._runs.items():
@@ -231,7 +251,7 @@ class HloProgram:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done"):
             return 0.0
-        if opcode == "fusion":
+        if opcode in FUSIONS:
             return self._fusion_traffic(self._fused_by(instruction))
         operands = self._operand_types(computation, instruction)
         if opcode in ("dynamic-slice", "slice", "gather"):
@@ -299,6 +319,12 @@ def type_bytes(type_: str, *, off_chip: bool = False) -> float:
             continue
         total += _itemsize(dtype) * math.prod(int(side) for side in shape.split(",") if side)
     return total
+
+
+def type_shape(type_: str) -> list[int]:
+    """Shape of the first array of an HLO type."""
+    (_, shape, _), *_ = _ARRAY.findall(type_)
+    return [int(side) for side in shape.split(",") if side]
 
 
 def _itemsize(dtype: str) -> float:

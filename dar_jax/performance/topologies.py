@@ -1,13 +1,14 @@
 """Devices that are compiled for, which need not exist: a TPU slice, or NVIDIA GPUs.
 
 TPU's compiler knows its slices by name. NVIDIA's is told what a card is, from the vendor's figures
-of H100 SXM and H200 (the same chip with another memory); its autotuning needs a card, so that
+of H100 SXM, H200 (the same chip with another memory) and B200; its autotuning needs a card, so that
 products get default tiles: what is fused, sent and held is that of the card, the tiles are not.
 """
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,38 +17,71 @@ from jax.experimental import topologies
 from dar_jax.parallel.chips import CHIPS
 from dar_jax.performance.config import LOCAL
 
-EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, h100:1x8, h200:8x8"
-GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
-"""Device kinds of `CHIPS` by name."""
-TENSOR_CORE_RATES = {
-    **dict.fromkeys((2, 6, 19, 20, 23, 24, 25, 28, 29, 33, 35, 36), 1024),
-    **dict.fromkeys((10, 16), 512),
-    11: 256,
-    12: 32,
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, h100:1x8, h200:8x8, b200:9x8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Figures of a card that XLA asks for beside those of `CHIPS`.
+
+    Attributes:
+        kind: key of `CHIPS`.
+        capability: major compute capability.
+        cores: multiprocessors.
+        l2_bytes: second-level cache.
+        clock: GHz.
+        tensor_clock: GHz of the tensor cores.
+        tensor_ops: multiply-adds per clock of one of four tensor cores, in 8 bits.
+        core_ops: the same of one of 128 cores, in 16 bits.
+    """
+
+    kind: str
+    capability: int
+    cores: int
+    l2_bytes: int
+    clock: float
+    tensor_clock: float
+    tensor_ops: int
+    core_ops: int
+
+
+HOPPER = dict(
+    capability=9,
+    cores=132,
+    l2_bytes=52428800,
+    clock=1.98,
+    tensor_clock=1.83,
+    tensor_ops=1024,
+    core_ops=2,
+)
+GPUS = {
+    "h100": Card("NVIDIA H100 80GB HBM3", **HOPPER),
+    "h200": Card("NVIDIA H200", **HOPPER),
+    "b200": Card("NVIDIA B200", 10, 148, 132644864, 1.965, 1.835, 2048, 1),
 }
-CORE_RATES = {4: (64, 1), 8: (64, 1), 10: (128, 2), 11: (128, 1), 12: (64, 1), 16: (128, 2)}
-"""Operations per clock by XLA's number of a type; of cores also how many there are."""
-CLOCK, TENSOR_CORE_CLOCK, TENSOR_CORES = 1.98, 1.83, 4
-"""GHz, and tensor cores of a multiprocessor."""
-HOPPER = """
+EIGHT_BITS, SIXTEEN_BITS, FLOAT32 = (2, 6, 19, 20, 23, 24, 25, 28, 29, 33, 35, 36), (10, 16), 11
+"""XLA's numbers of types."""
+CORE_UNITS = {4: 64, 8: 64, 10: 128, 11: 128, 12: 64, 16: 128}
+"""Cores of a multiprocessor that compute with a type."""
+DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2_bytes} clock_rate_ghz: {clock}
   device_memory_size: {memory:.0f} shared_memory_per_block_optin: 232448
-  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  cuda_compute_capability {{ major: {capability} feature_extension: ACCELERATED_FEATURES }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   scalar_unit_description {{ {core_rates} }} matrix_unit_description {{ {tensor_core_rates} }}
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true name: "{name}"
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {capability}.0a"
+  device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true name: "{kind}"
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.10.0"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "{name}"
+device_description_str: "{kind}"
 """
 
 
@@ -92,24 +126,32 @@ def _gpus(card: str, hosts: str, devices: str) -> Sequence[Any]:
     ).devices
 
 
-def card_description(card: str) -> str:
+def card_description(name: str) -> str:
     """What XLA wants to know of a card, as a text protocol buffer."""
-    chip = CHIPS[GPUS[card]]
+    card = GPUS[name]
+    chip = CHIPS[card.kind]
 
-    def rates(infos: Iterable[tuple[int, float, int, int]]) -> str:
-        return " ".join(
+    def rate(key: int, clock: float, units: int, ops: int) -> str:
+        return (
             f"rate_infos {{ key: {key} value {{ clock_rate_ghz: {clock} units_per_core: {units} "
             f"ops_per_clock: {ops} }} }}"
-            for key, clock, units, ops in infos
         )
 
-    return HOPPER.format(
-        name=GPUS[card],
+    tensor_ops = {
+        **dict.fromkeys(EIGHT_BITS, card.tensor_ops),
+        **dict.fromkeys(SIXTEEN_BITS, card.tensor_ops // 2),
+        FLOAT32: card.tensor_ops // 4,
+    }
+    core_ops = dict.fromkeys(CORE_UNITS, 1) | dict.fromkeys(SIXTEEN_BITS, card.core_ops)
+    return DESCRIPTION.format(
+        **dataclasses.asdict(card),
         bandwidth=chip.hbm_bandwidth,
         memory=chip.hbm_bytes,
-        core_rates=rates((key, CLOCK, *rate) for key, rate in CORE_RATES.items()),
-        tensor_core_rates=rates(
-            (key, TENSOR_CORE_CLOCK, TENSOR_CORES, ops) for key, ops in TENSOR_CORE_RATES.items()
+        core_rates=" ".join(
+            rate(key, card.clock, units, core_ops[key]) for key, units in CORE_UNITS.items()
+        ),
+        tensor_core_rates=" ".join(
+            rate(key, card.tensor_clock, 4, ops) for key, ops in tensor_ops.items()
         ),
     )
 

@@ -1,7 +1,6 @@
 """What a run tells of its steps: checked, averaged, written, one step late."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from dar_jax.common import files
 from dar_jax.common.progress import Progress
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
-from dar_jax.data.pipeline import TrainIterator
+from dar_jax.data.pipeline import TrainIterator, usable_cores
 from dar_jax.training import metrics
 from dar_jax.training.config import TrainConfig
 from dar_jax.training.finite import SkippedSteps
@@ -96,7 +95,7 @@ class Report:
         seconds, share = self._iterator.take_wait()
         if share > LONG_WAIT and not self._advised:
             self._advised = True
-            advice = self._iterator.advice(os.cpu_count() or 1)
+            advice = self._iterator.advice(usable_cores())
             logging.warning("%.0f %% of a step is waiting for data: %s", 100 * share, advice)
         return {"perf/data_wait": seconds, "perf/data_wait_share": share}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dar_jax.data import decode as decoder
 from dar_jax.data.decode import (
     MAX_ASPECT,
     CorruptTally,
@@ -45,6 +46,40 @@ def test_cmyk_jpeg_keeps_its_colours():
     red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     found = decode(encoded(red, "JPEG", quality=95), "a").reshape(-1, 3)
     np.testing.assert_allclose(found.mean(axis=0), [255, 0, 0], atol=8)
+
+
+def jpegs():
+    """JPEGs of all kinds by what they are, and whether their pixels are decoded without Pillow."""
+    smooth = np.clip(np.add.outer(np.arange(33), np.arange(47))[..., None] * [3, 2, 1], 0, 255)
+    image = Image.fromarray((smooth + RNG.integers(0, 9, smooth.shape)).clip(0, 255).astype("u1"))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for sampling in ("4:4:4", "4:2:2", "4:2:0"):
+        yield sampling, encoded(image, "JPEG", subsampling=sampling, quality=85), True
+    yield "progressive", encoded(image, "JPEG", progressive=True), True
+    yield "coarse", encoded(image, "JPEG", quality=5), True
+    yield "grey", encoded(image.convert("L"), "JPEG"), True
+    yield "CMYK", encoded(image.convert("CMYK"), "JPEG"), False
+    yield "turned", encoded(image, "JPEG", exif=turned), False
+    yield "thin", encoded(image.resize((MAX_ASPECT * 3, 3)), "JPEG"), True
+
+
+@pytest.mark.parametrize(
+    ("data", "is_plain"), [p[1:] for p in jpegs()], ids=[p[0] for p in jpegs()]
+)
+def test_jpeg_has_the_same_pixels_without_pillow(data, is_plain, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    found, plain = decode(data, "a"), decoder._plain_jpeg(data)
+    assert (plain is not None) == is_plain
+    monkeypatch.setattr(decoder, "_plain_jpeg", lambda _: None)
+    np.testing.assert_array_equal(found, decode(data, "a"))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_truncated_jpeg_is_refused_either_way(keep):
+    data = encoded(Image.fromarray(np.tile(PIXELS, (9, 9, 1))), "JPEG")
+    with pytest.raises(UnreadablePictureError, match="truncated"):
+        decode(data[: int(keep * len(data))], "a")
 
 
 def test_alpha_is_dropped():

@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-from absl import flags
 
 from dar_jax.data import pipeline
 from dar_jax.data.sources import DataConfig, load_source
@@ -91,7 +90,6 @@ def test_source_keeps_its_sizes_names_and_files(config):
 
 @pytest.mark.slow
 def test_worker_processes_give_the_batches_of_threads_and_pass_errors_on(tmp_path):
-    flags.FLAGS.mark_as_parsed()
     kind = tiny_sets.make_folder(tmp_path)
     config = DataConfig(**kind, path=str(tmp_path), image_size=12, crop="random", batch_size=4)
     threads, workers = (

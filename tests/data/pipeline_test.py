@@ -1,12 +1,14 @@
 """Input pipeline: order, epochs, shards, restoring."""
 
 import dataclasses
+import pathlib
 import types
 
 import numpy as np
 import pytest
 
 from dar_jax.data import embedded, pipeline, sources
+from dar_jax.data.folder import FolderSource
 from dar_jax.data.sources import DataConfig
 from tests.damage import warnings
 
@@ -109,7 +111,7 @@ def test_share_of_waiting_leaves_the_first_batch_out(monkeypatch):
     [
         (2, {}, "all cores read; --mode=cache"),
         (4, {}, "raise config.data.num_threads=2 to 4"),
-        (16, {}, "raise config.data.num_workers=0, e.g. to 8"),
+        (16, {}, "raise config.data.num_workers=0, e.g. to 8"),  # of arrays, `auto` takes none
         (16, {"num_workers": 8}, "raise config.data.num_threads=2 to 16"),
         (16, {"num_workers": 8, "num_threads": 16}, "all cores read; --mode=cache"),
     ],
@@ -117,6 +119,18 @@ def test_share_of_waiting_leaves_the_first_batch_out(monkeypatch):
 def test_advice_is_what_the_cores_allow(cores, options, expected):
     iterator = pipeline.train_iterator(dataclasses.replace(CONFIG, **options), seed=0)
     assert iterator.advice(cores).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("cores", "wanted", "expected"),
+    [(2, "auto", 0), (4, "auto", 0), (16, "auto", 8), (200, "auto", 16), (2, "3", 3), (16, 0, 0)],
+)
+def test_processes_decode_pictures_where_there_are_cores(cores, wanted, expected):
+    config = dataclasses.replace(CONFIG, num_workers=wanted)
+    pictures = FolderSource(pathlib.Path(), ("a.jpg",), (0,), ("a",))
+    assert pipeline.num_workers(config, pictures, cores) == expected
+    if wanted == "auto":
+        assert pipeline.num_workers(config, sources.load_source(CONFIG, "train"), cores) == 0
 
 
 def test_parts_of_a_batch_are_the_same_for_any_number_of_parts():

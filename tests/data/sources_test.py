@@ -82,6 +82,18 @@ def test_numbers_that_would_exhaust_the_machine_are_refused(name, value):
         DataConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("all", "num_workers 'all' is neither auto nor a number"),
+        ("-1", "num_workers -1 is negative"),
+    ],
+)
+def test_number_of_processes_that_is_none_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(num_workers=value)
+
+
 def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="batch_size 0"):
         DataConfig(batch_size=0)

@@ -277,10 +277,11 @@ def test_device_speed_is_positive_and_finite():
     assert 0 < speed.flops < math.inf
 
 
-@pytest.mark.parametrize("what", ["train", "data"])
-def test_training_is_timed(config, tmp_path, what):
+@pytest.mark.parametrize("what", ["train", "encode", "data", "evaluate"])
+def test_programs_and_reading_are_timed(config, tmp_path, what):
     settings = changed(config, what=what)
     settings.data.update(source="synthetic", image_size=32, batch_size=8)
+    settings.evaluate.update(features="vgg16", batch_size=8)
     benchmark.benchmark(read_config(settings), str(tmp_path))
     (line,) = (tmp_path / "benchmark.jsonl").read_text().splitlines()
     line = json.loads(line)
@@ -294,5 +295,7 @@ def test_training_is_timed(config, tmp_path, what):
 
 
 def test_unknown_benchmark_is_refused():
-    with pytest.raises(ValueError, match="what='speed' must be one of sample, train, data"):
+    with pytest.raises(
+        ValueError, match="what='speed' must be one of sample, train, encode, data, evaluate"
+    ):
         BenchmarkConfig(what="speed")

@@ -16,6 +16,7 @@ from dar_jax.parallel.chips import CHIPS, Chip
 from dar_jax.performance import topologies
 from dar_jax.performance.config import CompileConfig
 from dar_jax.performance.hlo import Collective
+from dar_jax.performance.kernels import START
 
 CHIP = Chip(100e12, 16e9, 1e12, 200e9, 2)
 
@@ -170,7 +171,7 @@ def test_groups_over_hosts_are_as_fast_as_the_network(group_size, on_a_host, ban
     assert compile_mode.bandwidth_of(collective, H200, 64) == bandwidth
 
 
-@pytest.mark.parametrize("topology", ["h100:1x8", "h200:8x8"])
+@pytest.mark.parametrize("topology", ["h100:1x8", "h200:8x8", "b200:9x8"])
 def test_gpus_without_their_compiler_are_one_line(monkeypatch, topology):
     asked = {}
 
@@ -182,7 +183,7 @@ def test_gpus_without_their_compiler_are_one_line(monkeypatch, topology):
     with pytest.raises(ValueError, match=r"pip install -e '.\[gpu-aot\]' \(Unknown backend cuda\)"):
         topologies.find_devices(topology)
     assert asked["topology"] == f"1x{topology[5:]}"
-    assert f'name: "{topologies.GPUS[topology[:4]]}"' in asked["target_config"]
+    assert f'name: "{topologies.GPUS[topology[:4]].kind}"' in asked["target_config"]
 
 
 @pytest.mark.slow
@@ -198,6 +199,8 @@ def test_compilation_for_gpus_that_are_not_there(tmp_path):
         assert 0 < program["roofline"]["mfu_serial"] < program["roofline"]["mfu_overlapped"] < 1
     step = report["programs"]["train step"]
     assert {each["on_a_host"] for each in step["collectives"]} == {1, 4}  # data, fsdp
+    assert step["kernels"]["seconds"] >= step["kernels"]["count"] * START
+    assert "__cudnn$fmhaSoftmaxBackward" in step["kernels"]["libraries"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dar_jax.nn import fused_attention
 from dar_jax.nn.attention import dot_product_attention
@@ -14,6 +14,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.fused_attention import Causal, check_device, choose
 from dar_jax.nn.layout import batch_split
 from dar_jax.nn.target import traced_for
+from dar_jax.performance.topologies import find_devices
 
 RTOL = 1e-5  # float32, sums in another order
 ROUNDED = 2e-2  # bfloat16 weights, rounded before (einsum) or after (splash) they are normalised
@@ -94,6 +95,45 @@ def test_cudnn_is_told_the_mask_by_flags(monkeypatch, mask):
     got = value_and_gradients(lambda *x: fused_attention.fused_attention("cudnn", *x, mask), arrays)
     expected = value_and_gradients(lambda *x: dot_product_attention(*x, mask), arrays)
     assert_close(got, expected, RTOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "package", "kernels"),
+    [
+        ("v5e:2x2", "libtpu", ["tpu_custom_call"]),
+        ("v6e:2x2", "libtpu", ["tpu_custom_call"]),
+        ("h200:1x4", "jax_plugins.xla_cuda13", ["__cudnn$fmhaSoftmax", "Backward"]),
+    ],
+)
+@pytest.mark.parametrize("mask", [None, Causal(), Causal(prefix=128)])
+def test_gradients_compile_for_devices_that_are_not_there(topology, package, kernels, mask):
+    pytest.importorskip(package)
+    devices = find_devices(topology)
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, PartitionSpec(("data",)))
+    array = jax.ShapeDtypeStruct((4, 2, 256, 64), jnp.bfloat16, sharding=where)
+
+    def loss(*arrays):
+        return jnp.sum(dot_product_attention(*arrays, mask), dtype=jnp.float32)
+
+    with traced_for(devices), batch_split(where), jax.default_matmul_precision("default"):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array)
+    text = lowered.compile().as_text()
+    assert all(kernel in text for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_kernel_compiles_where_products_are_to_be_precise(precision):
+    """As of a tokenizer that decodes in bfloat16."""
+    pytest.importorskip("libtpu")
+    devices = find_devices("v5e:2x2")[:1]
+    where = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
+    array = jax.ShapeDtypeStruct((4, 2, 256, 64), jnp.bfloat16, sharding=where)
+    with traced_for(devices), jax.default_matmul_precision(precision):
+        lowered = jax.jit(dot_product_attention).lower(array, array, array)
+    assert "tpu_custom_call" in lowered.compile().as_text()
 
 
 def choice(device, length=256, mask=None, *, wanted="auto", head_dim=64, keys=None, **options):

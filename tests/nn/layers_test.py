@@ -1,5 +1,7 @@
 """Norms, patches, time features, dropout."""
 
+import math
+import re
 import types
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dar_jax.nn.adaln import modulate
 from dar_jax.nn.compute import Compute
@@ -20,6 +23,7 @@ from dar_jax.nn.layers import (
     linear,
     rms_norm,
 )
+from dar_jax.nn.layout import batch_split
 from dar_jax.nn.patch import patchify, unpatchify
 from dar_jax.nn.target import traced_for
 
@@ -111,6 +115,28 @@ def test_dropout_of_accelerators_depends_on_the_key_alone():
     assert np.mean(first == other) == pytest.approx(0.75**2 + 0.25**2, abs=0.02)
     assert np.mean(first) == pytest.approx(1.0, abs=0.02)
     assert "rng_bit_generator" not in dropped.lower(x, jax.random.key(0), 1).as_text()
+
+
+def test_devices_draw_for_their_rows_alone():
+    """XLA does not split the generator: asked for the rows of all, every device would draw them."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    x = jax.device_put(jnp.ones((16, 4, 100)), where)
+    tpu = types.SimpleNamespace(platform="tpu")
+
+    @jax.jit
+    def dropped(x, rng):
+        with batch_split(where):
+            return dropout(x, 0.25, rng)
+
+    with traced_for([tpu] * 8):
+        text = dropped.lower(x, jax.random.key(0)).compile().as_text()
+        sizes = re.findall(r"u32\[([\d,]+)\]", text)
+        assert max(math.prod(map(int, size.split(","))) for size in sizes) == x.size // 8
+        rows = np.asarray(dropped(x, jax.random.key(0))).reshape(16, -1)
+        np.testing.assert_array_equal(rows.reshape(x.shape), dropped(x, jax.random.key(0)))
+    assert len(np.unique(rows, axis=0)) == 16
+    assert np.mean(rows) == pytest.approx(1.0, abs=0.02)
 
 
 def test_modulate_with_zeros_is_the_identity():

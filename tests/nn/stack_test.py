@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dar_jax.common.flops import traced_flops
 from dar_jax.nn.compute import REMAT_POLICIES, Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.layers import Mlp, dropout
@@ -76,6 +77,14 @@ def test_scan_equals_the_loop(params, remat):
     loop_in_params, loop_in_x = gradient(loop, loop_params, X)
     assert_close(in_x, loop_in_x)
     assert_close(unstack(in_params), loop_in_params)
+
+
+def test_products_are_computed_twice_where_blocks_are(params):
+    def work(remat):
+        model = dataclasses.replace(MODEL, compute=Compute(remat=remat))
+        return traced_flops(jax.make_jaxpr(functools.partial(gradient, model))(params, X).jaxpr)
+
+    assert work("none") == work("dots") < work("blocks")
 
 
 @pytest.mark.parametrize("model", [MODEL, MODEL.unstacked()], ids=["scanned", "loop"])

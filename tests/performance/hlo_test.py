@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dar_jax.parallel.chips import Chip
 from dar_jax.performance.hlo import Collective, HloProgram, type_bytes
+from dar_jax.performance.kernels import START, kernels_of
 
 DEVICES = 8
 VECTOR = 128
@@ -190,6 +192,60 @@ def test_collective_spread_over_fusions_counts_once():
 def test_traffic_of_fusions_leaves_out_what_is_handed_through():
     a_row, gathered = 8 * 4, (2 + 8) * 8 * 4
     assert HloProgram(CHAIN_TEXT, 4).memory_traffic() == 5 * (a_row + a_row) + gathered
+
+
+ASYNC_TEXT = """\
+%update (stack: f32[24,8], row: f32[1,8], i: s32[]) -> f32[24,8] {
+  %stack = f32[24,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %updated = f32[24,8]{1,0} dynamic-update-slice(%stack, %row, %i)
+}
+
+ENTRY %main (a: f32[24,8], b: f32[1,8], c: s32[]) -> f32[24,8] {
+  %a = f32[24,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %c = s32[] parameter(2)
+  %start = ((f32[24,8], f32[1,8], s32[]), f32[24,8], u32[]) fusion-start(%a, %b, %c), calls=%update
+  ROOT %done = f32[24,8]{1,0} fusion-done(%start)
+}
+"""
+"""A fusion under way while others run, as NVIDIA's compiler has it."""
+
+
+def test_traffic_of_a_fusion_that_is_started_is_that_of_the_fusion():
+    assert HloProgram(ASYNC_TEXT, 1).memory_traffic() == 2 * 8 * 4 + 4  # a row, and its place
+
+
+PRODUCTS_TEXT = """\
+%product (p: bf16[512,1024], q: bf16[1024,2048]) -> bf16[512,2048] {
+  %p = bf16[512,1024]{1,0} parameter(0)
+  %q = bf16[1024,2048]{1,0} parameter(1)
+  ROOT %dot = bf16[512,2048]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[512,1024], b: bf16[1024,2048]) -> bf16[512,2048] {
+  %a = bf16[512,1024]{1,0} parameter(0)
+  %b = bf16[1024,2048]{1,0} parameter(1)
+  %c = bf16[512,2048]{1,0} fusion(%a, %b), kind=kCustom, calls=%product
+  %d = bf16[512,2048]{1,0} negate(%c)
+  ROOT %e = bf16[512,2048]{1,0} custom-call(%d), custom_call_target="library"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("chip", "seconds"),
+    [
+        (Chip(1e9, 1e9, 1e15, 1e9), 2 * 512 * 1024 * 2048 / 0.8e9 + 2 * START),
+        (Chip(1e18, 1e9, 1e9, 1e9), 2 * (512 * 1024 + 1024 * 2048 + 5 * 512 * 2048) / 0.9e9),
+        (Chip(1e18, 1e9, 1e15, 1e9), 3 * START),
+    ],
+)
+def test_kernel_takes_the_longest_of_products_bytes_and_its_start(chip, seconds):
+    found = kernels_of(HloProgram(PRODUCTS_TEXT, 1), chip)
+    assert (found.count, found.libraries) == (3, {"library": 1})
+    assert found.seconds == pytest.approx(seconds)
 
 
 def test_loop_without_a_readable_bound_is_named():

@@ -9,24 +9,16 @@ from dar_jax.performance import recomputation
 from dar_jax.performance.programs import Program
 from dar_jax.performance.recomputation import choose_remat
 
-NEEDED = {"none": None, "dots": 15e9, "blocks": 5e9}
-"""Bytes of a step; None is more than can be compiled."""
+DOTS = 15e9
+"""Bytes of a step that keeps its products."""
 AUTO = Compute(dtype="bfloat16", remat="auto")
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     """Policies whose step was compiled."""
-    policies = []
-
-    def memory_of(_):
-        needed = NEEDED[policies[-1]]
-        if needed is None:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return {"total": needed}
-
-    monkeypatch.setattr(recomputation, "memory_of", memory_of)
-    return policies
+    monkeypatch.setattr(recomputation, "memory_of", lambda _: {"total": DOTS})
+    return []
 
 
 def step_of(compiled):
@@ -40,16 +32,24 @@ def step_of(compiled):
 @pytest.mark.parametrize(
     ("memory", "taken", "tried"),
     [
-        (None, "none", []),
-        (20e9, "dots", ["none", "dots"]),
-        (16e9, "blocks", ["none", "dots"]),  # little is left for pictures
-        (1e9, "blocks", ["none", "dots"]),
+        (None, "dots", []),
+        (20e9, "dots", ["dots"]),
+        (16e9, "blocks", ["dots"]),  # little is left for pictures
+        (1e9, "blocks", ["dots"]),
     ],
 )
 def test_least_recomputation_that_fits_is_taken(compiled, memory, taken, tried):
     compute = choose_remat(AUTO, step_of(compiled), memory)
     assert compute == Compute(dtype="bfloat16", remat=taken)
     assert compiled == tried
+
+
+def test_step_that_cannot_be_compiled_does_not_fit(compiled, monkeypatch):
+    def exhausted(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(recomputation, "memory_of", exhausted)
+    assert choose_remat(AUTO, step_of(compiled), 1e12).remat == "blocks"
 
 
 def test_what_is_decided_stays(compiled):
