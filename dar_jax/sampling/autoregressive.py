@@ -343,7 +343,7 @@ def take(tree: Any, parents: Int[Array, "B n"]) -> Any:
     """
 
     def gather(rows: Array) -> Array:
-        candidates = rows.reshape(*parents.shape, -1, *rows.shape[1:])
+        candidates = rows.reshape(*parents.shape, len(rows) // parents.size, *rows.shape[1:])
         return jax.vmap(lambda own, chosen: own[chosen])(candidates, parents).reshape(rows.shape)
 
     return jax.tree.map(gather, tree)

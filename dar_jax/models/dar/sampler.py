@@ -25,6 +25,7 @@ from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
+from dar_jax.models.dar import conditioning
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
@@ -312,16 +313,17 @@ def previews(
     coefficients = solvers.coefficients(sampling.solver, num_steps)
     times = shifted_grid(num_steps, config.decoder.time_shift)
     starts = step_starts(config, num_steps)
-    state, step = solvers.start(noise), 0
+    condition = conditioning.start(tokenizer, rngs)
+    state, step, num_tokens = solvers.start(noise), 0, 0
     parents = None
     while True:
         try:
             indices = groups.send(parents)
         except StopIteration:
             return
+        new = indices[:, num_tokens:]
+        condition = conditioning.extend(tokenizer, tokenizer_params, new, condition, num_tokens)
         num_tokens = indices.shape[1]
-        # Condition tokens see no later ones, so all steps share one program.
-        tokens = jnp.pad(indices, ((0, 0), (0, config.num_tokens - num_tokens)))
         image = parents = None
         while step < num_steps and starts[step] + config.window <= num_tokens:
             state, image = _flow_step(
@@ -330,7 +332,7 @@ def previews(
                 noise,
                 known,
                 state,
-                tokens,
+                condition.tokens,
                 starts[step],
                 times[step : step + 2],
                 coefficients.select(step),
@@ -340,7 +342,7 @@ def previews(
         if image is not None:
             parents = yield DarPreview(step, num_tokens, image, indices)
             if parents is not None:
-                state = autoregressive.take(state, parents)
+                state, condition = autoregressive.take((state, condition), parents)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))
@@ -350,7 +352,7 @@ def _flow_step(
     noise: Float[Array, "B H W 3"],
     known: Known | None,
     state: solvers.SolverState,
-    indices: Int[Array, "B N"],
+    condition: Float[Array, "B N D"],
     start: Int[Array, ""] | int,
     times: Float[Array, "2"] | Float[np.ndarray, "2"],
     coefficients: solvers.Coefficients,
@@ -360,7 +362,6 @@ def _flow_step(
     """Advance one step on the window from `start` on; return the state and the preview."""
     config, data_std = model.config, model.config.decoder.data_std
     with model.decoding(params) as tokenizer:
-        condition = tokenizer.condition_from_indices(indices)
         state, preview = solvers.step(
             _velocity(tokenizer, microbatch),
             state,
