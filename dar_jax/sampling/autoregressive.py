@@ -267,6 +267,7 @@ def generate(
     boundaries: Sequence[int],
     key_mask: Array | None = None,
     window: int = 0,
+    attends_filled: bool = False,
 ) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
     """Yield all tokens so far, the prefix included, whenever a group is complete.
 
@@ -284,14 +285,14 @@ def generate(
         boundaries: increasing numbers of tokens after which to yield; the last one ends.
         key_mask: see `DecodingState`.
         window: tokens that a call of look-ahead draws; 0 is none.
+        attends_filled: slots that are not filled are not read, so that caches need not grow.
     """
     device_scales = jnp.asarray(scales)
     start = prefix.shape[1] + 1
     beyond = decoder.num_condition - 1 + max(window - 1, 0)
     least_slots = 0
-    if len(condition) * (beyond + len(scales)) * slot_bytes(decoder.model) <= max(
-        SMALL_CACHES, SMALL_SHARE * tree_bytes(params)
-    ):
+    all_slots = len(condition) * (beyond + len(scales)) * slot_bytes(decoder.model)
+    if attends_filled or all_slots <= max(SMALL_CACHES, SMALL_SHARE * tree_bytes(params)):
         least_slots = beyond + len(scales)
     num_slots = max(decoder.num_condition - 1 + start, least_slots)
     state: Any = prefill(

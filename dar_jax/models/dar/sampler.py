@@ -26,7 +26,7 @@ from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar import conditioning
-from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.llama import Llama, LlamaConfig, has_kernels
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.functional_model import FunctionalModel
@@ -228,6 +228,7 @@ def generate_indices(
         boundaries=boundaries or _ends(model.config.num_tokens, GROUP_SIZE),
         key_mask=key_mask,
         window=window,
+        attends_filled=key_mask is None and has_kernels(model.config, model.compute, window),
     )
 
 
