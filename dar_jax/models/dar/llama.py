@@ -306,6 +306,14 @@ def has_kernels(config: LlamaConfig, compute: Compute, num_new: int) -> bool:
     )
 
 
+def caption_key_mask(
+    valid: Bool[Array, "B T"] | Int[Array, "B T"], num_tokens: int
+) -> Bool[Array, "B S"]:
+    """Extend the validity of T condition tokens [B, T] to all T + num_tokens slots."""
+    valid = valid.astype(bool)
+    return jnp.concatenate([valid, jnp.ones((len(valid), num_tokens), bool)], axis=1)
+
+
 def cache_mask(
     position: Position,
     num_new: int,
