@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from dar_jax.common.typing import Array, Int, Params, PRNGKeys
 from dar_jax.models.dar.tokenizer import Tokenizer
@@ -31,7 +32,9 @@ class KnownCondition(NamedTuple):
 def start(model: FunctionalModel[Tokenizer], rngs: PRNGKeys) -> KnownCondition:
     """No tokens are known yet, of as many rows as there are keys, which say where they are."""
     config = model.config
-    layers, num_tokens, device = config.condition, config.num_tokens, rngs.sharding
+    layers, num_tokens = config.condition, config.num_tokens
+    # What is put on a single device is committed to it, another case for compiled programs.
+    device = None if isinstance(rngs.sharding, SingleDeviceSharding) else rngs.sharding
     heads = layers.dim // layers.head_dim
     shape = (len(rngs), layers.depth, heads, num_tokens, layers.head_dim)
     tokens = jnp.zeros((len(rngs), num_tokens, layers.dim), device=device)

@@ -18,6 +18,7 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from dar_jax.common.compiled import call, compile_once
 from dar_jax.common.image import resize_bicubic
@@ -264,8 +265,8 @@ def stream(
 ) -> Iterator[DarPreview]:
     """Return the previews after every group of tokens; the last one is the image.
 
-    By the time a preview is handed out, the work for the next one is under way. The programs for a
-    single device are compiled side by side. The arguments are those of `generate_indices` and
+    By the time a preview is handed out, the work for the next one is under way. Without a mesh,
+    the programs are compiled side by side. The arguments are those of `generate_indices` and
     `decode_indices`.
     """
 
@@ -284,7 +285,7 @@ def stream(
         flow = (tokenizer, tokenizer_params, groups, rngs, sampling)
         return previews(*flow, known=known, microbatch=microbatch, run=run)
 
-    if len(rngs.sharding.device_set) == 1:
+    if isinstance(rngs.sharding, SingleDeviceSharding):
         shapes = str(jax.tree.map(jnp.shape, (condition, prefix, key_mask, known)))
         compile_once(work, (prior, tokenizer, sampling, microbatch, shapes))
     return one_ahead(work(call))
