@@ -197,7 +197,9 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames="window")
-def start_ahead(state: DecodingState, num_known: int, *, window: int) -> AheadState:
+def start_ahead(
+    state: DecodingState, num_known: Int[Array, ""] | int, *, window: int
+) -> AheadState:
     """Begin look-ahead behind the known tokens; all guesses are token 0."""
     tokens = jnp.pad(state.tokens, ((0, 0), (0, window - 1)))
     known = jnp.full(len(tokens), num_known, jnp.int32)
@@ -261,7 +263,7 @@ def decode_ahead(
 def generate(
     decoder: TokenDecoder,
     params: Params,
-    condition: Float[Array, "R T D"],
+    condition: Float[Array, "R T D"] | jax.ShapeDtypeStruct,
     prefix: Int[Array, "B K"],
     rngs: PRNGKeys,
     scales: Float[np.ndarray, " N"],
@@ -280,7 +282,7 @@ def generate(
     Args:
         decoder: fixed part of the decoding.
         params: parameters of the model, unstacked.
-        condition: embedded condition tokens of all rows.
+        condition: embedded condition tokens of all rows, or their shape if `run` records.
         prefix: given image tokens, K < N.
         rngs: one key per image.
         scales: guidance scale of every image token. Where no later one differs from 1, a group is

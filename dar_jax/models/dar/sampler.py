@@ -55,8 +55,8 @@ class DarPreview(Images):
 
     step: int
     num_tokens: int
-    images: Array
-    indices: Array
+    images: Any  # arrays, but for shapes where programs are only recorded
+    indices: Any
 
 
 class Known(NamedTuple):
