@@ -131,6 +131,7 @@ def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:
         "compile_seconds": time.monotonic() - start,
         "memory": memory_of(compiled),
         "memory_traffic": text.memory_traffic(),
+        "kernels": text.launches(),
         "collectives": [dataclasses.asdict(each) for each in collectives],
         "loops_of_unknown_length": sorted(text.unknown_loops),
     }

@@ -144,6 +144,16 @@ class HloProgram:
             moved += runs * sum(type_bytes(type_, off_chip=True) for type_ in arrays)
         return moved
 
+    def launches(self) -> int:
+        """Return how many kernels one run launches; a fusion is one, and so is a collective."""
+        return sum(
+            runs
+            for computation, instruction, runs in self._instructions()
+            if computation not in self._fused
+            and instruction.opcode not in _FREE
+            and not instruction.opcode.endswith("-done")
+        )
+
     def _instructions(self) -> Iterator[tuple[str, Instruction, int]]:
         for computation, runs in self._runs.items():
             for instruction in self.computations[computation].values():
