@@ -1,9 +1,13 @@
-"""Compiled programs that are kept from run to run."""
+"""Compiled programs that are kept from run to run, and compiled side by side."""
 
+import concurrent.futures
 import hashlib
 import os
 import pathlib
 import platform
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -14,6 +18,7 @@ FOLDER = "dar_jax/compiled"
 MAX_BYTES = 2**32
 """Of all programs that are kept; the oldest go first."""
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
+_COMPILED: set[Hashable] = set()
 CPU_KEYS = ("model name", "flags", "Features", "CPU part")
 
 
@@ -62,6 +67,52 @@ def keep_programs(setting: str) -> None:
 def once() -> dict[str, int] | None:
     """Compiler options of a program that runs once: CPUs take longer to optimise it than to run."""
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
+def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run a jitted function: what work does that is not only recorded, see `Programs`."""
+    return function(*arguments, **options)
+
+
+class Programs:
+    """The programs of some work, which is gone through once without being done."""
+
+    def __init__(self):
+        self._traced: dict[int, Any] = {}
+
+    def record(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Return the shapes of a jitted function's results; arguments may be shapes, too."""
+        traced = function.trace(*arguments, **options)
+        self._traced.setdefault(id(traced.jaxpr), traced)  # equal ones share what they trace to
+        return function.eval_shape(*arguments, **options)
+
+    def compile(self) -> None:
+        """Compile all of them in threads, for the default device; calls find them compiled."""
+        start, total = time.monotonic(), len(self._traced)
+        logging.info("Compiling %d programs, unless they are kept", total)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            tasks = [pool.submit(lambda t=t: t.lower().compile()) for t in self._traced.values()]
+            for count, task in enumerate(concurrent.futures.as_completed(tasks), 1):
+                task.result()
+                if count == total or time.monotonic() - start > count:
+                    seconds = time.monotonic() - start
+                    logging.info("Compiled %d of %d programs in %.1f s", count, total, seconds)
+
+
+def compile_once(work: Callable[..., Iterator[Any]], key: Hashable) -> None:
+    """Compile the programs of `work` side by side, unless it has been done for this key.
+
+    Args:
+        work: takes `Programs.record` in the place of `call`; what it yields is of no interest.
+        key: equal ones have equal programs.
+    """
+    if key in _COMPILED:
+        return
+    programs = Programs()
+    for _ in work(programs.record):
+        pass
+    programs.compile()
+    _COMPILED.add(key)
 
 
 def cpu_fingerprint() -> str:

@@ -102,6 +102,7 @@ def euler_maruyama(
     return jax.tree.map(np.float32, steps)
 
 
+@jax.jit
 def start(x: Float[Array, "B ..."]) -> SolverState:
     """State before the first step."""
     x = x.astype(jnp.float32)

@@ -16,9 +16,9 @@ from dar_jax.data.base import DataConfig
 from dar_jax.kinds.base import Kind
 from dar_jax.kinds.dar_runs import DarRuns
 from dar_jax.kinds.dar_tokenizer import DarTokenizer, flow_program
-from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.options import check_pair
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
@@ -71,7 +71,7 @@ class DarPrior(Kind[LlamaConfig]):
     def check_companion(
         self, model: LlamaConfig, name: str, companion: TokenizerConfig, where: str
     ) -> None:
-        sampler.check_pair(model, companion, where)
+        check_pair(model, companion, where)
 
     def check_data(self, model: LlamaConfig, data: DataConfig, paths: Mapping[str, str]) -> None:
         if model.caption_dim is not None:

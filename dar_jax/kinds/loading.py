@@ -120,6 +120,8 @@ def from_pretrained(
     directory, kind, architecture, class_names, sampling, batch_size = open_model(path)
     compute = compute or Compute()
     check_device(compute, jax.devices())
+    if mesh is not None and list(mesh.devices.flat) == jax.local_devices()[:1]:
+        mesh = None  # arrays that are bound to no device suit programs that were compiled ahead
     model = FunctionalModel(kind.module, architecture, kind.compute_of(compute))
     like = model.abstract_params()
     shardings = None if mesh is None else fsdp_sharding(like, mesh)

@@ -8,6 +8,7 @@ DTYPES = ("float32", "bfloat16")
 RESIDUAL_DTYPES = ("float32", "compute")
 REMAT_POLICIES = ("none", "blocks", "dots", "auto")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+DECODINGS = ("xla", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Compute:
         attention: what computes it, see `nn.fused_attention`: `auto` by device, dtype, length and
             mask; `xla` with all weights in memory; `cudnn` or `splash` wherever these kernels can,
             which is never in float32 or where weights are dropped out.
+        decoding: what runs a prior's blocks while it draws tokens: `xla`, or `pallas`, kernels for
+            one NVIDIA GPU in bfloat16, see `nn.decode_kernels`; not for captions, and not yet timed
+            on a card.
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
             they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
         unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
@@ -44,6 +48,7 @@ class Compute:
     residual_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    decoding: str = "xla"
     loss_chunks: int = 1
     unroll: bool = False
     cache: str = ""
@@ -64,6 +69,8 @@ class Compute:
             raise ValueError(f"remat {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention {self.attention!r} must be one of {', '.join(ATTENTIONS)}")
+        if self.decoding not in DECODINGS:
+            raise ValueError(f"decoding {self.decoding!r} must be one of {', '.join(DECODINGS)}")
         if self.loss_chunks < 1:
             raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
 

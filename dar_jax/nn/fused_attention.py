@@ -60,8 +60,16 @@ class Causal:
 
 
 def check_device(compute: Compute, devices: Sequence[Any]) -> None:
-    """Raise ValueError if `compute.attention` names a kernel that no call could use."""
+    """Raise ValueError if `compute` names a kernel that no call could use."""
     wanted, device = compute.attention, devices[0]
+    if compute.decoding == "pallas":
+        fits = _native(device) == "cudnn" and len(devices) == 1 and compute.dtype == "bfloat16"
+        if not fits:
+            raise ValueError(
+                "config.compute.decoding=pallas needs one NVIDIA GPU from Ampere on and "
+                f"config.compute.dtype=bfloat16; this is {compute.dtype} on {len(devices)} of "
+                f"{device.device_kind}; use xla"
+            )
     needs = {"cudnn": "an NVIDIA GPU from Ampere on", "splash": "a TPU"}.get(wanted)
     if needs is None:
         return

@@ -90,6 +90,18 @@ class Stack(nnx.Module):
         x, _ = jax.lax.scan(body, x, inputs, unroll=self.compute.unroll)
         return keep_batch_split(x)
 
+    def extend(self, x: Array, caches: Any, *args) -> tuple[Array, Any]:
+        """Apply the `extend(x, cache, *args)` of stacked blocks; caches are [depth, ...]."""
+        if not self.depth:
+            return x, caches
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x: Array, layer: Any) -> tuple[Array, Any]:
+            params, cache = layer
+            return nnx.merge(graphdef, params).extend(x, cache, *args)
+
+        return jax.lax.scan(body, x, (stacked, caches), unroll=self.compute.unroll)
+
     def each(self, function: Callable[[Any], Any]) -> Any:
         """Apply a function to every block; return the results stacked, [depth, ...]."""
         if not self.compute.stacked:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
-from dar_jax.nn.attention import Attention, Mask
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
+from dar_jax.nn.attention import Attention, KVCache, Mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import FUSED_QKV_INIT, XAVIER_INIT, Mlp, affine_layer_norm, split_rng
 from dar_jax.nn.rope import Rope
@@ -42,6 +42,27 @@ class TransformerBlock(nnx.Module):
         mask: Mask | None = None,
     ) -> Float[Array, "B N D"]:
         attended = self.attention(self.norm1(x), query_rope=rope, key_rope=rope, mask=mask)
+        return self._add(x, attended)
+
+    def extend(
+        self,
+        x: Float[Array, "B N D"],
+        cache: KVCache,
+        position: Int[Array, ""] | int,
+        mask: Bool[Array, "N M"],
+    ) -> tuple[Float[Array, "B N D"], KVCache]:
+        """Run on N new tokens at `position` of a cache of M slots."""
+        normed = self.norm1(x)
+        new = self.attention.keys_values(normed)
+        cache = jax.tree.map(
+            lambda old, rows: jax.lax.dynamic_update_slice_in_dim(old, rows, position, axis=2),
+            cache,
+            new,
+        )
+        attended = self.attention.attend(self.attention.queries(normed), cache, mask)
+        return self._add(x, attended), cache
+
+    def _add(self, x: Float[Array, "B N D"], attended: Array) -> Float[Array, "B N D"]:
         x = x + (self.gate1[...] * attended).astype(x.dtype)
         return x + (self.gate2[...] * self.mlp(self.norm2(x))).astype(x.dtype)
 

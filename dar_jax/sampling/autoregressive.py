@@ -17,7 +17,7 @@ the same, but for ties that products of another shape round the other way.
 
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import einops
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.common.compiled import call
 from dar_jax.common.tree import tree_bytes
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.sampling.logits import SamplingConfig, guide, sample_token
@@ -195,7 +196,10 @@ def decode(
     return jax.lax.fori_loop(start, stop, body, state)
 
 
-def start_ahead(state: DecodingState, num_known: int, *, window: int) -> AheadState:
+@functools.partial(jax.jit, static_argnames="window")
+def start_ahead(
+    state: DecodingState, num_known: Int[Array, ""] | int, *, window: int
+) -> AheadState:
     """Begin look-ahead behind the known tokens; all guesses are token 0."""
     tokens = jnp.pad(state.tokens, ((0, 0), (0, window - 1)))
     known = jnp.full(len(tokens), num_known, jnp.int32)
@@ -259,7 +263,7 @@ def decode_ahead(
 def generate(
     decoder: TokenDecoder,
     params: Params,
-    condition: Float[Array, "R T D"],
+    condition: Float[Array, "R T D"] | jax.ShapeDtypeStruct,
     prefix: Int[Array, "B K"],
     rngs: PRNGKeys,
     scales: Float[np.ndarray, " N"],
@@ -267,6 +271,8 @@ def generate(
     boundaries: Sequence[int],
     key_mask: Array | None = None,
     window: int = 0,
+    attends_filled: bool = False,
+    run: Callable[..., Any] = call,
 ) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
     """Yield all tokens so far, the prefix included, whenever a group is complete.
 
@@ -276,7 +282,7 @@ def generate(
     Args:
         decoder: fixed part of the decoding.
         params: parameters of the model, unstacked.
-        condition: embedded condition tokens of all rows.
+        condition: embedded condition tokens of all rows, or their shape if `run` records.
         prefix: given image tokens, K < N.
         rngs: one key per image.
         scales: guidance scale of every image token. Where no later one differs from 1, a group is
@@ -284,44 +290,52 @@ def generate(
         boundaries: increasing numbers of tokens after which to yield; the last one ends.
         key_mask: see `DecodingState`.
         window: tokens that a call of look-ahead draws; 0 is none.
+        attends_filled: slots that are not filled are not read, so that caches need not grow.
+        run: calls jitted functions, or records them; see `common.compiled`.
     """
     device_scales = jnp.asarray(scales)
     start = prefix.shape[1] + 1
     beyond = decoder.num_condition - 1 + max(window - 1, 0)
     least_slots = 0
-    if len(condition) * (beyond + len(scales)) * slot_bytes(decoder.model) <= max(
-        SMALL_CACHES, SMALL_SHARE * tree_bytes(params)
-    ):
+    all_slots = len(condition) * (beyond + len(scales)) * slot_bytes(decoder.model)
+    if attends_filled or all_slots <= max(SMALL_CACHES, SMALL_SHARE * tree_bytes(params)):
         least_slots = beyond + len(scales)
     num_slots = max(decoder.num_condition - 1 + start, least_slots)
-    state: Any = prefill(
-        decoder, params, condition, prefix, rngs, device_scales, key_mask, num_slots=num_slots
-    )
+    inputs = (decoder, params, condition, prefix, rngs, device_scales, key_mask)
+    state: Any = run(prefill, *inputs, num_slots=num_slots)
     if window:
-        state = start_ahead(state, start, window=window)
+        state = run(start_ahead, state, start, window=window)
     for stop in boundaries:
         if decoder.guided and np.all(scales[start:] == 1):
-            decoder, state = without_guidance(decoder, state)
+            decoder = dataclasses.replace(decoder, guided=False)
+            state = run(without_unconditional, state)
         if stop > start:
             fixed = (decoder, params, state, rngs, device_scales)
             num_slots = max(beyond + stop, least_slots)
             if window:
-                state = decode_ahead(*fixed, stop=stop, window=window, num_slots=num_slots)
+                options = dict(stop=stop, window=window, num_slots=num_slots)
+                state = run(decode_ahead, *fixed, **options)
             else:
-                state = decode(*fixed, start=start, stop=stop, num_slots=num_slots)
+                state = run(decode, *fixed, start=start, stop=stop, num_slots=num_slots)
             start = stop
-        parents = yield state.tokens[:, :stop]
+        parents = yield run(tokens_between, state.tokens, start=0, stop=stop)
         if parents is not None:
             state = take(state, parents)
             if isinstance(state, AheadState):  # beyond, tokens are the parent's draws
                 state = state._replace(known=jnp.minimum(state.known, stop))
 
 
-def without_guidance(decoder: TokenDecoder, state: State) -> tuple[TokenDecoder, State]:
+@jax.jit
+def without_unconditional(state: State) -> State:
     """Drop the unconditional rows."""
     caches, key_mask = jax.tree.map(lambda rows: rows[::2], (state.caches, state.key_mask))
-    state = state._replace(caches=caches, key_mask=key_mask)
-    return dataclasses.replace(decoder, guided=False), state
+    return state._replace(caches=caches, key_mask=key_mask)
+
+
+@functools.partial(jax.jit, static_argnames=("start", "stop"))
+def tokens_between(tokens: Int[Array, "B n"], *, start: int, stop: int) -> Int[Array, "B m"]:
+    """Return the tokens start .. stop - 1."""
+    return tokens[:, start:stop]
 
 
 @functools.cache
@@ -343,7 +357,7 @@ def take(tree: Any, parents: Int[Array, "B n"]) -> Any:
     """
 
     def gather(rows: Array) -> Array:
-        candidates = rows.reshape(*parents.shape, -1, *rows.shape[1:])
+        candidates = rows.reshape(*parents.shape, len(rows) // parents.size, *rows.shape[1:])
         return jax.vmap(lambda own, chosen: own[chosen])(candidates, parents).reshape(rows.shape)
 
     return jax.tree.map(gather, tree)

@@ -1,8 +1,14 @@
 """Where compiled programs are kept, and that the next run finds them there."""
 
+import functools
 import os
 import subprocess
 import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from dar_jax.common import compiled
 
@@ -74,3 +80,35 @@ def test_directory_that_cannot_be_used_is_refused_if_it_is_named(tmp_path):
     assert error.startswith("ValueError: config.compute.cache=")
     assert error.endswith("name another directory, or off")
     assert not found("", XDG_CACHE_HOME=str(tmp_path / "file"))
+
+
+@pytest.fixture
+def compilations():
+    """Seconds of every compilation so far."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_calls_find_what_was_compiled_side_by_side(compilations):
+    grow = jax.jit(lambda x, n: jnp.pad(x, (0, n)), static_argnums=1)
+    double = jax.jit(lambda x: 2 * x)
+
+    def work(x, run):
+        for _ in range(2):
+            x = run(double, run(grow, x, 1))
+            yield x
+
+    x = np.ones(3, np.float32)
+    for _ in range(2):
+        compiled.compile_once(functools.partial(work, x), "growing")
+    assert len(compilations) == 4  # neither function has the same shape twice
+    *_, result = work(x, compiled.call)
+    np.testing.assert_array_equal(result, [4, 4, 4, 0, 0])
+    assert len(compilations) == 4

@@ -260,11 +260,18 @@ def test_bytes_of_types():
     assert type_bytes("token[]") == 0
 
 
-def test_traffic_reads_operands_and_writes_results_once_per_trip():
+def launches(program):
+    return sum(kernel.runs for kernel in program.kernels())
+
+
+def test_a_kernel_reads_operands_and_writes_results_once_per_trip():
     whole = jax.jit(lambda x: jnp.sin(x) * 2).lower(jnp.zeros(1000)).compile()
-    assert HloProgram(whole.as_text(), 1).memory_traffic() == 2 * 4000
+    program = HloProgram(whole.as_text(), 1)
+    assert (program.memory_traffic(), launches(program)) == (2 * 4000, 1)
     text = jax.jit(repeated(7, jnp.sin)).lower(jnp.zeros(1000)).compile().as_text()
     assert 7 * 2 * 4000 <= HloProgram(text, 1).memory_traffic() < 7 * 2 * 4000 + 20_000
+    others = 3  # of the loop's counter and its bound, in every trip
+    assert 7 <= launches(HloProgram(text, 1)) <= 7 * (1 + others) + others
 
 
 def test_traffic_of_a_slice_is_not_that_of_what_it_is_cut_from():

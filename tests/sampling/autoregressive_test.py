@@ -1,5 +1,7 @@
 """Decoding with caches in groups: what a sample depends on; what the compiled loop copies."""
 
+import dataclasses
+import functools
 import math
 import re
 
@@ -7,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
+from dar_jax.nn import decode_kernels
+from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.autoregressive import TokenDecoder
@@ -212,6 +217,35 @@ def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
         parts = generate("dar/gpt_tiny", slice(0, 2), **options)
         np.testing.assert_array_equal(parts, whole)
         assert set(slots) == expected and len(slots) == (2 if share else 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, monkeypatch):
+    for name in ("extend_and_attend", "product"):
+        interpreted = functools.partial(getattr(decode_kernels, name), interpret=True)
+        monkeypatch.setattr(decode_kernels, name, interpreted)
+    monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
+    monkeypatch.setattr(autoregressive, "SMALL_SHARE", 0.0)
+    config = LlamaConfig(
+        num_layers=2, num_heads=4, dim=128, ffn_dim=128, vocab_size=32, num_tokens=8, num_classes=3
+    )
+    model = FunctionalModel(Llama, config).unstacked()
+    kernels = dataclasses.replace(model, compute=Compute(stacked=False, decoding="pallas"))
+    params = model.init(jax.random.key(0))
+    noise = nnx.initializers.normal(0.3)  # logits start at zero
+    params["output"]["kernel"] = noise(jax.random.key(1), params["output"]["kernel"].shape)
+    sampling = DarSampling(guidance_scale=2.0, lookahead=lookahead)
+    programs = autoregressive.decode_ahead if lookahead else autoregressive.decode
+    drawn, counts = [], []
+    for each in (model, kernels):
+        programs.clear_cache()
+        inputs = (jnp.arange(3), jax.random.split(jax.random.key(0), 3), sampling)
+        *_, tokens = sampler.generate_indices(each, params, *inputs, boundaries=(4, 8))
+        drawn.append(tokens)
+        counts.append(programs._cache_size())
+    np.testing.assert_array_equal(*drawn)
+    assert counts == [2, 1]
 
 
 def test_grow_pads_the_slots_with_zeros():

@@ -15,6 +15,7 @@ from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params
 from dar_jax.nn.attention import KVCache, dot_product_attention
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.layers import linear, rms_norm, silu
+from dar_jax.nn.linear import Linear
 from dar_jax.nn.rope import Rope, apply_rope
 from dar_jax.nn.stack import unstack
 
@@ -48,10 +49,37 @@ class DecodingBlock(nnx.Module):
         cache: KVCache,
         position: Position,
         rope: Rope,
+        mask: Bool[Array, "..."] | None,
+    ) -> tuple[Float[Array, "B N D"], KVCache]:
+        """Run on N new tokens at `position` of a cache of M slots.
+
+        By XLA with a mask [N, M] or [B, 1, N, M] and the `rope` of the new tokens. Without a mask,
+        by `nn.decode_kernels` with that of all positions.
+        """
+        multiply: Any = product
+        if mask is None:
+            # Takes a second to import, which only users of these kernels need to spend.
+            from dar_jax.nn import decode_kernels
+
+            if x.shape[0] * x.shape[1] <= decode_kernels.ROWS:
+                multiply = decode_kernels.product
+        qkv = multiply(x, _matrix(self.attention.qkv), norm=_norm(self.attention_norm))
+        if mask is None:
+            attended, cache = decode_kernels.extend_and_attend(qkv, cache, position, rope)
+        else:
+            attended, cache = self._attend(qkv, cache, position, rope, mask)
+        x = multiply(attended, _matrix(self.attention.out), residual=x)
+        hidden = multiply(x, _matrix(self.ffn.gate_up), norm=_norm(self.ffn_norm), gated=True)
+        return multiply(hidden, _matrix(self.ffn.down), residual=x), cache
+
+    def _attend(
+        self,
+        qkv: Float[Array, "B N width"],
+        cache: KVCache,
+        position: Position,
+        rope: Rope,
         mask: Bool[Array, "..."],
     ) -> tuple[Float[Array, "B N D"], KVCache]:
-        """Run on N new tokens at `position` of a cache of M slots; mask [N, M] or [B, 1, N, M]."""
-        qkv = self.attention.qkv(self.attention_norm(x))
         num_rotated = self.num_heads + self.num_kv_heads
         heads = einops.rearrange(qkv, "b n (h d) -> b n h d", h=num_rotated + self.num_kv_heads)
         rotated = apply_rope(heads[:, :, :num_rotated], rope)
@@ -66,9 +94,50 @@ class DecodingBlock(nnx.Module):
         new = KVCache(keys, values)
         cache = jax.tree.map(lambda old, rows: write_slots(old, rows, position), cache, new)
         attended = dot_product_attention(q, cache.keys, cache.values, mask)
-        x = x + self.attention.out(einops.rearrange(attended, "b h n d -> b n (h d)"))
-        gate, up = jnp.split(self.ffn.gate_up(self.ffn_norm(x)), 2, axis=-1)
-        return x + self.ffn.down(silu(gate) * up), cache
+        return einops.rearrange(attended, "b h n d -> b n (h d)"), cache
+
+
+def _matrix(layer: Linear) -> Float[Array, "width F"]:
+    return jnp.asarray(layer.kernel[...]).astype(layer.dtype)
+
+
+def _norm(layer: nnx.RMSNorm) -> tuple[Float[Array, " width"], float]:
+    return layer.scale[...], layer.epsilon
+
+
+def product(
+    x: Float[Array, "B N width"],
+    matrix: Float[Array, "width F"],
+    *,
+    norm: tuple[Float[Array, " width"], float] | None = None,
+    gated: bool = False,
+    residual: Float[Array, "B N F"] | None = None,
+) -> Array:
+    """Multiply rows by a matrix, by XLA.
+
+    A row is divided by its root mean square after the product, which then waits for no sum.
+
+    Args:
+        x: the rows.
+        matrix: in the compute dtype.
+        norm: scale and epsilon of the RMS norm before.
+        gated: the result is silu(first half) * second half, [B, N, F / 2].
+        residual: what the result is added to.
+    """
+    dtype, inverse = matrix.dtype, None
+    if norm is not None:
+        scale, epsilon = norm
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+        x *= scale
+    wide = dtype if inverse is None else jnp.float32
+    result = jnp.einsum("...i,io->...o", x.astype(dtype), matrix, preferred_element_type=wide)
+    if inverse is not None:
+        result = (result * inverse).astype(dtype)
+    if gated:
+        gate, up = jnp.split(result, 2, axis=-1)
+        result = silu(gate) * up
+    return result if residual is None else residual + result
 
 
 def positions_of(position: Position, num_new: int) -> Int[Array, " N"] | Int[Array, "B N"]:

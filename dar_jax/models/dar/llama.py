@@ -25,6 +25,8 @@ from dar_jax.nn.rope import Rope, rope_1d
 from dar_jax.nn.stack import Stack
 
 INIT = nnx.initializers.normal(0.02)
+KERNEL_HEAD_DIMS, KERNEL_WIDTHS, KERNEL_TOKENS = (16, 32, 64, 128), 128, 16
+"""What `nn.decode_kernels` takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,13 +284,34 @@ class Llama(nnx.Module):
             key_mask: False for slots that no other token may attend to (padded captions).
         """
         num_new, num_slots = x.shape[1], caches[0].keys.shape[2]
-        mask = cache_mask(position, num_new, num_slots, key_mask)
-        rope = self.rope()[positions_of(position, num_new)]
+        mask, rope = None, self.rope()
+        if key_mask is not None or not has_kernels(self.config, self.compute, num_new):
+            mask = cache_mask(position, num_new, num_slots, key_mask)
+            rope = rope[positions_of(position, num_new)]
         extended, x = [], x.astype(self.compute.residual_jnp_dtype)
         for block, cache in zip(self.stack.blocks, caches, strict=True):
             x, cache = block.extend(x, cache, position, rope, mask)
             extended.append(cache)
         return self.norm(x), tuple(extended)
+
+
+def has_kernels(config: LlamaConfig, compute: Compute, num_new: int) -> bool:
+    """Whether `nn.decode_kernels` runs so many new tokens of a row, if all slots may be seen."""
+    return (
+        compute.decoding == "pallas"
+        and config.dim % KERNEL_WIDTHS == config.ffn_dim % KERNEL_WIDTHS == 0
+        and config.num_kv_heads in (None, config.num_heads)
+        and config.head_dim in KERNEL_HEAD_DIMS
+        and num_new <= KERNEL_TOKENS
+    )
+
+
+def caption_key_mask(
+    valid: Bool[Array, "B T"] | Int[Array, "B T"], num_tokens: int
+) -> Bool[Array, "B S"]:
+    """Extend the validity of T condition tokens [B, T] to all T + num_tokens slots."""
+    valid = valid.astype(bool)
+    return jnp.concatenate([valid, jnp.ones((len(valid), num_tokens), bool)], axis=1)
 
 
 def cache_mask(

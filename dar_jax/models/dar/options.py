@@ -170,3 +170,13 @@ class DarSampling(FlowSampling):
             raise ValueError("temperature=0 draws equal candidates: search needs a higher one")
         if self.search.reward == "classifier" and config.caption_dim is not None:
             raise ValueError("search.reward='classifier' needs classes, not captions")
+
+
+def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> None:
+    """Raise ValueError unless the prior fits the tokens of the tokenizer at `where`."""
+    for ours, theirs in (("vocab_size", "codebook_size"), ("num_tokens", "num_tokens")):
+        value, expected = getattr(prior, ours), getattr(tokenizer, theirs)
+        if value != expected:
+            raise ValueError(
+                f"config.model.{ours}={value}, but the tokenizer in {where} has {theirs}={expected}"
+            )

@@ -18,14 +18,17 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
+from dar_jax.common.compiled import call, compile_once
 from dar_jax.common.image import resize_bicubic
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
-from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar import conditioning
+from dar_jax.models.dar.llama import Llama, caption_key_mask, has_kernels
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.functional_model import FunctionalModel
@@ -52,8 +55,8 @@ class DarPreview(Images):
 
     step: int
     num_tokens: int
-    images: Array
-    indices: Array
+    images: Any  # arrays, but for shapes where programs are only recorded
+    indices: Any
 
 
 class Known(NamedTuple):
@@ -194,6 +197,7 @@ def generate_indices(
     prefix: Int[Array, "B K"] | None = None,
     boundaries: tuple[int, ...] | None = None,
     key_mask: Array | None = None,
+    run: Callable[..., Any] = call,
 ) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
     """Yield the tokens so far after every group; sends are those of `autoregressive.generate`.
 
@@ -205,7 +209,8 @@ def generate_indices(
         sampling: how tokens are drawn.
         prefix: tokens to start from.
         boundaries: token counts to yield at; None yields after every 32 tokens.
-        key_mask: False for padded condition tokens, [B, T]; see `caption_key_mask`.
+        key_mask: False for padded condition tokens, [B, T]; see `llama.caption_key_mask`.
+        run: see `autoregressive.generate`.
     """
     scales = sampling.scales(model.config.num_tokens)
     guided = bool(np.any(scales != 1))
@@ -220,13 +225,15 @@ def generate_indices(
     yield from autoregressive.generate(
         decoder,
         params,
-        embed_rows(model, params, condition, guided=guided),
+        run(embed_rows, model, params, condition, guided=guided),
         prefix,
         rngs,
         scales,
         boundaries=boundaries or _ends(model.config.num_tokens, GROUP_SIZE),
         key_mask=key_mask,
         window=window,
+        attends_filled=key_mask is None and has_kernels(model.config, model.compute, window),
+        run=run,
     )
 
 
@@ -240,12 +247,6 @@ def embed_rows(
         null = prior.null_condition(len(condition)).astype(condition.dtype)
         condition = einops.rearrange([condition, null], "two b ... -> (b two) ...")
     return prior.embed_condition(condition)
-
-
-def caption_key_mask(valid: Array, num_tokens: int) -> Array:
-    """Extend the validity of T condition tokens [B, T] to all T + num_tokens slots."""
-    valid = valid.astype(bool)
-    return jnp.concatenate([valid, jnp.ones((len(valid), num_tokens), bool)], axis=1)
 
 
 def stream(
@@ -264,23 +265,30 @@ def stream(
 ) -> Iterator[DarPreview]:
     """Return the previews after every group of tokens; the last one is the image.
 
-    By the time a preview is handed out, the work for the next one is under way.
-
-    The arguments are those of `generate_indices` and `decode_indices`.
+    By the time a preview is handed out, the work for the next one is under way. Without a mesh,
+    the programs are compiled side by side. The arguments are those of `generate_indices` and
+    `decode_indices`.
     """
-    config = tokenizer.config
-    groups = generate_indices(
-        prior,
-        prior_params,
-        condition,
-        rngs,
-        sampling,
-        prefix=prefix,
-        boundaries=group_boundaries(config),
-        key_mask=key_mask,
-    )
-    flow = (tokenizer, tokenizer_params, groups, rngs, sampling)
-    return one_ahead(previews(*flow, known=known, microbatch=microbatch))
+
+    def work(run: Callable[..., Any]) -> Iterator[DarPreview]:
+        groups = generate_indices(
+            prior,
+            prior_params,
+            condition,
+            rngs,
+            sampling,
+            prefix=prefix,
+            boundaries=group_boundaries(tokenizer.config),
+            key_mask=key_mask,
+            run=run,
+        )
+        flow = (tokenizer, tokenizer_params, groups, rngs, sampling)
+        return previews(*flow, known=known, microbatch=microbatch, run=run)
+
+    if isinstance(rngs.sharding, SingleDeviceSharding):
+        shapes = str(jax.tree.map(jnp.shape, (condition, prefix, key_mask, known)))
+        compile_once(work, (prior, tokenizer, sampling, microbatch, shapes))
+    return one_ahead(work(call))
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -301,36 +309,39 @@ def previews(
     *,
     known: Known | None = None,
     microbatch: int | None = None,
+    run: Callable[..., Any] = call,
 ) -> Generator[DarPreview, Int[Array, "B n"] | None, None]:
     """Take the steps whose windows are complete after each group of tokens; see `stream`.
 
     What is sent back says which rows to go on with, here and in `groups`.
     """
     config = tokenizer.config
-    noise = initial_noise(rngs, (config.image_size,) * 2)
+    noise = run(initial_noise, rngs, (config.image_size,) * 2)
     num_steps = sampling.steps(config)
     coefficients = solvers.coefficients(sampling.solver, num_steps)
     times = shifted_grid(num_steps, config.decoder.time_shift)
     starts = step_starts(config, num_steps)
-    state, step = solvers.start(noise), 0
+    condition = conditioning.start(tokenizer, rngs)
+    state, step, num_tokens = run(solvers.start, noise), 0, 0
     parents = None
     while True:
         try:
             indices = groups.send(parents)
         except StopIteration:
             return
-        num_tokens = indices.shape[1]
-        # Condition tokens see no later ones, so all steps share one program.
-        tokens = jnp.pad(indices, ((0, 0), (0, config.num_tokens - num_tokens)))
+        start, num_tokens = num_tokens, indices.shape[1]
+        new = run(autoregressive.tokens_between, indices, start=start, stop=num_tokens)
+        condition = run(conditioning.extend, tokenizer, tokenizer_params, new, condition, start)
         image = parents = None
         while step < num_steps and starts[step] + config.window <= num_tokens:
-            state, image = _flow_step(
+            state, image = run(
+                _flow_step,
                 tokenizer,
                 tokenizer_params,
                 noise,
                 known,
                 state,
-                tokens,
+                condition.tokens,
                 starts[step],
                 times[step : step + 2],
                 coefficients.select(step),
@@ -340,7 +351,7 @@ def previews(
         if image is not None:
             parents = yield DarPreview(step, num_tokens, image, indices)
             if parents is not None:
-                state = autoregressive.take(state, parents)
+                state, condition = autoregressive.take((state, condition), parents)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))
@@ -350,7 +361,7 @@ def _flow_step(
     noise: Float[Array, "B H W 3"],
     known: Known | None,
     state: solvers.SolverState,
-    indices: Int[Array, "B N"],
+    condition: Float[Array, "B N D"],
     start: Int[Array, ""] | int,
     times: Float[Array, "2"] | Float[np.ndarray, "2"],
     coefficients: solvers.Coefficients,
@@ -360,7 +371,6 @@ def _flow_step(
     """Advance one step on the window from `start` on; return the state and the preview."""
     config, data_std = model.config, model.config.decoder.data_std
     with model.decoding(params) as tokenizer:
-        condition = tokenizer.condition_from_indices(indices)
         state, preview = solvers.step(
             _velocity(tokenizer, microbatch),
             state,
@@ -371,16 +381,6 @@ def _flow_step(
             _constraint(known, noise, data_std),
         )
     return state, jnp.clip(_to_image(preview, known, config), -1.0, 1.0)
-
-
-def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> None:
-    """Raise ValueError unless the prior fits the tokens of the tokenizer at `where`."""
-    for ours, theirs in (("vocab_size", "codebook_size"), ("num_tokens", "num_tokens")):
-        value, expected = getattr(prior, ours), getattr(tokenizer, theirs)
-        if value != expected:
-            raise ValueError(
-                f"config.model.{ours}={value}, but the tokenizer in {where} has {theirs}={expected}"
-            )
 
 
 def group_boundaries(config: TokenizerConfig) -> tuple[int, ...]:

@@ -21,7 +21,9 @@ from flax import nnx
 from dar_jax.common.typing import Array, Float, Int
 from dar_jax.models.dar.decoder import FlowDecoder, FlowDecoderConfig, FlowPrediction
 from dar_jax.models.dar.encoder import Encoder, EncoderConfig
+from dar_jax.models.dar.llama import cache_mask
 from dar_jax.models.dar.quantizer import Quantized, Quantizer, normalized
+from dar_jax.nn.attention import KVCache
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.fused_attention import Causal
 from dar_jax.nn.layers import FRAMEWORK_INIT, layer_norm, linear
@@ -189,10 +191,26 @@ class ConditionLayers(nnx.Module):
     def __call__(self, codes: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
         return layer_norm(self.stack(self.embed(codes), mask=Causal()))
 
-    def embed(self, codes: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
-        """Project the codes and add the positions."""
-        tokens = self.from_code(codes) + self.position_table[: codes.shape[1]]
-        return tokens.astype(self.residual_dtype)
+    def extend(
+        self,
+        codes: Float[Array, "B n C"],
+        caches: KVCache,
+        position: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B n D"], KVCache]:
+        """Run on n codes behind `position` others, whose caches are [B, depth, heads, N, ...]."""
+        mask = cache_mask(position, codes.shape[1], caches.keys.shape[3])
+        by_layer = jax.tree.map(lambda rows: jnp.swapaxes(rows, 0, 1), caches)
+        x, by_layer = self.stack.extend(self.embed(codes, position), by_layer, position, mask)
+        return layer_norm(x), jax.tree.map(lambda layers: jnp.swapaxes(layers, 0, 1), by_layer)
+
+    def embed(
+        self, codes: Float[Array, "B N C"], position: Int[Array, ""] | int = 0
+    ) -> Float[Array, "B N D"]:
+        """Project the codes and add the positions, of which the first is `position`."""
+        positions = jax.lax.dynamic_slice_in_dim(
+            self.position_table[...], position, codes.shape[1], axis=0
+        )
+        return (self.from_code(codes) + positions).astype(self.residual_dtype)
 
 
 def window_start(u: Float[Array, " B"], config: TokenizerConfig) -> Int[Array, " B"]:
