@@ -9,8 +9,6 @@ the npm package `@lobehub/fluent-emoji-3d`,
       python -m dar_jax.main --config=configs/emoji.py:$name --workdir=runs/emoji/$name \
           --config.data.path=FILE.tgz
     done
-
-TransDiff on the same pictures: `kl_vae`, `transdiff`, and `transdiff_mrar` from that.
 """
 
 from configs import common, mnist
@@ -92,6 +90,7 @@ def dar(config: ConfigDict) -> None:
 
 def get_config(name: str = "dar") -> ConfigDict:
     config = common.base()
+    config.evaluate.update(features="vgg16", lpips="vgg16", num_images=1000)
     config.data.update(
         source="emoji", path="runs/emoji/emoji.tgz", image_size=IMAGE_SIZE, test_fraction=0.05
     )

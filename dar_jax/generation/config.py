@@ -32,6 +32,8 @@ class SampleConfig:
         variations: draw this many images of one label from each prefix instead.
         inpaint_image: picture as above, to redraw in part.
         inpaint_mask: file as large as that picture, white where it is redrawn.
+        originals: pictures as above, to draw beside their reconstructions; of a tokenizer or
+            autoencoder, where nothing is named, the first held-out ones.
         options: how images are drawn: keys of their own in the block, those of the kind's options
             (`models.dar.options`, `models.transdiff.options`) that are set.
     """
@@ -49,6 +51,7 @@ class SampleConfig:
     variations: int = 0
     inpaint_image: str = ""
     inpaint_mask: str = ""
+    originals: tuple[str, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
