@@ -47,7 +47,7 @@ CONFIGS = {
     **{
         f"image_folder:{n}": lambda n=n: image_folder.get_config(n)
         for part in ("tokenizer", "dar")
-        for n in (part, *(f"{part}_{size}" for size in (32, *image_folder.TOKENIZERS)))
+        for n in (part, *(f"{part}_{size}" for size in (32, 48, 96, *image_folder.TOKENIZERS)))
     },
 }
 PARAMETERS = {
