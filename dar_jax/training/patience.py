@@ -58,8 +58,10 @@ def has_ended(workdir: pathlib.Path, config: TrainConfig, step: int) -> bool:
     That is when the last `config.patience` losses were not below all earlier ones; what process 0
     finds counts on all processes.
     """
-    if step >= config.steps or not config.patience:
-        return step >= config.steps
+    if step >= config.steps:
+        return True
+    if not config.patience or step % config.image_every:
+        return False
     found = jax.process_index() == 0 and _is_exhausted(workdir, config.patience, step)
     return distributed.gather_texts(str(found))[0] == str(True)
 

@@ -27,9 +27,10 @@ def test_losses_that_fall_no_more_end_a_run(tmp_path, losses, times, ended):
     lines = [json.dumps({"step": i, "eval/loss": loss}) for i, loss in enumerate(losses, 1)]
     other = json.dumps({"step": 1, "train/loss": 9.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, other]))
-    config = TrainConfig(steps=100, patience=times)
+    config = TrainConfig(steps=100, image_every=5, patience=times)
     assert patience.has_ended(tmp_path, config, step=10) == ended
     assert patience.has_ended(tmp_path, config, step=100)
+    assert not patience.has_ended(tmp_path, config, step=11), "between two looks"
 
 
 def test_run_that_learns_nothing_ends_early_and_stays_so(tmp_path, monkeypatch):
