@@ -12,7 +12,7 @@ new concept of a class that is.
 
 import functools
 import importlib.resources
-import pathlib
+import os
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ import numpy as np
 
 from dar_jax.common.files import parse_json
 from dar_jax.common.typing import UInt8
-from dar_jax.data.base import DataConfig, spread
+from dar_jax.data.base import SPLITS, DataConfig, spread
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.embedded import ArraySource
 from dar_jax.data.transforms import center_crop
@@ -50,6 +50,18 @@ def load_emoji(config: DataConfig, split: str) -> ArraySource:
     Raises:
         ValueError: the file or the names are missing, or the file is something else.
     """
+    try:
+        status = os.stat(config.path)
+    except OSError as error:
+        raise ValueError(
+            f"data.path={config.path!r}: {error.strerror}; source 'emoji' reads the package "
+            "@lobehub/fluent-emoji-3d, which bash launch/emoji.sh fetches"
+        ) from error
+    return _load(config, split, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=len(SPLITS))  # decoding takes seconds, and a run asks several times
+def _load(config: DataConfig, split: str, *stamp: int) -> ArraySource:
     emoji = _read(config.path)
     sizes = Counter(one.subgroup for one in emoji)
     names = tuple(sorted(name for name, size in sizes.items() if size >= MIN_PICTURES))
@@ -74,11 +86,6 @@ def load_emoji(config: DataConfig, split: str) -> ArraySource:
 def _read(path: str) -> list[Emoji]:
     """Read the emoji that have a subgroup, in the order of their names."""
     subgroups = _subgroups()
-    if not pathlib.Path(path).is_file():
-        raise ValueError(
-            f"data.path={path!r} is not a file; source 'emoji' reads the package "
-            "@lobehub/fluent-emoji-3d, which bash launch/emoji.sh fetches"
-        )
     found = []
     try:
         with tarfile.open(path) as tar:

@@ -61,7 +61,7 @@ def test_flags_small_subgroups_and_unknown_names_are_left_out(config, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"nowhere.tgz' is not a file; .*launch/emoji.sh"),
+        (None, r"nowhere.tgz': No such file.*launch/emoji.sh"),
         ({f"a/{name}.webp": b"none" for name in FACES}, "damaged: 1f6"),
         (b"no tar", "cannot read data.path="),
         ({}, "has no pictures"),
