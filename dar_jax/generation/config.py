@@ -70,6 +70,9 @@ class SampleConfig:
             raise ValueError(f"variations={self.variations} needs prefix_image=FILE")
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
+        for name in ("num_images", "prefix_image", "inpaint_image"):
+            if self.originals and getattr(self, name):
+                raise ValueError(f"originals={self.originals} and {name} are drawn one at a time")
 
     def sampling(self, recommended: Any) -> Any:
         """How a model draws images: as it is best used, but for what is set.

@@ -50,17 +50,16 @@ def sample(config: Config, workdir: str) -> None:
         ValueError: a model, picture or directory cannot be used, or a label is not a class.
     """
     settings, data = config.sample, config.data
-    execution = dict(compute=config.compute, mesh=config.mesh)
     asked = settings.num_images or settings.prefix_image or settings.inpaint_image
     if not asked:
         path = model_path(settings, workdir)
         if settings.originals or issubclass(open_model(path).kind.pipeline, Autoencoder):
-            model = load_model(path, **execution)
+            model = load_model(path, compute=config.compute, mesh=config.mesh)
             model = model if isinstance(model, Autoencoder) else model.autoencoder
             picture = reconstructions(model, settings, data)
             write(workdir, {"reconstructions.png": picture}, None)
             return
-    pipeline = load(settings, workdir, **execution)
+    pipeline = load(settings, workdir, compute=config.compute, mesh=config.mesh)
     if settings.num_images:
         make_set(pipeline, settings, workdir)
         return

@@ -303,6 +303,7 @@ MISTAKES = {
         "black.png is white nowhere",
     ),
     "no such original": (dict(originals=("test:5000",), data_size=SIZE), "originals=test:5000"),
+    "originals and a set": (dict(originals=("test:0",), num_images=4), "originals=('test:0',) and"),
     "originals of another size": (dict(originals=("test:0",)), "config.data.image_size=32 must"),
     "number": (dict(num_images=-1), "num_images=-1 must be at least 0"),
     "format": (dict(num_images=4, format="jpg"), "format='jpg' must be one of npz, png"),
