@@ -5,12 +5,13 @@
     python -m dar_jax.main --config=configs/image_folder.py:dar --config.data.path=DIR \
         --workdir=runs/images/dar
 
-The second command trains on the tokens of the first one's model. Both are for 128 pixels; there are
-also `tokenizer_64` and `dar_64`, and `tokenizer_256` and `dar_256`. Pictures may have any size, and
-nothing has to be prepared. A fiftieth of every class is held out, or `DIR/val/CLASS` where there is
-a `DIR/train/CLASS`. A folder of pictures without classes is one class. The sizes suit tens of
-thousands of pictures on one accelerator; any of them can be changed. `tokenizer_32` and `dar_32`
-are the quickstart's model and short schedule, for a CPU and a few hundred pictures.
+The second command trains on the tokens of the first one's model. Both are for 128 pixels;
+`tokenizer_N` and `dar_N` are for N of them, 32 or any multiple of 16 from 48 to 256. Pictures may
+have any size, and nothing has to be prepared. A fiftieth of every class is held out, or
+`DIR/val/CLASS` where there is a `DIR/train/CLASS`. A folder of pictures without classes is one
+class. The sizes suit tens of thousands of pictures on one accelerator; any of them can be changed.
+`tokenizer_32` and `dar_32` are the quickstart's model and short schedule, for a CPU and a few
+hundred pictures.
 
     variant  tokens  tokenizer  prior
     32       32      0.6M       0.9M
@@ -18,6 +19,7 @@ are the quickstart's model and short schedule, for a CPU and a few hundred pictu
     128      128     49M        66M
     256      256     300M       110M
 
+Sizes between have the width and depth of the next larger one, and a token per pixel of a side.
 `configs/photographs.py` shows what the perceptual loss does to held-out crops, with a small model
 and pictures that packages ship.
 
@@ -25,6 +27,7 @@ Other forms of data: `--config.data.source=tar` (WebDataset), `records` (`--mode
 `tfds:NAME`.
 """
 
+import dataclasses
 import functools
 
 from configs import common, mnist
@@ -65,6 +68,11 @@ PRIORS = {64: (8, 8, 512), 128: (12, 10, 640), 256: (12, 12, 768)}
 """Layers, heads and width by image size."""
 
 
+def next_larger(image_size: int) -> int:
+    """The size of `TOKENIZERS` whose proportions an image size has."""
+    return min(size for size in TOKENIZERS if size >= image_size)
+
+
 def accelerated(config: ConfigDict, image_size: int) -> None:
     config.compute.update(dtype="bfloat16", remat="auto")
     config.data.image_size = image_size
@@ -73,7 +81,9 @@ def accelerated(config: ConfigDict, image_size: int) -> None:
 def tokenizer(config: ConfigDict, image_size: int) -> None:
     accelerated(config, image_size)
     config.task = "dar_tokenizer"
-    config.model = common.block(TOKENIZERS[image_size])
+    sizes = dict(image_size=image_size, num_tokens=image_size, max_tokens=image_size)
+    larger = TOKENIZERS[next_larger(image_size)]
+    config.model = common.block(dataclasses.replace(larger, **sizes))
     # Small data sets fill a codebook more slowly than the ImageNet of the released recipe.
     config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.data.update(crop="random", flip=True, batch_size=128)
@@ -92,7 +102,8 @@ def tokenizer(config: ConfigDict, image_size: int) -> None:
 
 def dar(config: ConfigDict, image_size: int) -> None:
     accelerated(config, image_size)
-    num_layers, num_heads, dim = PRIORS[image_size]
+    larger = next_larger(image_size)
+    num_layers, num_heads, dim = PRIORS[larger]
     config.task = "dar_prior"
     config.tokenizer = "runs/images/tokenizer/model"
     config.model = common.block(
@@ -101,8 +112,8 @@ def dar(config: ConfigDict, image_size: int) -> None:
             num_heads=num_heads,
             dim=dim,
             ffn_dim=ffn_hidden_dim(dim),
-            vocab_size=TOKENIZERS[image_size].codebook_size,
-            num_tokens=TOKENIZERS[image_size].num_tokens,
+            vocab_size=TOKENIZERS[larger].codebook_size,
+            num_tokens=image_size,
             num_classes=0,
         )
     )
@@ -140,7 +151,7 @@ def dar_32(config: ConfigDict) -> None:
 
 def get_config(name: str = "tokenizer") -> ConfigDict:
     config = common.base()
-    sizes = {"": 128, **{f"_{size}": size for size in TOKENIZERS}}
+    sizes = {"": 128, **{f"_{size}": size for size in range(48, 257, 16)}}
     variants = {
         f"{part.__name__}{suffix}": functools.partial(part, image_size=size)
         for part in (tokenizer, dar)

@@ -20,7 +20,8 @@ Modes:
     export    the latest checkpoint of a run that is not over -> WORKDIR/model
     sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz; or, with
               config.sample.num_images, a large set that resumes; with .prefix_image, layout
-              control or variations; with .inpaint_image and .inpaint_mask, in-painting
+              control or variations; with .inpaint_image and .inpaint_mask, in-painting; with
+              .originals, or of a tokenizer or autoencoder, reconstructions
     evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json; which, by
               config.evaluate.evaluators: reconstruction, generation, previews, guidance (with
               .guidance_scales); or, with config.evaluate.images, of a folder or .npz of images;
@@ -47,6 +48,7 @@ JAX_ENABLE_COMPILATION_CACHE=false, keeps none.
 
 Keys that are set most often, as --config.KEY=VALUE; all of a run's are in WORKDIR/config.json:
     train.steps             how long, in all; more of them continue a run that has ended
+    train.patience          looks without a lower held-out loss after which training ends; 0: never
     train.evaluate_every    steps between evaluations on the way; 0: none
     data.source, .path      folder, tar, records, tfds:NAME, mnist; where the pictures are
     data.batch_size         pictures a step

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from configs import (
+    emoji,
     image_folder,
     imagenet_dar,
     imagenet_kl_vae,
@@ -41,13 +42,18 @@ CONFIGS = {
     **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
     "photographs": photographs.get_config,
     **{
+        f"emoji:{part}_{size}": lambda part=part, size=size: emoji.get_config(f"{part}_{size}")
+        for part in ("tokenizer", "dar")
+        for size in emoji.TOKENIZERS
+    },
+    **{
         f"imagenet_transdiff:{n}": lambda n=n: imagenet_transdiff.get_config(n)
         for n in TRANSDIFF_PARAMETERS
     },
     **{
         f"image_folder:{n}": lambda n=n: image_folder.get_config(n)
         for part in ("tokenizer", "dar")
-        for n in (part, *(f"{part}_{size}" for size in (32, *image_folder.TOKENIZERS)))
+        for n in (part, *(f"{part}_{size}" for size in (32, 48, 96, *image_folder.TOKENIZERS)))
     },
 }
 PARAMETERS = {
@@ -70,6 +76,8 @@ def tokenizer_of(config):
     match config.data.source:
         case "mnist":
             return mnist.get_config("tokenizer")
+        case "emoji":
+            return emoji.get_config(f"tokenizer_{config.data.image_size}")
         case "folder":
             return image_folder.get_config(f"tokenizer_{config.data.image_size}")
         case _:
@@ -96,6 +104,8 @@ def test_every_block_builds(name, tmp_path):
     settings = read_config(config)
     if config.data.source == "folder":
         config.data.update(**tiny_sets.make_folder(tmp_path / "set"), path=str(tmp_path / "set"))
+    if config.data.source == "emoji":
+        config.data.path = str(tiny_sets.make_emoji(tmp_path / "emoji.tgz"))
     task = task_of(config, tmp_path)
     params = jax.eval_shape(task.init, jax.random.key(0))
     assert jax.eval_shape(make_optimizer(settings.optimizer).init, params)

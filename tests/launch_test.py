@@ -240,6 +240,22 @@ def test_quickstart_and_tests_print_what_they_would_do():
     assert run("quickstart.sh", "--quick")[0] == 2
 
 
+def test_emoji_come_with_npm_or_from_the_registry_that_is_named(tmp_path):
+    for tool in ("bash", "dirname", "sed", "cmp", "python3"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    package = "@lobehub/fluent-emoji-3d"
+    status, _, errors = run("emoji.sh", "--dry-run", PATH=str(tmp_path))
+    assert status == 2 and "npm_config_registry=URL" in errors
+    named = {"PATH": str(tmp_path), "npm_config_registry": "https://registry.example/npm/"}
+    status, output, errors = run("emoji.sh", "--dry-run", **named)
+    assert status == 0 and "curl " in output and not errors
+    assert f"https://registry.example/npm/{package}/-/fluent-emoji-3d-" in output
+    (tmp_path / "npm").symlink_to(shutil.which("bash"))
+    status, output, errors = run("emoji.sh", "--dry-run", **named)
+    assert status == 0 and "npm pack" in output and package in output and not errors
+    assert "curl" not in output
+
+
 FAKE_PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$LOG"
 case "$*" in

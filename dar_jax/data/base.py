@@ -33,9 +33,9 @@ class DataConfig:
 
     Attributes:
         source: "folder", "records", "codes", "latents", "latent_folder", "tar", "tfds:NAME",
-            "mnist" or "synthetic".
+            "mnist", "emoji" or "synthetic".
         path: directory of the data; for tfds its data_dir, "" being tfds's own; for tars also one
-            tar, or many by braces, "set-{000000..000146}.tar".
+            tar, or many by braces, "set-{000000..000146}.tar"; for emoji the npm package's file.
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.
         test_fraction: part held out of every class, where the data have no held-out part, see

@@ -128,6 +128,7 @@ def decode(
     *,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
+    background: str = "",
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Decode the bytes of an image file.
 
@@ -136,6 +137,8 @@ def decode(
         name: for messages.
         formats: names of formats that Pillow may try; None is `readable_formats`.
         max_pixels: a picture of more is refused before it is decoded; None is Pillow's limit.
+        background: colour, as Pillow names it, that shows where the picture is transparent; empty:
+            alpha is dropped.
 
     Raises:
         UnreadablePictureError: they are corrupt, truncated, too large or too thin, or no picture.
@@ -145,6 +148,9 @@ def decode(
     with _opened(data, name, formats, max_pixels) as image:
         image.load()
         _turn_upright(image)
+        if background and image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, background)
+            return np.asarray(Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB"))
         return np.asarray(_to_rgb(image))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source
 from dar_jax.data.codes import load_codes
 from dar_jax.data.embedded import load_mnist, load_synthetic
+from dar_jax.data.emoji import load_emoji
 from dar_jax.data.folder import load_folder
 from dar_jax.data.latents import load_latent_folder, load_latents
 from dar_jax.data.records import load_records
@@ -29,6 +30,7 @@ LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "latent_folder": load_latent_folder,
     "tar": load_tar,
     "mnist": load_mnist,
+    "emoji": load_emoji,
     "synthetic": load_synthetic,
 }
 

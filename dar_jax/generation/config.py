@@ -33,6 +33,8 @@ class SampleConfig:
         variations: draw this many images of one label from each prefix instead.
         inpaint_image: picture as above, to redraw in part.
         inpaint_mask: file as large as that picture, white where it is redrawn.
+        originals: pictures as above, to draw beside their reconstructions; of a tokenizer or
+            autoencoder, where nothing is named, the first held-out ones.
         options: how images are drawn: keys of their own in the block, those of the kind's options
             (`models.dar.options`, `models.transdiff.options`) that are set.
     """
@@ -50,6 +52,7 @@ class SampleConfig:
     variations: int = 0
     inpaint_image: str = ""
     inpaint_mask: str = ""
+    originals: tuple[str, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -68,6 +71,9 @@ class SampleConfig:
             raise ValueError(f"variations={self.variations} needs prefix_image=FILE")
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
+        for name in ("num_images", "prefix_image", "inpaint_image"):
+            if self.originals and getattr(self, name):
+                raise ValueError(f"originals={self.originals} and {name} are drawn one at a time")
 
     def sampling(self, recommended: Any) -> Any:
         """How a model draws images: as it is best used, but for what is set.

@@ -18,14 +18,17 @@ from dar_jax.generation.batches import (
     generate,
     identity,
     load,
+    load_model,
     model_path,
 )
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
+from dar_jax.generation.reconstructions import reconstructions
 from dar_jax.generation.resumable_arrays import is_whole_archive
+from dar_jax.kinds.loading import open_model
 from dar_jax.parallel.workdir import open_workdir
-from dar_jax.pipelines.base import Pipeline
+from dar_jax.pipelines.base import Autoencoder, Pipeline
 
 DIRECTORY_NAME = "samples"
 """Subdirectory of the workdir that everything is written to."""
@@ -40,12 +43,22 @@ def sample(config: Config, workdir: str) -> None:
     - `num_images`: a resumable set, and `samples_NxHxWx3.npz` for the ADM evaluation suite;
     - `prefix_image`: `layout.png`, or `variations.png`;
     - `inpaint_image`: `inpainting.png`;
+    - `originals`, or nothing of a tokenizer or autoencoder: `reconstructions.png`;
     - none of them: `grid.png`, `previews.png` and `samples.npz`.
 
     Raises:
         ValueError: a model, picture or directory cannot be used, or a label is not a class.
     """
     settings, data = config.sample, config.data
+    asked = settings.num_images or settings.prefix_image or settings.inpaint_image
+    if not asked:
+        path = model_path(settings, workdir)
+        if settings.originals or issubclass(open_model(path).kind.pipeline, Autoencoder):
+            model = load_model(path, compute=config.compute, mesh=config.mesh)
+            model = model if isinstance(model, Autoencoder) else model.autoencoder
+            picture = reconstructions(model, settings, data)
+            write(workdir, {"reconstructions.png": picture}, None)
+            return
     pipeline = load(settings, workdir, compute=config.compute, mesh=config.mesh)
     if settings.num_images:
         make_set(pipeline, settings, workdir)

@@ -28,7 +28,7 @@ from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import exclusive, open_workdir
 from dar_jax.performance.device_speed import memory_bytes
 from dar_jax.tasks.base import Task
-from dar_jax.training import checkpoint, metrics, origin
+from dar_jax.training import checkpoint, metrics, origin, page, patience
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
@@ -106,7 +106,7 @@ def train(config: Config, workdir: str, task: Task) -> bool:
                 origin.record(run.workdir, latest, run.checkpoints.changes)
             state = _fit(run, *_restore_or_create(run, abstract, initial))
             run.checkpoints.wait()
-        done = int(state.step) >= config.train.steps
+        done = patience.has_ended(run.workdir, config.train, int(state.step))
         if done:
             _finish(run, state)
     return done
@@ -201,8 +201,10 @@ def _closing(run: Run) -> Iterator[None]:
 
 
 def _finish(run: Run, state: TrainState) -> None:
-    """Write the model directory of the workdir."""
+    """Write the model directory of the workdir, and its report."""
     _export(run, state, run.workdir / model_dir.WORKDIR_NAME)
+    if jax.process_index() == 0:
+        page.write(run.workdir, run.config.task, int(state.step))
     distributed.wait_for_all("export")
 
 
@@ -224,9 +226,9 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
     config = run.config.train
     first_step = int(state.step)
     is_pending = run.evaluation is not None and run.evaluation.is_pending(first_step)
-    if first_step >= config.steps and not is_pending:
+    if patience.has_ended(run.workdir, config, first_step) and not is_pending:
         logging.info(
-            "%s is trained: step %d of %d; raise config.train.steps to go on",
+            "%s is trained: step %d of %d; raise config.train.steps, or patience, to go on",
             run.workdir,
             first_step,
             config.steps,
@@ -305,6 +307,11 @@ def _loop(
             report.flush()
             _evaluate(run, state, step, writer=writer)
             report.restart_clock(step)
+        if step < config.steps and patience.has_ended(run.workdir, config, step):
+            logging.info("The held-out loss fell no more: training ends after step %d", step)
+            if not is_due(step, config.checkpoint_every, config.steps):
+                run.checkpoints.save(state, step, run.iterator, report.interval())
+            break
     profile.close()
     return state
 
@@ -325,6 +332,9 @@ def _look(
     names = run.iterator.source.class_names
     writer.pictures(step, {name: panel.draw(names) for name, panel in panels.items()})
     values = run.task.held_out_metrics(*inputs)
+    if run.config.train.patience:
+        batches = pipeline.eval_batches(run.config.data, "test")
+        values["loss"] = patience.held_out_loss(run.task, step, params, batches, *inputs[2:])
     if values:
         writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dar_jax.common.batches import pad, padded_size
 from dar_jax.common.checks import check_seed
 from dar_jax.common.tree import num_parameters
-from dar_jax.common.typing import Any, Array, Bool, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Any, Array, Bool, Float, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel, M
 from dar_jax.parallel.sharding import (
@@ -110,6 +110,12 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
             first_index: of the first image.
             sampling: options of its kind.
         """
+
+    def previews(
+        self, images: Array | np.ndarray, *, rng: PRNGKeyArray, sampling: Any
+    ) -> Float[Array, "steps B H W 3"]:
+        """Return what `reconstruct` makes, after what it went through if there is something."""
+        return self.reconstruct(images, rng=rng, sampling=sampling).images[None]
 
     def check_image_size(self, image_size: int) -> None:
         """Raise ValueError unless square images of this size can be reconstructed."""

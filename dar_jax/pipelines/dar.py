@@ -87,6 +87,19 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         decoded = self.decode(tokens, noise=noise, solver=sampling.solver, num_steps=num_steps)
         return Reconstruction(decoded, tokens if self.codebook_size else None)
 
+    def previews(
+        self,
+        images: Shaped[Array | np.ndarray, "B H W 3"],
+        *,
+        rng: PRNGKeyArray,
+        sampling: FlowSampling = FlowSampling(),
+    ) -> Float[Array, "steps B height width 3"]:
+        """Return what every step of `reconstruct` gives."""
+        tokens = self.encode(images)
+        noise = sampler.initial_noise(image_keys(rng, len(images)), images.shape[1:3])
+        how = dict(solver=sampling.solver, num_steps=sampling.steps(self.config))
+        return _previews(self.model, self.sampling_params, tokens, self.put(noise), **how)
+
     def encode(
         self, images: Shaped[Array | np.ndarray, "B H W 3"]
     ) -> Int[Array, "B N"] | Float[Array, "B N C"]:
@@ -368,6 +381,11 @@ def _decode(model, params, indices, noise, *, num_steps, stop_step, **options):
     options |= {"num_steps": num_steps, "stop_step": stop_step}
     solution = sampler.decode_indices(model, params, indices, noise, **options)
     return solution.x if stop_step == num_steps else solution.previews[-1]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "solver", "num_steps"))
+def _previews(model, params, indices, noise, **how):
+    return sampler.decode_indices(model, params, indices, noise, **how).previews
 
 
 @functools.partial(jax.jit, static_argnames="model")

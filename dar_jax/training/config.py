@@ -20,6 +20,9 @@ class TrainConfig:
     that fit; what is drawn anew, a table of other classes for one, is logged."""
     image_every: int = 1_000
     """0: no pictures."""
+    patience: int = 0
+    """End where the held-out loss, measured every `image_every` steps, did not fall this many times
+    in turn; 0: never. See `training.patience`."""
     evaluate_every: int = 0
     """Evaluate as `config.evaluate` says; 0: never. See `evaluation.during_training`."""
     max_skipped: int = 100
@@ -50,8 +53,10 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.patience and not self.image_every:
+            raise ValueError(f"patience={self.patience} needs image_every, which is 0")
         if self.steps > MAX_STEPS:
             raise ValueError(f"steps {self.steps} is more than {MAX_STEPS}")
-        for name in ("keep_every", "image_every", "evaluate_every", "max_skipped"):
+        for name in ("keep_every", "image_every", "patience", "evaluate_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} is negative")

