@@ -60,7 +60,9 @@ def time_encoding(config: TrainBlocks, seed: int, repeats: int) -> dict[str, Any
         repeats: timed runs, of which the median counts.
     """
     kind = find_kind(config.task, "config.task")
-    model = FunctionalModel(kind.module, config.model, kind.compute_of(config.compute))
+    model: FunctionalModel[Any] = FunctionalModel(
+        kind.module, config.model, kind.compute_of(config.compute)
+    )
     for name, companion in kind.companions.items():
         path = config.companions[name]
         model = frozen_model(companion, path, config.compute, with_weights=False).model

@@ -45,7 +45,8 @@ class Card:
     core_ops: int
 
 
-HOPPER = dict(
+H100 = Card(
+    "NVIDIA H100 80GB HBM3",
     capability=9,
     cores=132,
     l2_bytes=52428800,
@@ -55,8 +56,8 @@ HOPPER = dict(
     core_ops=2,
 )
 GPUS = {
-    "h100": Card("NVIDIA H100 80GB HBM3", **HOPPER),
-    "h200": Card("NVIDIA H200", **HOPPER),
+    "h100": H100,
+    "h200": dataclasses.replace(H100, kind="NVIDIA H200"),
     "b200": Card("NVIDIA B200", 10, 148, 132644864, 1.965, 1.835, 2048, 1),
 }
 EIGHT_BITS, SIXTEEN_BITS, FLOAT32 = (2, 6, 19, 20, 23, 24, 25, 28, 29, 33, 35, 36), (10, 16), 11

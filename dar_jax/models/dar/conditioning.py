@@ -52,7 +52,7 @@ def extend(
 ) -> KnownCondition:
     """Add the condition tokens of n indices from `position` on; those before are known."""
     with model.decoding(params) as tokenizer:
-        codes = tokenizer.quantizer.lookup(indices)
+        codes = tokenizer.codes(indices)
         new, caches = tokenizer.condition_layers.extend(codes, known.caches, position)
     tokens = jax.lax.dynamic_update_slice_in_dim(known.tokens, new, position, axis=1)
     return KnownCondition(tokens, caches)

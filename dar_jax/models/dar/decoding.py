@@ -102,7 +102,7 @@ def _matrix(layer: Linear) -> Float[Array, "width F"]:
 
 
 def _norm(layer: nnx.RMSNorm) -> tuple[Float[Array, " width"], float]:
-    return layer.scale[...], layer.epsilon
+    return jnp.asarray(layer.scale), layer.epsilon  # every norm of a Llama has a scale
 
 
 def product(

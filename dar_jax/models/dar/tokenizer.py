@@ -142,8 +142,11 @@ class Tokenizer(nnx.Module):
         self, indices: Int[Array, "B N"] | Float[Array, "B N C"]
     ) -> Float[Array, "B N D"]:
         """Return the condition tokens of codebook indices, or of codes if there is no codebook."""
-        codes = indices if self.quantizer is None else self.quantizer.lookup(indices)
-        return self.condition(codes)
+        return self.condition(self.codes(indices))
+
+    def codes(self, indices: Int[Array, "B N"] | Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        """Look up codebook indices; codes stay as they are if there is no codebook."""
+        return indices if self.quantizer is None else self.quantizer.lookup(indices)
 
     def velocity(
         self,
