@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dar_jax.models.dar import options as options_lib
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
@@ -137,10 +139,12 @@ def test_lookahead_ends_where_logits_are_not_finite():
 
 
 @pytest.mark.parametrize(("lookahead", "images", "window"), [(0, 1, 0), (6, 64, 6), (-1, 64, 0)])
-def test_window_is_what_is_asked_for_or_fits_the_batch(lookahead, images, window):
-    sampling = DarSampling(lookahead=lookahead)
+def test_window_is_what_is_asked_for_or_pays(lookahead, images, window, monkeypatch):
+    sampling, auto = DarSampling(lookahead=lookahead), DarSampling(lookahead=-1)
+    assert auto.window(1) == 0  # on a CPU
+    monkeypatch.setattr(options_lib, "traced_devices", lambda: [mock.Mock(platform="gpu")])
     assert sampling.window(images) == window
-    assert DarSampling(lookahead=-1).window(1) > 1
+    assert auto.window(1) > 1
 
 
 def test_guidance_of_one_equals_no_guidance():

@@ -16,6 +16,7 @@ from dar_jax.flow import solvers
 from dar_jax.flow.times import check_num_steps
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.nn.target import traced_devices
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
 from dar_jax.sampling.rewards import load_reward
 
@@ -23,7 +24,8 @@ Positions = tuple[int, ...] | Sequence[int] | int | None
 """Likewise; a number k stands for (0, k + 1), as the reference counts."""
 AUTO = -1
 AUTO_WINDOW, AUTO_BATCH_SIZE = 8, 4
-"""A batch takes as many calls as its slowest image, and few are left to save beyond."""
+"""A batch takes as many calls as its slowest image, and few are left to save beyond. On CPUs a call
+takes longer with every token that it draws, and there is nothing to gain."""
 
 SEARCHES = ("groups", "end", "smc")
 TOKEN_REWARDS = ("likelihood", "classifier")
@@ -106,7 +108,7 @@ class DarSampling(FlowSampling):
         top_p: keep the most likely tokens up to this total probability; 1 keeps all.
         lookahead: tokens of a call of the prior, of which all but one are guessed ahead: the same
             tokens in fewer calls, but for ties. Pays for few images at a time. 0 is off, -1 chooses
-            by the batch size.
+            by the device and the batch size.
         search: among several candidates.
     """
 
@@ -127,8 +129,8 @@ class DarSampling(FlowSampling):
             check_number(name, getattr(self, name), numbers.Integral)
         if self.lookahead < AUTO or self.lookahead == 1:
             raise ValueError(
-                f"lookahead={self.lookahead} must be at least 2 (0 is off, -1 chooses by the batch "
-                "size)"
+                f"lookahead={self.lookahead} must be at least 2 (0 is off, -1 chooses by the "
+                "device and the batch size)"
             )
         for name in ("temperature", "top_p"):
             check_number(name, getattr(self, name))
@@ -145,7 +147,8 @@ class DarSampling(FlowSampling):
     def window(self, batch_size: int) -> int:
         """Tokens that a call draws of each image; 0 is no look-ahead."""
         if self.lookahead == AUTO:
-            return AUTO_WINDOW if batch_size <= AUTO_BATCH_SIZE else 0
+            pays = batch_size <= AUTO_BATCH_SIZE and traced_devices()[0].platform != "cpu"
+            return AUTO_WINDOW if pays else 0
         return self.lookahead
 
     def scales(self, num_tokens: int) -> Float[np.ndarray, " N"]:
