@@ -330,13 +330,13 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
 
 def run() -> None:
     """Run the command line."""
-    interrupts.install()
-    _set_up_logging()
-    # `--help` shows the docstring and the flags of the program, whichever it was started as.
-    sys.modules["__main__"].__doc__ = __doc__
-    for flag in flags.FLAGS.get_flags_for_module(__name__):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
+        interrupts.install()
+        _set_up_logging()
+        # `--help` shows the docstring and the flags of the program, whichever it was started as.
+        sys.modules["__main__"].__doc__ = __doc__
+        for flag in flags.FLAGS.get_flags_for_module(__name__):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
         app.run(main, flags_parser=parse_flags)
     except SystemExit as end:
         if end.code:

@@ -7,6 +7,7 @@ held-out pictures in the centre crop.
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
 
     Args:
         data: the pictures.
-        tokenizer: model directory.
+        tokenizer: model directory, as `model_dir.locate` takes it.
         workdir: of the cache.
         pictures_per_shard: records in one file.
 
@@ -55,11 +56,12 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
             f"config.data.padding={data.padding} moves a picture anew every time, so its codes "
             "cannot be cached; use 0"
         )
-    model = open_tokenizer(tokenizer, data.image_size)
-    encoder = FrozenEncoder(model, tokenizer, _encode, rows_per_device=CROPS_PER_DEVICE)
+    directory = model_dir.locate(tokenizer)
+    model = open_tokenizer(directory, data.image_size)
+    encoder = FrozenEncoder(model, directory, _encode, rows_per_device=CROPS_PER_DEVICE)
     sources = {split: load_source(data, split) for split in SPLITS}
     contents = {
-        FORM.model: model_dir.fingerprint(tokenizer),
+        FORM.model: model_dir.fingerprint(directory),
         "num_tokens": model.config.num_tokens,
         "crop": data.crop,
         "flip": data.flip,
@@ -97,7 +99,7 @@ def crops_of(
     return np.concatenate([crops, *([crops[:, :, ::-1]] if config.flip else [])])
 
 
-def open_tokenizer(directory: str, image_size: int) -> FunctionalModel[Tokenizer]:
+def open_tokenizer(directory: pathlib.Path, image_size: int) -> FunctionalModel[Tokenizer]:
     """Read the tokenizer's architecture.
 
     Raises:

@@ -42,15 +42,15 @@ class Interrupted(KeyboardInterrupt):
 
 def install() -> None:
     """Take charge of the signals, but for those that are ignored, as `nohup` has it."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
     for number in handled():
         signal.signal(number, _interrupt)
     signal.signal(FAILURE, _raise_failure)
     threading.excepthook = _thread_failed
     sys.unraisablehook = _dropped
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
 
 def handled() -> tuple[signal.Signals, ...]:

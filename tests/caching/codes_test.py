@@ -81,9 +81,9 @@ def make_config(folder, tokenizer, **data):
 
 @pytest.fixture(scope="module")
 def whole(folder, tokenizer, tmp_path_factory):
-    """A complete cache of ten crops; not to be changed."""
+    """A complete cache of ten crops; not to be changed. A workdir stands for its tokenizer."""
     path = tmp_path_factory.mktemp("codes")
-    cache.cache(read_config(make_config(folder, tokenizer, crop="ten_crop")), str(path))
+    cache.cache(read_config(make_config(folder, tokenizer.parent, crop="ten_crop")), str(path))
     return path
 
 

@@ -47,6 +47,10 @@ DROP = """
         time.sleep(60)
 """
 """What the signal raises, it raises where nothing can be raised."""
+EARLY = """
+import os, signal, threading
+threading.Thread.start = lambda thread: os.kill(os.getpid(), signal.SIGTERM)
+"""
 NOISE = """
         class Closed:
             def __del__(self):
@@ -101,6 +105,13 @@ def test_signal_that_a_callback_drops_is_raised_again(tmp_path, number):
     process.send_signal(number)
     assert end(process) == (128 + number, [f"stopped by {number.name}"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signal_that_comes_before_all_is_installed_is_one_line(tmp_path):
+    program = EARLY + PROGRAM.format(action=WAIT)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
 
 
 def test_second_ctrl_c_ends_what_holds_python_up(tmp_path):
