@@ -13,7 +13,7 @@ pictures, in a folder per class:
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
 from the package; its docstring has the commands:
     mnist.py:{tokenizer,dar,kl_vae,transdiff,transdiff_mrar}  image_folder.py:{tokenizer,dar}_32
-    imagenet_{tokenizer,dar,kl_vae,transdiff}.py  photographs.py
+    imagenet_{tokenizer,dar,kl_vae,transdiff}.py  photographs.py  emoji.py:{tokenizer,dar}_32
 
 Modes:
     train     train config.task; run the same command again to resume (default)
@@ -27,7 +27,7 @@ Modes:
               .guidance_scales); or, with config.evaluate.images, of a folder or .npz of images;
               against config.evaluate.reference, an ADM .npz or a split of the data; resumes
     benchmark speed of sampling beside its bound -> a table and WORKDIR/benchmark.jsonl; with
-              config.benchmark.what=train or data, of train steps or of reading
+              config.benchmark.what=train, encode, evaluate or data, of that instead
     cache     a data set in the form that training reads fastest -> WORKDIR
     convert   official checkpoint -> WORKDIR/model; --config.convert.to=torch goes back
     compile   memory, collectives and speed limits on --config.compile.topology=v5e:16x16 or
