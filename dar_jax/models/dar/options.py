@@ -109,7 +109,7 @@ class DarSampling(FlowSampling):
         lookahead: tokens of a call of the prior, of which all but one are guessed ahead: the same
             tokens in fewer calls, but for ties. Pays for few images at a time. 0 is off, -1 chooses
             by the device and the batch size.
-        search: draw several candidates and keep the best, e.g. `Search("groups", num=2)`.
+        search: draw several candidates and keep the best, e.g. `dar_jax.Search("groups", num=2)`.
     """
 
     guidance_scale: Numbers = (1.0,)
