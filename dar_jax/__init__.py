@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dar_jax.kinds.loading import from_pretrained
-    from dar_jax.models.dar.options import DarSampling
+    from dar_jax.models.dar.options import DarSampling, Search
     from dar_jax.models.transdiff.options import TransDiffSampling
     from dar_jax.nn.compute import Compute
     from dar_jax.pipelines.dar import DarPipeline
