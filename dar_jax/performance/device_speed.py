@@ -20,7 +20,7 @@ from dar_jax.parallel.chips import Chip
 GIGA = 1e9
 PROBE_BYTES = 2**29
 """Of CPUs: far more than any cache holds."""
-LARGE_PROBE_BYTES = 2**32
+LARGE_PROBE_BYTES = 2**33
 """Of accelerators: a millisecond of the fastest memory."""
 PROBE_SHARE = 1 / 16
 """Of the memory that a probe takes at most; results of all calls under way are held too."""

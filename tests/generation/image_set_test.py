@@ -1,5 +1,6 @@
 """Sets of images on disk: what is missing, who makes it, what is refused, and the one file."""
 
+import dataclasses
 import tracemalloc
 import zipfile
 from unittest import mock
@@ -219,7 +220,8 @@ def test_damaged_merged_file_is_noticed(image_set, tmp_path, how):
 
 def test_set_depends_on_every_precision():
     def identity(**compute):
-        pipeline = mock.Mock(spec=Pipeline, compute=Compute(**compute), sampling=DarSampling())
+        parts = dict(compute=Compute(**compute), sampling=DarSampling())
+        pipeline = mock.Mock(spec=Pipeline, settings=dataclasses.asdict, **parts)
         return batches.identity(SampleConfig(), pipeline, "model")
 
     low = {"dtype": "bfloat16"}
