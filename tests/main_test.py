@@ -193,7 +193,7 @@ def test_memory_and_devices_that_are_not_there_are_one_line(monkeypatch, capsys)
         monkeypatch.setattr(main, "_MODE", mock.Mock(value="train"))
         monkeypatch.setattr(main, "_WORKDIR", mock.Mock(value="none"))
         monkeypatch.setattr(main, "_join_job", lambda _: None)
-        monkeypatch.setattr(main.pkgutil, "resolve_name", lambda _: mode)
+        monkeypatch.setattr(main, "pkgutil", mock.Mock(resolve_name=lambda _: mode))
         with pytest.raises(SystemExit, match="2"):
             main.main([])
         (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,11 @@
-"""Batches of one size, or of few sizes."""
+"""Batches of one size, or of few sizes, one under way while another is used."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 MAX_PADDED = 32
 """Larger batches are made as they are: padding would take longer than compiling."""
@@ -16,3 +21,13 @@ def padded_size(size: int, shards: int) -> int:
     if size % shards or not 0 < size <= MAX_PADDED:
         return size
     return shards * 2 ** (size // shards - 1).bit_length()
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Hand out each item after the next one has been made (here: dispatched)."""
+    items = iter(items)
+    pending = next(items)
+    for following in items:
+        yield pending
+        pending = following
+    yield pending

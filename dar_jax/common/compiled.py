@@ -18,8 +18,9 @@ FOLDER = "dar_jax/compiled"
 MAX_BYTES = 2**32
 """Of all programs that are kept; the oldest go first."""
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
-_COMPILED: set[Hashable] = set()
 CPU_KEYS = ("model name", "flags", "Features", "CPU part")
+_COMPILED: set[Hashable] = set()
+"""Keys of `compile_once`. Of the whole process, as what `jax.jit` keeps of its functions is."""
 
 
 def keep_programs(setting: str) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dar_jax.common.batches import pad, padded_size
+from dar_jax.common.batches import one_ahead, pad, padded_size
 from dar_jax.common.checks import check_seed
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Any, Array, Bool, Float, Params, PRNGKeyArray, PRNGKeys
@@ -264,28 +264,40 @@ class Pipeline(abc.ABC):
         rows = {"labels": self.class_indices(labels), **given}
         sizes = {len(value) if np.ndim(value) else 0 for value in rows.values()}
         if len(sizes) > 1 or options.get("microbatch") is not None:
-            return self.generated_class(**self._draw(rows, first_index, options))
+            return self.generated_class(**_checked(*self._draw(rows, first_index, options)))
         size, shards = sizes.pop(), num_batch_shards(self.mesh)
         turn = max(self.batch_size // shards, 1) * shards
         padded = padded_size(size, shards) if size <= turn else turn
         if padded == size or size % shards:
-            return self.generated_class(**self._draw(rows, first_index, options))
-        parts = []
-        for first in range(0, size, padded):
-            part = {name: np.asarray(value)[first : first + padded] for name, value in rows.items()}
-            part = {name: pad(value, padded) for name, value in part.items()}
-            drawn = self._draw(part, first_index + first, options)
-            # On the host, where no size needs a program.
-            parts.append({name: np.asarray(value) for name, value in drawn.items()})
+            return self.generated_class(**_checked(*self._draw(rows, first_index, options)))
+
+        def turns() -> Iterator[tuple[dict[str, Array], int]]:
+            for first in range(0, size, padded):
+                part = {name: np.asarray(row)[first : first + padded] for name, row in rows.items()}
+                part = {name: pad(row, padded) for name, row in part.items()}
+                yield self._draw(part, first_index + first, options)
+
+        # The devices draw a turn while the one before is fetched. On the host, where no size needs
+        # a program.
+        parts = [
+            {name: np.asarray(array) for name, array in _checked(*drawn).items()}
+            for drawn in one_ahead(turns())
+        ]
         kept = {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
         return self.generated_class(**self.prior.put(kept))
 
-    def _draw(self, rows: dict[str, Any], first_index: int, options: dict[str, Any]) -> Any:
-        """Return the images of one batch and what is kept beside them, by name."""
+    def _draw(
+        self, rows: dict[str, Any], first_index: int, options: dict[str, Any]
+    ) -> tuple[dict[str, Array], int]:
+        """Dispatch one batch; return it by name, with the index of its first image."""
         last = last_of(self.stream(**{**options, **rows}, first_index=first_index, previews=False))
-        kept = {name: getattr(last, name) for name in ("images", *self.kept_fields)}
-        check_sound(is_sound(*kept.values()), first_index)
-        return kept
+        return {name: getattr(last, name) for name in ("images", *self.kept_fields)}, first_index
+
+
+def _checked(drawn: dict[str, Array], first_index: int) -> dict[str, Array]:
+    """Return what was drawn once all of it is known to be finite; see `check_sound`."""
+    check_sound(is_sound(*drawn.values()), first_index)
+    return drawn
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from dar_jax.common.batches import MAX_PADDED
 from dar_jax.common.image import to_float
 from dar_jax.common.model_dir import save_model
 from dar_jax.kinds.loading import from_pretrained
-from dar_jax.models.dar.sampler import initial_noise, one_ahead
+from dar_jax.models.dar.sampler import initial_noise
 from dar_jax.nn.compute import Compute
 from dar_jax.pipelines.base import image_keys
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
@@ -95,10 +95,6 @@ def test_next_group_is_under_way_when_a_preview_is_handed_out(dar, previews, mon
     np.testing.assert_array_equal(first.images, previews[0].images)
     assert len(list(stream)) == NUM_GROUPS - 1
     assert groups == [4, 8, 12, 16]
-
-
-def test_one_ahead_loses_nothing():
-    assert [list(one_ahead(iter(range(n)))) for n in (1, 2, 5)] == [[0], [0, 1], [0, 1, 2, 3, 4]]
 
 
 def test_known_pixels_are_kept_in_every_preview(dar, previews):

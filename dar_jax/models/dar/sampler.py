@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from dar_jax.common.batches import one_ahead
 from dar_jax.common.compiled import call, compile_once
 from dar_jax.common.image import resize_bicubic
 from dar_jax.common.pictures import Images
@@ -289,15 +290,6 @@ def stream(
         shapes = str(jax.tree.map(jnp.shape, (condition, prefix, key_mask, known)))
         compile_once(work, (prior, tokenizer, sampling, microbatch, shapes))
     return one_ahead(work(call))
-
-
-def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Hand out each item after the next one has been made (here: dispatched)."""
-    pending = next(items)
-    for following in items:
-        yield pending
-        pending = following
-    yield pending
 
 
 def previews(

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dar_jax.common.batches import one_ahead
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.likelihood import class_log_likelihoods, token_log_likelihood
@@ -109,7 +110,7 @@ def stream(
         reward = token_reward(search.reward, *scorer, condition)
         kept = survivors(groups, reward, search, rngs, num_groups=len(boundaries))
         drawn = sampler.previews(*flow, kept, rngs, sampling, known=known, microbatch=microbatch)
-        return sampler.one_ahead(drawn)
+        return one_ahead(drawn)
     picture_reward = load_reward(search.reward)
     drawn = sampler.previews(*flow, groups, own, sampling, known=known_all, microbatch=microbatch)
 
