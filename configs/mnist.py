@@ -8,6 +8,12 @@ D-AR:
 The second command trains on the tokens of the first one's model. `bash launch/quickstart.sh` runs
 both, samples and measures the result.
 
+From the prior that comes with the package, or any other: guidance in one row instead of two, and
+training by reward,
+
+    python -m dar_jax.main --config=configs/mnist.py:dar_distilled --workdir=runs/mnist/distilled
+    python -m dar_jax.main --config=configs/mnist.py:dar_reward --workdir=runs/mnist/rewarded
+
 TransDiff: an autoencoder, the one-step model of its latents, and multi-reference autoregression
 fine-tuned from that:
 
@@ -24,6 +30,8 @@ from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
 from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.models.transdiff.model import TransDiffConfig
+from dar_jax.tasks.dar_distilled import DistillationConfig
+from dar_jax.tasks.dar_reward import RewardConfig
 from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 from dar_jax.tasks.kl_vae import KlVaeLossConfig
 from dar_jax.tasks.transdiff import TransDiffLossConfig
@@ -108,6 +116,33 @@ def dar(config: ConfigDict) -> None:
     config.sample.prefix_tokens = (1, 2, 4, 8)
 
 
+def from_dar(config: ConfigDict, task: str, teacher: str) -> None:
+    """Another training of the digits that come with the package, or of any model of `dar`."""
+    dar(config)
+    config.task = task
+    config.tokenizer = "package://mnist/tokenizer"
+    config[teacher] = config.train.init_from = "package://mnist"
+    config.model.update(token_dropout=0.0, residual_dropout=0.0)
+
+
+def dar_distilled(config: ConfigDict) -> None:
+    """A prior that needs one row of the network, not two, for a guided token."""
+    from_dar(config, "dar_distilled", "teacher")
+    config.loss = common.block(DistillationConfig())
+    config.model.guidance_input = True
+    short_schedule(config, steps=1000, learning_rate=2e-3)
+
+
+def dar_reward(config: ConfigDict) -> None:
+    """A prior that is rewarded for digits that are recognised."""
+    from_dar(config, "dar_reward", "reference")
+    config.loss = common.block(RewardConfig())
+    config.model.label_dropout = 0.0
+    config.data.batch_size = 10
+    short_schedule(config, steps=300, learning_rate=2e-4)
+    config.optimizer.name = "adamw"
+
+
 def kl_vae(config: ConfigDict) -> None:
     """An autoencoder of 8x8x4 latents for a 32x32 image."""
     config.task = "kl_vae"
@@ -181,6 +216,8 @@ def get_config(name: str = "dar") -> ConfigDict:
         {
             "tokenizer": tokenizer,
             "dar": dar,
+            "dar_distilled": dar_distilled,
+            "dar_reward": dar_reward,
             "kl_vae": kl_vae,
             "transdiff": transdiff,
             "transdiff_mrar": transdiff_mrar,

@@ -57,7 +57,7 @@ class Config:
             none.
         model: its architecture, of the kind's class; None without a task.
         loss: of the kind's class; None if it has none.
-        companions: paths of the frozen models that the kind needs; keys of their own names in a
+        companions: paths of the frozen models that training needs; keys of their own names in a
             config file, such as `config.tokenizer`.
         seed: of training.
     """
@@ -142,7 +142,7 @@ def build(config: ConfigDict) -> Config:
         config_build.check_sizes(blocks["model"], f"{ROOT}.model")
         if kind.loss is not None:
             blocks["loss"] = _block(kind.loss, values.pop("loss", {}), "loss")
-        for name in kind.companions:
+        for name in kind.frozen:
             if not isinstance(values.get(name), str):
                 raise ValueError(f"{ROOT}.{name} is missing: name the model directory of a {name}")
             companions[name] = values.pop(name)

@@ -1,13 +1,23 @@
 """The kinds of models. A new one is a module beside these and a line here."""
 
 from dar_jax.kinds.base import Kind
+from dar_jax.kinds.dar_distilled import DarDistilled
 from dar_jax.kinds.dar_prior import DarPrior
+from dar_jax.kinds.dar_reward import DarReward
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
 from dar_jax.kinds.kl_vae import KlVaeKind
 from dar_jax.kinds.transdiff import TransDiffKind
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (DarTokenizer(), DarPrior(), KlVaeKind(), TransDiffKind())
+    kind.name: kind
+    for kind in (
+        DarTokenizer(),
+        DarPrior(),
+        DarDistilled(),
+        DarReward(),
+        KlVaeKind(),
+        TransDiffKind(),
+    )
 }
 
 

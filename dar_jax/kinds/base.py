@@ -40,6 +40,8 @@ class Kind(abc.ABC, Generic[C]):
         pipeline: class of what `from_pretrained` returns.
         companions: kinds of the frozen models that this one needs, by the name of the config key
             that holds the path, and of the subdirectory of the model directory.
+        teachers: likewise, of models that only its training needs.
+        trains: name of the kind whose models it trains in a way of its own; empty: its own.
         runs: what `--mode=benchmark` times; None if the kind draws no images.
     """
 
@@ -51,7 +53,19 @@ class Kind(abc.ABC, Generic[C]):
     loss: type | None = None
     pipeline: type[Pipeline] | type[Autoencoder]
     companions: Mapping[str, str] = types.MappingProxyType({})
+    teachers: Mapping[str, str] = types.MappingProxyType({})
+    trains: str = ""
     runs: type[Runs] | None = None
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Kinds of all frozen models, by the name of the config key that holds the path."""
+        return {**self.companions, **self.teachers}
+
+    @property
+    def released_kind(self) -> str:
+        """Name of the kind of its model directories."""
+        return self.trains or self.name
 
     @property
     def sampling(self) -> type | None:

@@ -53,8 +53,12 @@ class DarPrior(Kind[LlamaConfig]):
         data: DataConfig,
         companions: Mapping[str, FrozenModel],
     ) -> DarPriorTask:
-        from_codes = data.source == codes.FORM.kind
+        from_codes = self.reads_codes(data)
         return DarPriorTask(model, companions[TOKENIZER], compute, from_codes=from_codes)
+
+    def reads_codes(self, data: DataConfig) -> bool:
+        """Whether batches hold codes that the tokenizer has made before."""
+        return data.source == codes.FORM.kind
 
     def make_pipeline(
         self,
@@ -79,7 +83,7 @@ class DarPrior(Kind[LlamaConfig]):
                 f"config.model.caption_dim={model.caption_dim}, but data have classes, not "
                 "captions; None conditions on classes"
             )
-        if data.source == codes.FORM.kind:
+        if self.reads_codes(data):
             encoded.check_model(data.path, codes.FORM, paths[TOKENIZER])
 
     def from_reference(
@@ -89,6 +93,8 @@ class DarPrior(Kind[LlamaConfig]):
         return model, params, dar.UNUSED_PRIOR_KEYS
 
     def to_reference(self, params: Params, model: LlamaConfig) -> dict[str, Any]:
+        if model.guidance_input:
+            raise ValueError("the reference has no priors that take the guidance scale as an input")
         return dar.prior_state_dict(params, model)
 
     def programs(self, task: DarPriorTask, mesh: Mesh, images: int) -> Iterator[Program]:

@@ -185,7 +185,7 @@ def build_task(config: TaskBlocks, *, with_weights: bool = True) -> Task:
             config.compute,
             with_weights=with_weights,
         )
-        for name, companion_kind in kind.companions.items()
+        for name, companion_kind in kind.frozen.items()
     }
     for name, companion in companions.items():
         kind.check_companion(model, name, companion.model.config, config.companions[name])

@@ -123,7 +123,8 @@ def _opened(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_heads(task.model_config(), mesh)
     step_lib.check_accumulation(config.data.batch_size, config.train.accumulation, mesh)
-    recommended = config.sample.recommendation(find_kind(config.task, "config.task"))
+    kind = find_kind(config.task, "config.task")
+    recommended = config.sample.recommendation(kind)
     origin.check_keys(config.train.allowed, config.bound())
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(config.data, config.seed, part)
@@ -133,7 +134,7 @@ def _opened(
     abstract = state_lib.abstract_state(task, config.optimizer, mesh)
     initial, start = None, config.train.init_from
     if start and checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is None:
-        initial = state_lib.load_initial(start, config.task, task, abstract)
+        initial = state_lib.load_initial(start, kind.released_kind, task, abstract)
     frozen = task.frozen()
     evaluation = TrainEvaluation(config, workdir) if config.train.evaluate_every else None
     directory = open_workdir(workdir)
@@ -363,12 +364,8 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     if jax.process_index() != 0:
         return
     source = sources.load_source(run.config.data, "test")
-    companions = {name: _unchanged(run, name) for name in run.config.companions}
-    extra = {
-        "class_names": source.class_names,
-        "step": int(state.step),
-        **run.recommended,
-    }
+    kind = find_kind(run.config.task, "config.task")
+    extra = {"class_names": source.class_names, "step": int(state.step), **run.recommended}
     about = {
         "trained on": f"`{run.config.data.source}`, {len(run.iterator.source):,} images",
         "held out": f"{len(source):,} images",
@@ -377,11 +374,11 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     }
     model_dir.save_model(
         directory,
-        run.config.task,
+        kind.released_kind,
         run.task.model_config(),
         params,
         extra,
-        companions=companions,
+        companions={name: _unchanged(run, name) for name in kind.companions},
         about=about,
     )
     logging.info("Wrote the model directory %s", directory)

@@ -102,7 +102,8 @@ class TokenDecoder:
         model: see `DecodableModel`.
         num_condition: condition tokens T in front of the image tokens.
         sampling: how tokens are drawn.
-        guided: every image has a conditional and an unconditional row.
+        guided: every image has a conditional and an unconditional row. Models that take scales as
+            an input (`guidance_embed`) have none.
     """
 
     model: Any = dataclasses.field(metadata=STATIC)
@@ -127,6 +128,14 @@ class TokenDecoder:
     def rows(self, tokens: Array) -> Array:
         """Repeat what an image has for both of its rows."""
         return jnp.repeat(tokens, 2, axis=0) if self.guided else tokens
+
+
+def tell_scales(module: Any, x: Float[Array, "R M D"], scales: Array) -> Float[Array, "R M D"]:
+    """Add to the last inputs the guidance scales of the tokens that they predict, if it asks."""
+    if not hasattr(module, "guidance_embed"):
+        return x
+    embedded = module.guidance_embed(jnp.atleast_1d(scales))
+    return x.at[:, -embedded.shape[-2] :].add(embedded)
 
 
 @functools.partial(jax.jit, static_argnames="num_slots")
@@ -157,6 +166,7 @@ def prefill(
     x = condition
     if prefix.shape[1]:
         x = jnp.concatenate([x, module.token_embed(decoder.rows(prefix))], axis=1)
+    x = tell_scales(module, x, scales[: prefix.shape[1] + 1])
     caches = grow(module.empty_caches(len(x)), num_slots)
     x, caches = module.extend(x, caches, 0, key_mask)
     token = decoder.draw(rngs, module.head(x[:, -1]), prefix.shape[1], scales)
@@ -187,7 +197,7 @@ def decode(
     def body(index: Array, state: DecodingState) -> DecodingState:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, index - 1, 1, axis=1)
         position = decoder.num_condition + index - 1
-        x = module.token_embed(decoder.rows(last))
+        x = tell_scales(module, module.token_embed(decoder.rows(last)), scales[index])
         x, caches = module.extend(x, state.caches, position, state.key_mask)
         token = decoder.draw(rngs, module.head(x[:, 0]), index, scales)
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], index, axis=1)
@@ -238,7 +248,7 @@ def decode_ahead(
         position = decoder.num_condition + first - 1
         # One image needs no scatter into its caches.
         position = position[0] if len(position) == 1 else decoder.rows(position)
-        x = module.token_embed(decoder.rows(inputs))
+        x = tell_scales(module, module.token_embed(decoder.rows(inputs)), scales[index])
         x, caches = module.extend(x, state.caches, position, state.key_mask)
         logits = module.head(x)
         drawn = jax.vmap(decoder.draw, (None, 1, 1, None), 1)(rngs, logits, index, scales)

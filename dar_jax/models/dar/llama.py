@@ -18,8 +18,9 @@ from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.models.dar.decoding import DecodingBlock, Position, positions_of
 from dar_jax.nn.attention import Attention, KVCache, Mask
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.embeddings import timestep_features
 from dar_jax.nn.fused_attention import Causal
-from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm
+from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm, silu
 from dar_jax.nn.layout import keep_batch_split
 from dar_jax.nn.rope import Rope, rope_1d
 from dar_jax.nn.stack import Stack
@@ -50,6 +51,8 @@ class LlamaConfig:
         token_dropout: on the embedded condition and image tokens.
         residual_dropout: on the outputs of attention and SwiGLU.
         label_dropout: probability of training on the null condition.
+        guidance_input: the guidance scale of every token is an input, and logits are guided ones:
+            a distilled prior, which needs no unconditional rows.
     """
 
     num_layers: int = 24
@@ -67,6 +70,7 @@ class LlamaConfig:
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     label_dropout: float = 0.1
+    guidance_input: bool = False
 
     def __post_init__(self):
         if self.dim % self.num_heads:
@@ -161,6 +165,21 @@ class CaptionProjection(nnx.Module):
         return jax.lax.stop_gradient(self.null_caption[...])
 
 
+class GuidanceEmbed(nnx.Module):
+    """Guidance scales to what is added to the inputs, which is nothing before it is trained."""
+
+    def __init__(self, config: LlamaConfig, *, compute: Compute, rngs: nnx.Rngs):
+        layer = functools.partial(linear, config.dim, config.dim, compute=compute, rngs=rngs)
+        self.dim = config.dim
+        self.hidden = layer(kernel_init=INIT)
+        self.out = layer(kernel_init=nnx.initializers.zeros, result_dtype=jnp.float32)
+
+    def __call__(self, scales: Float[Array, "*positions"]) -> Float[Array, "*positions D"]:
+        scales = jnp.asarray(scales, jnp.float32)
+        features = timestep_features((scales / (1 + scales)).reshape(-1), self.dim)
+        return self.out(silu(self.hidden(features))).reshape(*scales.shape, -1)
+
+
 class Llama(nnx.Module):
     """Autoregressive transformer over image tokens."""
 
@@ -175,6 +194,8 @@ class Llama(nnx.Module):
                 config.caption_dim, config, compute=compute, rngs=rngs
             )
         self.token_embed = table(config.vocab_size, config.dim)
+        if config.guidance_input:
+            self.guidance_embed = GuidanceEmbed(config, compute=compute, rngs=rngs)
         block = LlamaBlock if compute.stacked else DecodingBlock
         self.stack = Stack(
             lambda block_rngs: block(config, compute=compute, rngs=block_rngs),
@@ -231,6 +252,7 @@ class Llama(nnx.Module):
         indices: Int[Array, "B N"],
         *,
         mask: Bool[Array, "B S S"] | None = None,
+        scales: Float[Array, "B M"] | None = None,
         rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B S D"]:
         """Run all S = T + N positions up to the output layer.
@@ -239,10 +261,15 @@ class Llama(nnx.Module):
             condition: labels or captions.
             indices: image tokens.
             mask: True may attend; None is causal.
+            scales: guidance of the M = N + 1 tokens that are predicted, where it is an input; None
+                is no guidance.
             rng: turns dropout on.
         """
         rng_tokens, rng_blocks = (None, None) if rng is None else jax.random.split(rng)
         x = jnp.concatenate([self.embed_condition(condition), self.token_embed(indices)], axis=1)
+        if self.config.guidance_input:
+            scales = jnp.ones((len(x), indices.shape[1] + 1)) if scales is None else scales
+            x = x.at[:, self.config.condition_tokens - 1 :].add(self.guidance_embed(scales))
         x = dropout(x, self.config.token_dropout, rng_tokens)
         x = x.astype(self.compute.residual_jnp_dtype)
         length = x.shape[1]

@@ -1,0 +1,165 @@
+"""Training a D-AR prior by reward: GRPO (Shao et al. 2024, arXiv:2402.03300) on its own samples.
+
+Every label of a batch is drawn `group_size` times by the prior as it is, and every sample judged
+after each group of tokens, since each prefix has a picture (D-AR section 3.4): r_1 .. r_G.
+
+return of the tokens of group g = r_G - r_{g-1}, r_0 = 0      what they may have changed; or r_G
+advantage A = (return - its mean over the label's samples) / deviation of r_G over them
+loss = mean of -A log p(token) + kl_weight KL(prior || reference)
+
+A step learns from samples of the very parameters that it changes, once, so that the ratio that PPO
+and GRPO clip is 1. The divergence is the exact one over the vocabulary, of every drawn token.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from clu import metrics
+
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
+from dar_jax.models.dar import sampler, search
+from dar_jax.models.dar.decoding import decoding_params
+from dar_jax.models.dar.options import TOKEN_REWARDS, DarSampling
+from dar_jax.sampling.rewards import load_reward
+from dar_jax.tasks.base import FrozenModel
+from dar_jax.tasks.dar_prior import DarPriorTask
+
+MIN_DEVIATION = 1e-4
+"""Samples that are all as good teach nothing; their advantages are not blown up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What is rewarded.
+
+    Attributes:
+        reward: "classifier" or "likelihood", by the reference prior, or a Python file: see
+            `dar_jax.Search`.
+        group_size: samples of every label of a batch.
+        dense: rewards of all groups of tokens count, not only that of the image.
+        kl_weight: of the divergence from the reference, per nat and token.
+        num_steps: denoising steps of the pictures that a file judges; 0 takes the model's.
+    """
+
+    reward: str = "classifier"
+    group_size: int = 8
+    dense: bool = True
+    kl_weight: float = 0.05
+    num_steps: int = 0
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size} must be at least 2: samples to compare")
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight={self.kl_weight} must be at least 0")
+
+
+class DarRewardTask(DarPriorTask):
+    """See the module's docstring."""
+
+    def __init__(self, *of_prior: Any, loss: RewardConfig, reference: FrozenModel, **options: Any):
+        """Build the task.
+
+        Args:
+            of_prior: see `DarPriorTask`.
+            loss: what is rewarded.
+            reference: the prior that training starts from.
+            options: see `DarPriorTask`.
+
+        Raises:
+            ValueError: no such reward.
+        """
+        super().__init__(*of_prior, **options)
+        self.config = loss
+        self.reference, self._reference_params = reference
+        if loss.reward not in TOKEN_REWARDS:
+            load_reward(loss.reward)
+
+    def frozen(self) -> Params:
+        return {**super().frozen(), "reference": self._reference_params}
+
+    def abstract_frozen(self) -> Params:
+        return {**super().abstract_frozen(), "reference": self.reference.abstract_params()}
+
+    def loss(
+        self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        config, size = self.model.config, self.config.group_size
+        labels = jnp.repeat(batch["label"], size)
+        indices, rewards = self._rollout(jax.lax.stop_gradient(params), labels, rng, frozen)
+        advantages = self._advantages(rewards)
+        logits, reference = (
+            model.bind(of).logits(labels, indices[:, :-1])[:, config.condition_tokens - 1 :]
+            for model, of in ((self.model, params), (self.reference, frozen["reference"]))
+        )
+        log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
+        drawn = jnp.take_along_axis(log_p, indices[..., None], axis=-1)[..., 0]
+        divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        loss = -jnp.mean(advantages * drawn) + self.config.kl_weight * divergence.mean()
+        own = indices.reshape(-1, size, config.num_tokens)
+        pairs = [own[:, i] != own[:, j] for i, j in itertools.combinations(range(size), 2)]
+        return loss, {
+            "reward": rewards[:, -1],
+            "divergence": divergence,
+            "diversity": jnp.stack(pairs).astype(jnp.float32),
+        }
+
+    def _rollout(
+        self, params: Params, labels: Int[Array, " R"], rng: PRNGKeyArray, frozen: Params
+    ) -> tuple[Int[Array, "R N"], Float[Array, "R G"]]:
+        """Draw tokens, and judge them after every group."""
+        rngs = jax.random.split(rng, len(labels))
+        sampling = DarSampling(num_steps=self.config.num_steps)
+        groups = sampler.generate_indices(
+            self.model.unstacked(),
+            decoding_params(params),
+            labels,
+            rngs,
+            sampling,
+            boundaries=sampler.group_boundaries(self.tokenizer.config),
+        )
+        name = self.config.reward
+        if name in TOKEN_REWARDS:
+            judge = search.token_reward(name, self.reference, frozen["reference"], labels)
+            rewards = [judge(indices := known) for known in groups]
+        else:
+            flow = (self.tokenizer, frozen["tokenizer"], groups, rngs, sampling)
+            previews, judge = list(sampler.previews(*flow)), load_reward(name)
+            rewards = [judge(preview.images, labels) for preview in previews]
+            indices = previews[-1].indices
+        return indices, jnp.stack(rewards, axis=1).astype(jnp.float32)
+
+    def _advantages(self, rewards: Float[Array, "R G"]) -> Float[Array, "R N"]:
+        """Compare the samples of a label with each other; see the module's docstring."""
+        num_tokens = self.model.config.num_tokens
+        last = rewards[:, -1:]
+        returns = jnp.broadcast_to(last, rewards.shape)
+        if self.config.dense:
+            returns = last - jnp.pad(rewards[:, :-1], ((0, 0), (1, 0)))
+        own = returns.reshape(-1, self.config.group_size, rewards.shape[1])
+        deviation = last.reshape(-1, self.config.group_size, 1).std(axis=1, keepdims=True)
+        advantages = (own - own.mean(axis=1, keepdims=True)) / (deviation + MIN_DEVIATION)
+        # Groups without a picture of their own belong to the first one that has.
+        ends = sampler.group_boundaries(self.tokenizer.config)[-rewards.shape[1] :]
+        lengths = [stop - start for start, stop in zip((0, *ends), ends, strict=False)]
+        return jnp.repeat(
+            advantages.reshape(rewards.shape),
+            jnp.array(lengths),
+            axis=1,
+            total_repeat_length=num_tokens,
+        )
+
+    def metrics(self) -> dict[str, type[metrics.Metric]]:
+        """Reward of images, nats a token from the reference, and diversity.
+
+        Diversity is the share of places where two samples of a label have different tokens.
+        """
+        names = ("reward", "divergence", "diversity")
+        return {name: metrics.Average.from_output(name) for name in names}
+
+    @property
+    def why_negative(self) -> str:
+        return "it is an advantage over other samples, whose mean is zero, times log-probabilities"
