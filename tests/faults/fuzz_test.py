@@ -15,7 +15,14 @@ from dar_jax.parallel.sharding import make_mesh
 from dar_jax.training.optimizer import learning_rate_schedule
 from tests.configs_test import CONFIGS
 
-MODELS = ("mnist:tokenizer", "mnist:dar", "mnist:kl_vae", "mnist:transdiff_mrar")
+MODELS = (
+    "mnist:tokenizer",
+    "mnist:dar",
+    "mnist:dar_distilled",
+    "mnist:dar_reward",
+    "mnist:kl_vae",
+    "mnist:transdiff_mrar",
+)
 """A config of every kind."""
 INTS = (0, 1, -1, 2, 3, 7, 255, 10_000, 2**31 - 1, 2**31, 2**32, 2**63, -(2**63), 10**20)
 FLOATS = (0.0, -0.0, 0.5, -1.0, 1e-300, 1e38, 1e308, math.nan, math.inf, -math.inf)
