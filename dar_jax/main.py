@@ -84,6 +84,7 @@ from ml_collections import config_flags
 
 from dar_jax.common import config_files, interrupts
 
+HELP = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
 EXAMPLE = "dar-jax --config=mnist.py --workdir=runs/first --mode=sample; see --help"
 MODES = {
     "train": "train:train_and_evaluate",
@@ -339,6 +340,8 @@ def run() -> None:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
         app.run(main, flags_parser=parse_flags)
     except SystemExit as end:
+        if end.code == 1 and HELP.intersection(sys.argv):
+            sys.exit(0)  # whoever asks has got what was asked for; absl ends with 1
         if end.code:
             interrupts.silence()
         raise

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to pictures on a CPU: trains a tokenizer and a prior on digits, samples, evaluates.
 #   bash launch/quickstart.sh [--dry-run]
-# A quarter of an hour on two cores, after the installation into .venv. Run it again to resume.
+# About 20 minutes on two cores, after the installation into .venv. Run it again to resume.
 # PYTHON chooses the interpreter of a new environment (default python3).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as `sh` or `zsh`
 set -euo pipefail
@@ -15,10 +15,10 @@ dar=(--config=configs/mnist.py:dar "--config.tokenizer=$runs/tokenizer/model" "-
 make_environment .venv quickstart
 stage() { say $'\n'"$1"; run .venv/bin/python -m dar_jax.main "${@:2}"; }
 
-stage "1 of 4: tokenizer, about 8 minutes" \
+stage "1 of 4: tokenizer, about 15 minutes" \
   --config=configs/mnist.py:tokenizer "--workdir=$runs/tokenizer"
 stage "2 of 4: prior, about 3 minutes" "${dar[@]}"
-stage "3 of 4: pictures, about 1 minute" "${dar[@]}" --mode=sample
+stage "3 of 4: pictures, less than a minute" "${dar[@]}" --mode=sample
 stage "4 of 4: evaluation, about 2 minutes" "${dar[@]}" --mode=evaluate
 
 say "

@@ -243,7 +243,7 @@ def test_checkpoint_of_another_config_is_refused(trained):
 def test_help_names_modes_keys_configs_and_flags():
     """As printed by `python -m dar_jax`, whose module is not the one that defines the flags."""
     command = [sys.executable, "-m", "dar_jax", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = ("train", "sample", "evaluate", "convert", " sample.guidance_scale ", "--workdir:")
     assert all(word in shown for word in words)
     for path in (ROOT / "configs").glob("*.py"):
