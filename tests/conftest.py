@@ -1,7 +1,8 @@
 """Eight CPU devices, exact matrix products and checked shapes, set before anything is imported.
 
 Most of the time of the tests is compilation: programs are optimised less, in the processes that
-tests start too, and the dearest of XLA's code generators for CPUs is off (a third of the time).
+tests start too, the dearest of XLA's code generators for CPUs is off (a third of the time), and a
+program is not cut into parts that are compiled side by side (a fifth of it).
 
 And a stand-in for torchvision, which fits few versions of torch and which nothing here calls.
 """
@@ -16,9 +17,8 @@ import jaxlib.version
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # -m gpu wants JAX_PLATFORMS=cuda
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if jaxlib.version.__version_info__ < (0, 11):  # later ones may not know it, and abort
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    )
+    options = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {options}"
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # no program of an earlier run
 
 import jax

@@ -30,6 +30,7 @@ TINY_TOKENIZER = [
 ]
 TINY_PRIOR = ["--config.model.dim=32", "--config.model.num_layers=1", "--config.model.ffn_dim=32"]
 SHORT = [
+    "--config.optimizer.name=adamw",
     "--config.train.steps=2",
     "--config.train.log_every=1",
     "--config.train.checkpoint_every=2",

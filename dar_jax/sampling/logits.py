@@ -104,10 +104,10 @@ def _guided(interval: int | Sequence[int], num_tokens: int) -> tuple[int, int]:
 
 
 def guide(
-    conditional: Float[Array, "B V"],
-    unconditional: Float[Array, "B V"],
-    scale: Float[Array, ""] | Float[Array, "B 1"],
-) -> Float[Array, "B V"]:
+    conditional: Float[Array, "*batch V"],
+    unconditional: Float[Array, "*batch V"],
+    scale: Float[Array, ""] | Float[Array, "*batch 1"],
+) -> Float[Array, "*batch V"]:
     """Return `unconditional + scale * (conditional - unconditional)` (Ho & Salimans 2022)."""
     return unconditional + scale * (conditional - unconditional)
 

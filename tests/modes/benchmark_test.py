@@ -277,7 +277,9 @@ def test_device_speed_is_positive_and_finite():
     assert 0 < speed.flops < math.inf
 
 
-@pytest.mark.parametrize("what", ["train", "encode", "data", "evaluate"])
+@pytest.mark.parametrize(
+    "what", ["train", "encode", "data", pytest.param("evaluate", marks=pytest.mark.slow)]
+)
 def test_programs_and_reading_are_timed(config, tmp_path, what):
     settings = changed(config, what=what)
     settings.data.update(source="synthetic", image_size=32, batch_size=8)

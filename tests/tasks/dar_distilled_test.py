@@ -1,6 +1,7 @@
 """Guidance in one row: what the student sees and learns, and that it draws as it was taught."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import mnist
+from dar_jax.common import model_dir
 from dar_jax.config import build as read_config
 from dar_jax.kinds.loading import build_task, from_pretrained
 from dar_jax.models.dar import search
@@ -59,8 +61,8 @@ def batch_of(config):
 def test_student_begins_as_its_teacher(teacher, student):
     tokens = batch_of(student[0].config)["codes"][:2, 0].astype(jnp.int32)
     scales = jnp.linspace(1, 8, tokens.size).reshape(tokens.shape)
-    theirs = teacher[0].bind(teacher[1]).logits(LABELS, tokens[:, :-1])
-    hidden = student[0].bind(student[1]).hidden(LABELS, tokens[:, :-1], scales=scales)
+    theirs = teacher[0].bind(teacher[1]).logits(jnp.asarray(LABELS), tokens[:, :-1])
+    hidden = student[0].bind(student[1]).hidden(jnp.asarray(LABELS), tokens[:, :-1], scales=scales)
     np.testing.assert_array_equal(student[0].bind(student[1]).head(hidden), theirs)
 
 
@@ -74,7 +76,7 @@ def test_drawing_tells_the_scale_of_every_token(student, lookahead, num_given):
     drawn = pipeline.generate_indices(LABELS, sampling=sampling, prefix=given)
     scales = jnp.broadcast_to(sampling.scales(drawn.shape[1]), drawn.shape)
     prior = model.bind(params)
-    logits = prior.head(prior.hidden(LABELS, drawn[:, :-1], scales=scales))
+    logits = prior.head(prior.hidden(jnp.asarray(LABELS), drawn[:, :-1], scales=scales))
     np.testing.assert_array_equal(jnp.argmax(logits, axis=-1)[:, num_given:], drawn[:, num_given:])
     other = pipeline.generate_indices(LABELS, temperature=0.0, prefix=given)
     assert np.any(other != drawn), "scales make no difference"
@@ -142,15 +144,14 @@ def test_teacher_that_does_not_fit_is_refused(line):
 
 
 def test_teacher_of_another_tokenizer_is_refused(tmp_path):
+    other = tmp_path / "tokenizer"
+    shutil.copytree(model_dir.locate("package://mnist/tokenizer"), other)
+    (other / "digests.json").unlink(missing_ok=True)
+    with (other / "config.json").open("a") as file:
+        file.write("\n")
     config = distilled()
-    other = mnist.get_config("tokenizer")
-    other.train.update(steps=1, image_every=0)
-    other.data.batch_size = 8
-    train.train_and_evaluate(read_config(other), str(tmp_path))
-    config = dataclasses.replace(
-        config, companions={**config.companions, "tokenizer": str(tmp_path)}
-    )
+    companions = {**config.companions, "tokenizer": str(other)}
     with pytest.raises(
         ValueError, match=r"is another one than that of the teacher package://mnist"
     ):
-        build_task(config)
+        build_task(dataclasses.replace(config, companions=companions))

@@ -77,7 +77,8 @@ def test_first_step_diverges_from_nothing_and_changes_what_is_likely():
 def rewarded(**changes):
     config = mnist.get_config("dar_reward")
     config.train.update(steps=2, log_every=1, image_every=0)
-    config.data.batch_size = 2
+    config.data.batch_size = 8
+    config.loss.group_size = 4
     config.update_from_flattened_dict(changes)
     return read_config(config)
 
