@@ -130,7 +130,7 @@ def dar_distilled(config: ConfigDict) -> None:
     from_dar(config, "dar_distilled", "teacher")
     config.loss = common.block(DistillationConfig())
     config.model.guidance_input = True
-    short_schedule(config, steps=1000, learning_rate=2e-3)
+    short_schedule(config, steps=400, learning_rate=2e-3)
 
 
 def dar_reward(config: ConfigDict) -> None:
@@ -160,7 +160,7 @@ def kl_vae(config: ConfigDict) -> None:
     config.loss = common.block(KlVaeLossConfig(kl_weight=1e-3, perceptual_weight=0.0))
     config.evaluate.evaluators = "reconstruction"
     config.data.batch_size = 32
-    short_schedule(config, steps=1000, learning_rate=2e-3)
+    short_schedule(config, steps=400, learning_rate=2e-3)
     config.optimizer.name = "adamw"  # most kernels are convolutions, which Muon leaves to AdamW
 
 

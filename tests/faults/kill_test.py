@@ -86,6 +86,8 @@ def content(workdir):
             lines = [json.loads(line) for line in data.splitlines()]
             kept = [{k: v for k, v in line.items() if "perf/" not in k} for line in lines]
             data = json.dumps(kept).encode()
+        if path.suffix == ".html":  # says where the run is
+            data = data.replace(str(workdir).encode(), b"WORKDIR")
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 

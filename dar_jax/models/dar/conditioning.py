@@ -33,8 +33,13 @@ def start(model: FunctionalModel[Tokenizer], rngs: PRNGKeys) -> KnownCondition:
     """No tokens are known yet, of as many rows as there are keys, which say where they are."""
     config = model.config
     layers, num_tokens = config.condition, config.num_tokens
-    # What is put on a single device is committed to it, another case for compiled programs.
-    device = None if isinstance(rngs.sharding, SingleDeviceSharding) else rngs.sharding
+    device = None
+    # What is put on a single device is committed to it, another case for compiled programs; while a
+    # program is traced, it is the compiler that says.
+    if not isinstance(rngs, jax.core.Tracer) and not isinstance(
+        rngs.sharding, SingleDeviceSharding
+    ):
+        device = rngs.sharding
     heads = layers.dim // layers.head_dim
     shape = (len(rngs), layers.depth, heads, num_tokens, layers.head_dim)
     tokens = jnp.zeros((len(rngs), num_tokens, layers.dim), device=device)
