@@ -83,6 +83,7 @@ def rewarded(**changes):
     return read_config(config)
 
 
+@pytest.mark.slow
 def test_pictures_are_judged_by_a_file(tmp_path):
     """Digits get brighter, and what is released is a prior."""
     (tmp_path / "bright.py").write_text(BRIGHT)
