@@ -1,5 +1,6 @@
 """The API, with an engine that draws squares."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -222,6 +223,29 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(client, batch):
     for thread in asking:
         thread.join()
     assert sorted(answer.status_code for answer in answers)[0] == 200
+
+
+def test_who_reads_too_slowly_is_cut_off():
+    closed = []
+
+    async def content():
+        try:
+            yield "event"
+        finally:
+            closed.append(True)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)  # until there is room for more
+
+    async def respond():
+        await api.EventStream(content(), 0.05)({"type": "http"}, receive, send)
+
+    asyncio.run(asyncio.wait_for(respond(), 10))
+    assert closed
 
 
 def test_a_failure_is_a_500_and_an_event_in_a_stream(client, batch, monkeypatch):

@@ -154,7 +154,7 @@ def test_who_leaves_is_drawn_no_more(server, stream):
     until(lambda: engine.is_idle)
 
 
-def test_who_reads_nothing_is_cut_off_and_holds_nobody_up(server, client):
+def test_who_reads_nothing_holds_nobody_up(server, client):
     engine, _, address = server
     with contextlib.closing(ask(address, n=10, stream=True, partial_images=3)) as crawling:
         started = time.monotonic()

@@ -151,7 +151,7 @@ def empty(drawing: Drawing, num_lanes: int) -> Lanes:
 
     caches = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), jax.eval_shape(empty_caches))
     image = jnp.zeros((num_lanes, config.image_size, config.image_size, 3))
-    return Lanes(
+    lanes = Lanes(
         label=jnp.zeros(num_lanes, jnp.int32),
         rng=jax.random.key_data(keys),
         scales=jnp.ones((num_lanes, config.num_tokens)),
@@ -163,6 +163,7 @@ def empty(drawing: Drawing, num_lanes: int) -> Lanes:
         flow=solvers.start(image),
         known=Known(image, jnp.zeros(image.shape[:3], bool)),
     )
+    return jax.tree.map(jnp.copy, lanes)  # what is given up must not be shared
 
 
 @functools.partial(jax.jit, donate_argnames="lanes")
