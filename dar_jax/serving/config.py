@@ -4,6 +4,8 @@ import dataclasses
 
 MAX_PORT = 65535
 MEGABYTE = 2**20
+OWNERS_SHARE = 2
+"""One client may fill one part of so many of the queue."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,11 @@ class ServeConfig:
         for name in ("batch_size", "max_waiting", "max_images", "max_body_megabytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_images > self.max_waiting / OWNERS_SHARE:
+            raise ValueError(
+                f"max_images={self.max_images} must be at most half of max_waiting="
+                f"{self.max_waiting}, which is what one client may have of the queue"
+            )
         for name in ("ttl", "drain"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")

@@ -14,13 +14,11 @@ from typing import Any
 
 from absl import logging
 
+from dar_jax.serving.config import MEGABYTE, OWNERS_SHARE
 from dar_jax.serving.drawing import Drawn, ImageInWork, LaneBatch, Piece, Request
 from dar_jax.serving.errors import ApiError
 from dar_jax.serving.metrics import Metrics
 
-OWNERS_SHARE = 2
-"""One owner may fill one part of so many of the queue."""
-MEGABYTE = 2**20
 SHUTTING_DOWN = "the server is shutting down: ask another one"
 
 
@@ -62,7 +60,7 @@ class Engine:
 
         Args:
             batch: draws.
-            max_waiting: most images that wait.
+            max_waiting: most images that wait, 2 or more.
             ttl: seconds after which a request is given up.
             metrics: of the service.
         """
@@ -110,7 +108,7 @@ class Engine:
                 why = SHUTTING_DOWN if self._draining else "the server is not ready: try again"
                 raise ApiError(503, why, code="not_ready")
             waiting, own = self._num_waiting(), len(self._waiting.get(owner, ()))
-            of_owner = max(self._max_waiting // OWNERS_SHARE, 1)
+            of_owner = self._max_waiting // OWNERS_SHARE
             if ticket.missing > min(self._max_waiting - waiting, of_owner - own):
                 raise ApiError(
                     429,

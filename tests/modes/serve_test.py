@@ -34,6 +34,11 @@ def test_config_out_of_range_is_refused(name):
         ServeConfig(**{name: 0})
 
 
+def test_a_request_has_to_fit_into_a_clients_share_of_the_queue():
+    with pytest.raises(ValueError, match="max_images=10 must be at most half of max_waiting=19"):
+        ServeConfig(max_waiting=19)
+
+
 def test_missing_package_is_one_line_that_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "python_multipart", None)
     with pytest.raises(ValueError, match=r"needs python_multipart, .* 'dar-jax\[serve\]'$"):

@@ -46,7 +46,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def client(batch):
-    client = opened(batch, max_waiting=8)
+    client = opened(batch, max_waiting=8, max_images=4)
     yield client
     client.__exit__(None, None, None)
 

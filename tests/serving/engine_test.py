@@ -167,7 +167,7 @@ def test_closing_tells_whoever_waits(engine, batch):
 
 def test_failing_to_start_is_kept(batch):
     batch.warm_up = lambda: 1 / 0
-    engine = Engine(batch, max_waiting=1, ttl=1.0)
+    engine = Engine(batch, max_waiting=2, ttl=1.0)
     engine.start()
     engine._thread.join(TIMEOUT)
     assert engine.status == "failed" and isinstance(engine.failure, ZeroDivisionError)
