@@ -14,6 +14,7 @@ from tests import tiny_model
 
 SIZE = 4
 ROUNDING = 1e-4  # other programs than the pipeline's, in float32; images reach 1
+COMPILED = "/jax/core/compile/backend_compile_duration"
 MASK = np.arange(32) < 12
 
 
@@ -118,10 +119,20 @@ def test_weights_that_are_not_finite_are_an_error(dar, batch):
 
 
 def test_nothing_is_compiled_after_the_warm_up(dar, batch):
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", None)
-        for size in range(1, SIZE + 1):
-            draw(batch, [(0, n, ImageInWork(request(dar, 3, seed=n), 0)) for n in range(size)])
+    compiled = []
+
+    def listener(event, duration, **_):
+        if event == COMPILED:
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    for size in range(1, SIZE + 1):
+        draw(batch, [(0, n, ImageInWork(request(dar, 3, seed=n), 0)) for n in range(size)])
+    batch.reset()
+    assert not compiled
+    jax.jit(lambda x: x + size)(0)
+    assert len(compiled) == 1, "what is listened to is not told"
+    jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.mark.parametrize(
