@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -30,7 +30,13 @@ from dar_jax.serving.pictures import read_edit
 PAGE = pathlib.Path(__file__).with_name("page.html")
 BODY_SECONDS = 30.0
 """In which a request has to arrive."""
+LINGER_SECONDS = 30.0
+"""In which a stream has to be read to its end when everything is drawn."""
 MAX_FIELDS, MAX_FILES = 32, 2
+JSON_BYTES = MEGABYTE
+"""Of a body of JSON, which is short."""
+DECODERS = 2
+"""Pictures that are decoded at a time: each may take hundreds of megabytes."""
 CLIENT_LEFT = 499
 """What servers note where nobody is left to be answered."""
 RETRY_AFTER = {429: "1", 503: "5"}
@@ -69,6 +75,7 @@ def make_app(service: Service) -> Starlette:
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.decoding = asyncio.Semaphore(DECODERS)
     return app
 
 
@@ -108,7 +115,7 @@ async def generate(request: Request) -> Response:
     owner, service = _owner(request), _service(request)
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "expected Content-Type: application/json")
-    async with _arriving(request) as bounded:
+    async with _arriving(request, min(JSON_BYTES, service.config.max_body_bytes)) as bounded:
         try:
             fields = await bounded.json()
         except (ValueError, RecursionError) as error:
@@ -121,25 +128,35 @@ async def edit(request: Request) -> Response:
     owner, service = _owner(request), _service(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "expected Content-Type: multipart/form-data")
-    fields, files = {}, {}
-    async with (
-        _arriving(request) as bounded,
-        bounded.form(max_fields=MAX_FIELDS, max_files=MAX_FILES) as form,
-    ):
-        for name in form:
-            key, values = name.removesuffix("[]"), form.getlist(name)
-            if isinstance(values[0], UploadFile):
-                files[key] = await values[0].read()
-            else:
-                fields[key] = values[0] if len(values) == 1 else f"[{','.join(map(str, values))}]"
-            if key in ("image", "mask") and len(values) > 1:
-                raise ApiError(400, f"one {key} can be edited at a time", param=key)
-    if "image" not in files or set(files) - {"image", "mask"}:
-        raise ApiError(400, "expected the files image and, if that is opaque, mask", param="image")
-    size = service.offer.image_size
-    kept = await run_in_threadpool(read_edit, files["image"], files.get("mask"), size)
+    async with _arriving(request, service.config.max_body_bytes) as bounded:
+        form = await bounded.form(max_fields=MAX_FIELDS, max_files=MAX_FILES)
+    try:
+        fields, files = _split(form)
+        async with request.app.state.decoding:
+            contents = [await file.read() if file else None for file in files]
+            kept = await run_in_threadpool(read_edit, *contents, service.offer.image_size)
+    finally:
+        await form.close()
     wanted = read(read_form(fields), service.offer, kept)
     return await _answer(request, owner, "image_edit", wanted)
+
+
+def _split(form: FormData) -> tuple[dict[str, Any], tuple[UploadFile, UploadFile | None]]:
+    """Return the fields of a form, lists among them as JSON, and the files image and mask."""
+    fields, files = {}, {}
+    for name in form:
+        key, values = name.removesuffix("[]"), form.getlist(name)
+        if key in ("image", "mask"):
+            if len(values) > 1 or not isinstance(values[0], UploadFile):
+                raise ApiError(400, f"{key} must be one file", param=key)
+            files[key] = values[0]
+        elif any(isinstance(value, UploadFile) for value in values):
+            raise ApiError(400, f"{key[:60]!r} is a file; expected image, and mask", param=key[:60])
+        else:
+            fields[key] = values[0] if len(values) == 1 else f"[{','.join(map(str, values))}]"
+    if "image" not in files:
+        raise ApiError(400, "expected the file image, and mask if that is opaque", param="image")
+    return fields, (files["image"], files.get("mask"))
 
 
 async def tell(request: Request, error: Exception) -> Response:
@@ -179,7 +196,7 @@ async def _answer(request: Request, owner: str, what: str, wanted: Wanted) -> Re
     )
     if wanted.stream:
         events = _events(service.engine, ticket, updates, answer)
-        return EventStream(events, service.config.ttl)
+        return EventStream(events, service.config.ttl + LINGER_SECONDS)
     leaving = asyncio.create_task(_cancel_if_left(request, service.engine, ticket))
     pieces = []
     try:
@@ -231,9 +248,8 @@ def _owner(request: Request) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _arriving(request: Request) -> AsyncIterator[Request]:
-    """Give the request with a body that is bounded in size and time."""
-    limit = _service(request).config.max_body_bytes
+async def _arriving(request: Request, limit: int) -> AsyncIterator[Request]:
+    """Give the request with a body that is bounded, to so many bytes and in time."""
     too_large = ApiError(413, f"the body is larger than {limit / MEGABYTE:g} MB")
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared[:20]) > limit:

@@ -155,7 +155,8 @@ def bomb():
         ({"image": png(np.zeros((4, 4, 3)))}, "the image is transparent nowhere"),
         ({"image": with_hole(), "mask": png(np.zeros((4, 4, 4)), 16)}, "the mask is 16 x 16"),
         ({"image": with_hole(), "mask": with_hole(255)}, "the mask is transparent nowhere"),
-        ({"mask": with_hole()}, "expected the files image"),
+        ({"mask": with_hole()}, "expected the file image"),
+        ({"image": with_hole(), "prompt": with_hole()}, "'prompt' is a file"),
     ],
 )
 def test_bad_pictures_are_refused_before_they_are_decoded(client, files, says):

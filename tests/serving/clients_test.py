@@ -171,6 +171,14 @@ def test_who_sends_half_a_request_holds_nobody_up(server, client):
         assert client.images.generate(prompt="cat").data
 
 
+def test_who_sends_too_slowly_is_told_so(server, monkeypatch):
+    monkeypatch.setattr(api, "BODY_SECONDS", 0.1)
+    with socket.create_connection(server[2], TIMEOUT) as slow:
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+        slow.sendall(f"{head}\r\nContent-Length: 99\r\n\r\n{{".encode())
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
 def test_the_clock_going_back_changes_nothing(server, client, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert client.images.generate(prompt="cat").created == 0
