@@ -12,7 +12,7 @@ from dar_jax.nn.compute import Compute
 from dar_jax.serving.drawing import ImageInWork, LaneBatch, Request, batch_sizes
 from tests import tiny_model
 
-SIZE = 4
+SIZE = 2
 ROUNDING = 1e-4  # other programs than the pipeline's, in float32; images reach 1
 COMPILED = "/jax/core/compile/backend_compile_duration"
 MASK = np.arange(32) < 12
@@ -58,16 +58,14 @@ def draw(batch, schedule):
 
 def test_an_image_is_bitwise_the_same_alone_and_among_others(dar, batch):
     wanted = request(dar, 3, 7, seed=5)
-    (alone,) = draw(batch, [(0, 2, ImageInWork(wanted, 1))])
-    others = request(dar, 1, 2, 0, 4, seed=9, temperature=0.5)
-    _, among, *_ = draw(
+    (alone,) = draw(batch, [(0, 0, ImageInWork(wanted, 1))])
+    others = request(dar, 1, 2, seed=9, temperature=0.5)
+    _, among, _ = draw(
         batch,
         [
-            (0, 1, ImageInWork(others, 0)),
-            (1, 0, ImageInWork(wanted, 1)),
-            (2, 3, ImageInWork(others, 1)),
-            (2, 2, ImageInWork(others, 2)),
-            (4, 1, ImageInWork(others, 3)),
+            (0, 0, ImageInWork(others, 0)),
+            (1, 1, ImageInWork(wanted, 1)),
+            (4, 0, ImageInWork(others, 1)),
         ],
     )
     assert len(alone) == len(among) == batch.num_groups
@@ -80,7 +78,7 @@ def test_images_are_those_of_the_pipeline(dar, batch):
     options = dict(guidance_scale=(1.0, 3.0), temperature=0.9)
     previews = list(dar.stream([3, 7], rng=5, **options))
     asked = request(dar, 3, 7, seed=5, **options)
-    rows = draw(batch, [(0, 0, ImageInWork(asked, 0)), (1, 3, ImageInWork(asked, 1))])
+    rows = draw(batch, [(0, 0, ImageInWork(asked, 0)), (1, 1, ImageInWork(asked, 1))])
     for index, row in enumerate(rows):
         for (image, tokens), expected in zip(row, previews, strict=True):
             np.testing.assert_array_equal(tokens, expected.indices[index])
