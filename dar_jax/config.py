@@ -25,6 +25,7 @@ from dar_jax.kinds import find_kind
 from dar_jax.nn.compute import Compute
 from dar_jax.parallel.sharding import MeshConfig
 from dar_jax.performance.config import BenchmarkConfig, CompileConfig
+from dar_jax.serving.config import ServeConfig
 from dar_jax.training.config import TrainConfig
 from dar_jax.training.optimizer import OptimizerConfig
 from dar_jax.training.tracking import WandbConfig
@@ -83,6 +84,7 @@ class Config:
     benchmark: BenchmarkConfig = _free(BenchmarkConfig)
     wandb: WandbConfig = _free(WandbConfig)
     demo: DemoConfig = _free(DemoConfig)
+    serve: ServeConfig = _free(ServeConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types, in the layout of a config file."""

@@ -34,6 +34,8 @@ Modes:
               h200:1x8, without the chips ("local": the devices at hand) -> WORKDIR/compile.json
     demo      WORKDIR/model -> a page on which images grow while their tokens are generated, at
               http://127.0.0.1:7860; config.demo.host and .port change that
+    serve     WORKDIR/model -> OpenAI's API for images, with previews, and a page, at
+              http://127.0.0.1:8000; config.serve.host, .port and .api_key_file change that
 
 Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
 --coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1.
@@ -96,6 +98,7 @@ MODES = {
     "compile": "compile:compile_programs",
     "benchmark": "benchmark:benchmark",
     "demo": "demo:demo",
+    "serve": "serve:serve",
 }
 """Function of every mode, in a module of `dar_jax.modes`."""
 
@@ -103,6 +106,7 @@ OUT_OF_MEMORY = {
     "train": "--config.train.accumulation=4, --config.compute.remat=blocks, --config.mesh.fsdp=-1",
     "evaluate": "a smaller --config.sample.batch_size or --config.evaluate.batch_size",
     "demo": "a smaller --config.demo.batch_size",
+    "serve": "a smaller --config.serve.batch_size",
 }
 """What to try, by mode; others take a smaller batch."""
 DASHES = ("\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")

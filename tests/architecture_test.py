@@ -22,7 +22,7 @@ LEVELS = {
             ("convert", "performance"),
             ("kinds",),
             ("generation",),
-            ("evaluation", "caching", "demo"),
+            ("evaluation", "caching", "demo", "serving"),
             ("config",),
             ("modes",),
             ("main", "__init__"),

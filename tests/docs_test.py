@@ -22,7 +22,7 @@ ROOMS = [
 ]
 ARCHITECTURE = ROOT / "dar_jax/README.md"
 GOLDEN = ROOT / "tests/golden"
-WALKS = ("One training step", "One generation", "One evaluation")
+WALKS = ("One training step", "One generation", "One request", "One evaluation")
 MAX_FILES_OF_WALK = 7
 MAX_LINES = 130
 LANGUAGES = ("bash", "python", "bibtex", "text")
@@ -35,7 +35,7 @@ PATH = re.compile(r"(?<![\w./-])(?:configs|launch|dar_jax|tests)/[\w./*-]*")
 FILE_OF_DATA = re.compile(r"(?<![\w./*])[\w./*]+\.(?:npz|json|safetensors|py)")
 PLACEHOLDER = "NAME"
 HERE_DOCUMENT = re.compile(r" <<'END'\n.*?^END$", re.MULTILINE | re.DOTALL)
-PROGRAMS = ("bash", "dar-jax", "docker", "git", "pip", "python", "sbatch")
+PROGRAMS = ("bash", "curl", "dar-jax", "docker", "git", "pip", "python", "sbatch")
 BUILTINS = ("cd", "export")
 RECORDER = """#!/bin/sh
 { printf '%s\\t' "${0##*/}" "$@"; echo; } >> "$LOG"

@@ -154,6 +154,16 @@ def decode(
         return np.asarray(_to_rgb(image))
 
 
+def decode_alpha(
+    data: bytes, name: str, *, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> UInt8[np.ndarray, "H W"]:
+    """Decode the opacity of an image file, 255 where it is opaque; see `decode`."""
+    with _opened(data, name, formats, max_pixels) as image:
+        image.load()
+        _turn_upright(image)
+        return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
 def _plain_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
     """Decode a JPEG to the pixels that Pillow gives, in a fraction of its time.
 

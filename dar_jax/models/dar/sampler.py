@@ -150,9 +150,9 @@ def decode_indices(
                 times,
                 windows,
                 solver=solver,
-                constraint=_constraint(known, noise, config.decoder.data_std),
+                constraint=constraint(known, noise, config.decoder.data_std),
             )
-    return jax.tree.map(lambda x: _to_image(x, known, config), solution)
+    return jax.tree.map(lambda x: to_image(x, known, config), solution)
 
 
 def _velocity(tokenizer: Tokenizer, microbatch: int | None) -> Callable[..., Array]:
@@ -164,7 +164,7 @@ def _velocity(tokenizer: Tokenizer, microbatch: int | None) -> Callable[..., Arr
     return in_parts(velocity, microbatch)
 
 
-def _constraint(
+def constraint(
     known: Known | None, noise: Float[Array, "B H W 3"], data_std: float
 ) -> solvers.Constraint | None:
     """Impose the known pixels on the path from their noise to them."""
@@ -177,7 +177,7 @@ def _constraint(
     return impose
 
 
-def _to_image(
+def to_image(
     x: Float[Array, "*steps B H W 3"], known: Known | None, config: TokenizerConfig
 ) -> Array:
     """Scale data to images; known pixels are taken as they are, not as rounding leaves them."""
@@ -370,9 +370,9 @@ def _flow_step(
             times[1],
             jax.lax.dynamic_slice_in_dim(condition, start, config.window, axis=1),
             coefficients,
-            _constraint(known, noise, data_std),
+            constraint(known, noise, data_std),
         )
-    return state, jnp.clip(_to_image(preview, known, config), -1.0, 1.0)
+    return state, jnp.clip(to_image(preview, known, config), -1.0, 1.0)
 
 
 def group_boundaries(config: TokenizerConfig) -> tuple[int, ...]:

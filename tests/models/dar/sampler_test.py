@@ -159,7 +159,7 @@ def test_known_pixels_travel_from_their_noise(multihead):
     pipeline, _, noise = multihead
     known, std = jnp.full_like(noise, 0.5), pipeline.config.decoder.data_std
     mask = jnp.ones(noise.shape[:3], bool)
-    constraint = sampler._constraint(sampler.Known(known, mask), noise, std)
+    constraint = sampler.constraint(sampler.Known(known, mask), noise, std)
     states = [constraint(noise * 7, jnp.full(4, t)) for t in (0.0, 0.25, 1.0)]
     np.testing.assert_array_equal(states[0], noise)
     np.testing.assert_allclose(states[1], 0.125 * std + 0.75 * noise, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,118 @@
+"""`--mode=serve`: an HTTP API, OpenAI's for images, whose previews are streamed."""
+
+import pathlib
+import socket
+import threading
+from types import FrameType
+
+import jax
+from absl import logging
+
+from dar_jax.config import Config
+from dar_jax.generation.batches import load, model_path
+from dar_jax.pipelines.dar import DarPipeline
+from dar_jax.serving.config import ServeConfig
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LAST_SECONDS = 5
+"""To say that there will be no images, after those that requests have to end in."""
+CONNECTIONS = 256
+"""That may be open besides those that wait for images."""
+
+
+def serve(config: Config, workdir: str) -> None:
+    """Serve the model of `config.sample.model` or `WORKDIR/model` until interrupted.
+
+    Raises:
+        ValueError: a package is not installed, the model, the port or the file of keys cannot be
+            used, or there is more than one process.
+    """
+    settings = config.serve
+    if jax.process_count() > 1:
+        raise ValueError(f"--mode=serve is for one process, there are {jax.process_count()}")
+    try:
+        import python_multipart  # noqa: F401 - of forms, which else fail when the first one comes
+        import uvicorn
+
+        from dar_jax.serving import app
+        from dar_jax.serving.drawing import LaneBatch
+        from dar_jax.serving.engine import Engine
+        from dar_jax.serving.inputs import Offer
+        from dar_jax.serving.keys import ApiKeys
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--mode=serve needs {error.name}, which is not installed; "
+            "run pip install 'dar-jax[serve]'"
+        ) from error
+    keys = ApiKeys.read(settings.api_key_file)
+    with _bound(settings) as listener:
+        pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
+        if not isinstance(pipeline, DarPipeline):
+            raise ValueError("--mode=serve is for models of tokens; --mode=demo shows others")
+        sampling = config.sample.sampling(pipeline.sampling)
+        batch = LaneBatch(pipeline, sampling, settings.batch_size)
+        engine = Engine(batch, max_waiting=settings.max_waiting, ttl=settings.ttl)
+        offer = Offer(
+            model=_name(model_path(config.sample, workdir)),
+            class_names=pipeline.class_names,
+            num_classes=pipeline.num_classes,
+            size=pipeline.output_size,
+            image_size=pipeline.image_size,
+            num_tokens=pipeline.num_tokens,
+            previews=batch.drawing.preview_groups[:-1],
+            sampling=sampling,
+            max_images=settings.max_images,
+        )
+
+        class Server(uvicorn.Server):
+            """Ends with the engine, and lets it finish what is asked for."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                engine.drain()
+                closing = threading.Timer(settings.drain, engine.close)
+                closing.daemon = True
+                closing.start()
+                super().handle_exit(sig, frame)
+
+            async def on_tick(self, counter: int) -> bool:
+                return await super().on_tick(counter) or engine.failure is not None
+
+        server = Server(
+            uvicorn.Config(
+                app.make_app(app.Service(engine, offer, settings, keys)),
+                log_level="warning",
+                server_header=False,
+                limit_concurrency=settings.max_waiting + settings.batch_size + CONNECTIONS,
+                timeout_graceful_shutdown=int(settings.drain) + LAST_SECONDS,
+            )
+        )
+        logging.info("http://%s:%d, ready when /health says so", settings.host, settings.port)
+        server.run(sockets=[listener])
+    if engine.failure is not None:
+        raise engine.failure
+
+
+def _bound(settings: ServeConfig) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        ValueError: the address cannot be bound to.
+    """
+    if settings.host not in LOOPBACK and not settings.api_key_file:
+        logging.warning(
+            "Whoever can reach %s may draw: config.serve.api_key_file asks for keys", settings.host
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(
+            f"config.serve.host={settings.host} and .port={settings.port} cannot be bound to: "
+            f"{error.strerror}"
+        ) from error
+
+
+def _name(path: str) -> str:
+    """Return what the model is called: the name of its directory, or of the workdir around it."""
+    parts = [part for part in pathlib.PurePath(path).parts if part not in ("model", "/", ".")]
+    return parts[-1] if parts else "model"

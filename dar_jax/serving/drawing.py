@@ -1,0 +1,218 @@
+"""Draws the images of many requests side by side, a group of tokens at a time, on one device."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dar_jax.common.batches import pad
+from dar_jax.common.compiled import call, compile_once
+from dar_jax.common.image import to_pixels
+from dar_jax.common.tree import tree_bytes
+from dar_jax.common.typing import Bool, Float, UInt8
+from dar_jax.models.dar import lanes
+from dar_jax.models.dar.options import DarSampling
+from dar_jax.models.dar.sampler import Known
+from dar_jax.pipelines.dar import DarPipeline
+
+SHRINK = 2
+"""Every batch size is about so many times the next smaller one."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """Images that somebody asks for.
+
+    Attributes:
+        labels: class of every image.
+        seed: image i depends on it, i and its label and options only; below 2^31.
+        sampling: of which guidance and temperature count; the rest is the server's.
+        preview_groups: numbers of groups after which previews are handed out.
+        known: image in [-1, 1] whose pixels are kept where `mask` is True; None is none.
+        mask: see `known`.
+    """
+
+    labels: tuple[int, ...]
+    seed: int
+    sampling: DarSampling
+    preview_groups: frozenset[int] = frozenset()
+    known: Float[np.ndarray, "H W 3"] | None = None
+    mask: Bool[np.ndarray, "H W"] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class ImageInWork:
+    """Image `index` of a request, after `group` groups; `ticket` is the engine's own."""
+
+    request: Request
+    index: int
+    ticket: Any = None
+    group: int = 0
+
+
+class Piece(NamedTuple):
+    """What is handed out of a request.
+
+    Attributes:
+        image: number of the image in the request.
+        group: groups of tokens that it is drawn from; all of them for the image itself.
+        pixels: the preview, or the image.
+        is_last: whether this is the image itself.
+    """
+
+    image: int
+    group: int
+    pixels: UInt8[np.ndarray, "H W 3"]
+    is_last: bool
+
+
+class Drawn(NamedTuple):
+    """Row `row` of previews and tokens on the device belongs to `image` after `group` groups."""
+
+    image: ImageInWork
+    group: int
+    previews: Any
+    tokens: Any
+    row: int
+
+
+class LaneBatch:
+    """The lanes of one device.
+
+    Attributes:
+        drawing: the models and how they are used.
+        size: most images at a time; lanes are numbered 0 .. size - 1.
+    """
+
+    def __init__(self, pipeline: DarPipeline, sampling: DarSampling, size: int):
+        """Check the model; nothing is compiled before `warm_up`.
+
+        Args:
+            pipeline: the models.
+            sampling: how images are drawn.
+            size: most images at a time.
+
+        Raises:
+            ValueError: a model, mesh or option that lanes cannot be used with.
+        """
+        if pipeline.mesh is not None and pipeline.mesh.size > 1:
+            raise ValueError(
+                f"serving uses one device, the mesh has {pipeline.mesh.size}: start one process "
+                "for each device"
+            )
+        tokenizer = pipeline.tokenizer
+        self.drawing = lanes.Drawing(pipeline.prior.model.unstacked(), tokenizer.model, sampling)
+        self.size = size
+        self._params = pipeline.prior.sampling_params, tokenizer.sampling_params
+        self._sizes = batch_sizes(size)
+        self._lanes: lanes.Lanes | None = None
+
+    @property
+    def num_groups(self) -> int:
+        return self.drawing.num_groups
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the lanes, without the models."""
+        return tree_bytes(self._lanes)
+
+    def warm_up(self) -> None:
+        """Compile every program that any request may need, and run it once."""
+        compile_once(self._programs, (self.drawing, self.size))
+        for images in self._programs(call):
+            np.asarray(images)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with empty lanes."""
+        self._lanes = lanes.empty(self.drawing, self.size + 1)
+
+    def draw(self, active: Mapping[int, ImageInWork]) -> list[Drawn]:
+        """Dispatch one group of the images in these lanes, and what it completes; return previews.
+
+        Nothing waits for the device. An image of no groups begins in its lane.
+        """
+        assert self._lanes is not None, "warm_up comes first"
+        state, images = self._lanes, list(active.items())
+        if new := [(lane, image) for lane, image in images if image.group == 0]:
+            at = self._padded([lane for lane, _ in new], self.size)
+            asked = self._asked([image for _, image in new])
+            state = lanes.begin(state, at, jax.tree.map(lambda rows: pad(rows, len(at)), asked))
+        at = self._padded([lane for lane, _ in images], self.size)
+        first = self._padded([image.group * self.drawing.group_size for _, image in images], 0)
+        state = lanes.decode_group(self.drawing, self._params, state, at, first)
+        ends = (0, *self.drawing.steps_after)
+        pending = [
+            (lane, image, range(ends[image.group], ends[image.group + 1])) for lane, image in images
+        ]
+        for _, image in images:
+            image.group += 1
+        drawn = []
+        while pending := [(lane, image, steps) for lane, image, steps in pending if steps]:
+            at = self._padded([lane for lane, _, _ in pending], self.size)
+            step = self._padded([steps[0] for _, _, steps in pending], 0)
+            flow = (self.drawing, self._params[1], state, at, step)
+            state, previews, tokens = lanes.flow_step(*flow)
+            drawn += [
+                Drawn(image, image.group, previews, tokens, row)
+                for row, (_, image, steps) in enumerate(pending)
+                if len(steps) == 1
+            ]
+            pending = [(lane, image, steps[1:]) for lane, image, steps in pending]
+        self._lanes = state
+        return drawn
+
+    def fetch(self, drawn: Drawn) -> Piece:
+        """Wait for a preview.
+
+        Raises:
+            ValueError: what the model draws is not finite.
+        """
+        image = np.asarray(drawn.previews)[drawn.row]
+        tokens = np.asarray(drawn.tokens)[drawn.row, : drawn.group * self.drawing.group_size]
+        if not np.isfinite(image).all() or (tokens < 0).any():
+            raise ValueError("what the model draws is not finite: check its weights")
+        is_last = drawn.group == self.num_groups
+        return Piece(drawn.image.index, drawn.group, to_pixels(image), is_last)
+
+    def _programs(self, run: Callable[..., Any]) -> Iterator[Any]:
+        state: Any = lanes.empty(self.drawing, self.size + 1)
+        image = ImageInWork(Request((0,), 0, self.drawing.sampling), 0)
+        for size in self._sizes:
+            at, zeros = np.full(size, self.size, np.int32), np.zeros(size, np.int32)
+            state = run(lanes.begin, state, at, self._asked([image] * size))
+            state = run(lanes.decode_group, self.drawing, self._params, state, at, zeros)
+            flow = (self.drawing, self._params[1], state, at, zeros)
+            state, images, _ = run(lanes.flow_step, *flow)
+            yield images
+
+    def _padded(self, values: Sequence[int], fill: int) -> np.ndarray:
+        """Fill up to the next batch size."""
+        size = next(size for size in self._sizes if size >= len(values))
+        padded = np.full(size, fill, np.int32)
+        padded[: len(values)] = values
+        return padded
+
+    def _asked(self, images: Sequence[ImageInWork]) -> lanes.Asked:
+        config = self.drawing.tokenizer.config
+        side, requests = config.image_size, [image.request for image in images]
+        nothing = np.zeros((side, side, 3), np.float32), np.zeros((side, side), bool)
+        known = [nothing if r.known is None else (r.known, r.mask) for r in requests]
+        return lanes.Asked(
+            label=np.asarray([image.request.labels[image.index] for image in images], np.int32),
+            seed=np.asarray([r.seed for r in requests], np.uint32),
+            index=np.asarray([image.index for image in images], np.int32),
+            scales=np.stack([r.sampling.scales(config.num_tokens) for r in requests]),
+            temperature=np.asarray([r.sampling.temperature for r in requests], np.float32),
+            known=Known(*map(np.stack, zip(*known, strict=True))),
+        )
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """Numbers of lanes that there are programs for, increasing."""
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // SHRINK))
+    return tuple(reversed(sizes))
