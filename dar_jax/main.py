@@ -82,7 +82,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax.common import config_files, interrupts
+from dar_jax.common import config_files, interrupts, storage
 
 EXAMPLE = "dar-jax --config=mnist.py --workdir=runs/first --mode=sample; see --help"
 MODES = {
@@ -143,6 +143,7 @@ def main(argv: list[str]) -> None:
     from dar_jax.parallel import distributed
 
     try:
+        storage.check_path(_WORKDIR.value, "--workdir")
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
         devices = _find_devices()

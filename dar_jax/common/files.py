@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from dar_jax.common import storage
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -23,6 +25,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     A failure or a kill leaves `path` as it was.
     """
+    storage.check_path(path, "path")
     path = pathlib.Path(path)
     temporary = temporary_path(path)
     try:
@@ -93,7 +96,7 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """Write values of JSON types, whole or not at all.
 
     Raises:

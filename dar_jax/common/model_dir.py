@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 from absl import logging
 
-from dar_jax.common import digests, hub, tree
+from dar_jax.common import digests, hub, storage, tree
 from dar_jax.common.checks import check_finite
 from dar_jax.common.files import parse_json, read_regular, temporary_path, write_safetensors
 from dar_jax.common.model_card import CARD_NAME, model_card
@@ -117,6 +117,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
         names = [CONFIG_NAME, WEIGHTS_NAME, digests.DIGESTS_NAME]
         names += [f"*/{name}" for name in names]  # companions
         return pathlib.Path(hub.download_directory(str(path), names))
+    storage.check_path(path, "model directory")
     outer = pathlib.Path(path)
     inner = outer / WORKDIR_NAME
     return inner if inner.is_dir() else outer

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.common.files import sweep
 from dar_jax.parallel import distributed
 
@@ -25,6 +26,7 @@ def open_workdir(workdir: str) -> pathlib.Path:
     """
     if not workdir:
         raise ValueError("workdir is empty; name a directory with --workdir=DIR")
+    storage.check_path(workdir, "workdir")
     path = pathlib.Path(workdir).absolute()
     try:
         str(path).encode()  # the storage of checkpoints takes nothing else
