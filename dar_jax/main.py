@@ -10,6 +10,7 @@ pictures, in a folder per class:
     dar-jax --config=image_folder.py:dar_32 --workdir=runs/dar --config.data.path=DIR \\
         --config.tokenizer=runs/tokenizer/model
 
+DIR, like a model, may be gs://BUCKET/DIR (pip install 'dar-jax[gcs]'); launch/README.md says how.
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
 from the package; its docstring has the commands:
     mnist.py:{tokenizer,dar,kl_vae,transdiff,transdiff_mrar}  image_folder.py:{tokenizer,dar}_32
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
     from dar_jax.parallel import distributed
 
     try:
-        storage.check_path(_WORKDIR.value, "--workdir")
+        storage.to_path(_WORKDIR.value or "", "--workdir")
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
         devices = _find_devices()
