@@ -14,8 +14,7 @@ tpus() { run gcloud compute tpus "$@" --zone="$ZONE"; }
 on() { tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2"; }
 follow() { on 0 'tail -n +1 -F dar_jax/train.log'; }
 for example in NAME=dar ZONE=us-east5-b TPU=v6e-16 RUNTIME=v2-alpha-tpuv6e; do
-  variable=${example%%=*}
-  [[ -n ${!variable:-} ]] || fail "$variable is not set, e.g. $example"
+  variable=${example%%=*}; [[ -n ${!variable:-} ]] || fail "$variable is not set, e.g. $example"
 done
 new=("$NAME" --accelerator-type="$TPU" ${SPOT:+--spot})
 case ${1:-} in
@@ -36,6 +35,6 @@ python3 -m uv pip install -q -c launch/requirements.lock -e .[tpu,gcs]"
 $(printf ' %q' "${@:2}") && break; ((\$? != 2)) || break; sleep 30; done) \
 >train.log 2>&1 </dev/null &"; follow ;;
   logs) follow ;;
-  errors) on all "grep -iE 'error|warn' dar_jax/train.log | tail -n 5 | sed \"s/^/\$HOSTNAME: /\"" ;;
+  errors) on all "grep -iE 'error|warn' dar_jax/train.log | tail -n5 | sed \"s/^/\$HOSTNAME: /\"" ;;
   *) fail "unknown action '${1:-}'; known: create delete queue state unqueue run logs errors" ;;
 esac
