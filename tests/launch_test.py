@@ -105,11 +105,6 @@ def test_tpu_pod_copies_installs_and_runs_on_all_hosts():
     assert "--worker=0" in follow
 
 
-def test_tpu_pod_mounts_a_share_where_there_is_one():
-    _, _, install, *_ = commands("tpu_pod.sh", "run", *ARGUMENTS, SHARE="10.0.0.2:/r")
-    assert "sudo mount 10.0.0.2:/r runs" in install[7]
-
-
 @pytest.mark.parametrize(("statuses", "runs"), [((1, 1, 0), 3), ((2,), 1), ((143, 2), 2)])
 def test_tpu_pod_starts_what_failed_again_but_no_mistake(tmp_path, statuses, runs):
     start = commands("tpu_pod.sh", "run", *ARGUMENTS)[3][7].removeprefix("--command=")
