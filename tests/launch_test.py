@@ -28,9 +28,7 @@ SMALL = [
 """A model and batches that compile and train in seconds."""
 ARGUMENTS = ["--config=configs/imagenet_dar.py:l", "--config.sample.guidance_scale=(1.1, 8.0)"]
 VARIABLES = {
-    "tpu_pod.sh": dict(
-        NAME="dar", ZONE="us-east5-b", TPU="v6e-16", RUNTIME="v2-alpha-tpuv6e", SHARE="10.0.0.2:/r"
-    ),
+    "tpu_pod.sh": dict(NAME="dar", ZONE="us-east5-b", TPU="v6e-16", RUNTIME="v2-alpha-tpuv6e"),
     "gke_xpk.sh": dict(
         NAME="dar", CLUSTER="pool", PROJECT="own", ZONE="us-east5-b", TPU="v6e-16", IMAGE="dar:tpu"
     ),
@@ -101,10 +99,23 @@ def test_tpu_pod_copies_installs_and_runs_on_all_hosts():
     assert copy[3:6] == ["tpu-vm", "scp", "dar_jax.tar.gz"]
     for command in (copy, install, start):
         assert "--worker=all" in command and "--zone=us-east5-b" in command
-    assert "mount 10.0.0.2:/r runs" in install[7] and "-e .[tpu]" in install[7]
+    assert "mount" not in install[7] and "-e .[tpu,gcs]" in install[7]
     assert_runs_main(start[7].removeprefix("--command="))
     assert start[7].endswith("&"), "the run must outlive the connection"
     assert "--worker=0" in follow
+
+
+@pytest.mark.parametrize(("statuses", "runs"), [((1, 1, 0), 3), ((2,), 1), ((143, 2), 2)])
+def test_tpu_pod_starts_what_failed_again_but_no_mistake(tmp_path, statuses, runs):
+    start = commands("tpu_pod.sh", "run", *ARGUMENTS)[3][7].removeprefix("--command=")
+    python = tmp_path / "dar_jax/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    cases = " ".join(f"{number}) exit {status};;" for number, status in enumerate(statuses, 1))
+    python.write_text(f"#!/bin/sh\necho >> runs; case $(wc -l < runs) in {cases} esac\n")
+    python.chmod(0o755)
+    script = f"sleep() {{ :; }}; {start} wait"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    assert (tmp_path / "dar_jax/runs").read_text().count("\n") == runs
 
 
 def test_gke_xpk_submits_a_workload_that_restarts():

@@ -25,7 +25,7 @@ from dar_jax.kinds.loading import open_model
 from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.parallel.workdir import open_workdir
+from dar_jax.parallel.workdir import open_local_workdir
 
 CROPS_PER_DEVICE = 64
 """Encoded at a time; their distances to 16,384 codes take 1 GB."""
@@ -70,7 +70,7 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
     held_out = dataclasses.replace(data, crop="center", flip=False)
     write_encoded(
         data,
-        open_workdir(workdir),
+        open_local_workdir(workdir),
         contents,
         form=FORM,
         sources=sources,

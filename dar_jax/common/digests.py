@@ -8,11 +8,11 @@ What is written with its digests is checked when it is read, so that damage is n
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dar_jax.common import storage
 from dar_jax.common.files import parse_json, read_regular, write_json
 
 DIGESTS_NAME = "digests.json"
@@ -34,7 +34,7 @@ def of_file(path: str | os.PathLike) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with storage.open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -48,7 +48,7 @@ def of_files(paths: Iterable[str | os.PathLike]) -> list[str]:
         return list(pool.map(of_file, paths))
 
 
-def write(directory: pathlib.Path, *, but: Collection[str] = ()) -> None:
+def write(directory: storage.Path, *, but: Collection[str] = ()) -> None:
     """Write the digests of all files below a directory to it.
 
     Args:
@@ -59,17 +59,17 @@ def write(directory: pathlib.Path, *, but: Collection[str] = ()) -> None:
         OSError: a file cannot be read or the directory not written.
     """
     left_out = {DIGESTS_NAME, *but}
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in left_out)
+    paths = [p for p in storage.files_below(directory) if p.name not in left_out]
     names = [path.relative_to(directory).as_posix() for path in paths]
     write_json(directory / DIGESTS_NAME, dict(zip(names, of_files(paths), strict=True)))
 
 
-def has(directory: pathlib.Path) -> bool:
+def has(directory: storage.Path) -> bool:
     """Tell whether a directory holds digests."""
     return (directory / DIGESTS_NAME).is_file()
 
 
-def find_damage(directory: pathlib.Path, names: Collection[str] | None = None) -> str:
+def find_damage(directory: storage.Path, names: Collection[str] | None = None) -> str:
     """Say which file of a directory is not as it was written; "" if all are.
 
     Args:
@@ -92,6 +92,6 @@ def find_damage(directory: pathlib.Path, names: Collection[str] | None = None) -
         return str(error)
     for name, digest in zip(checked, found, strict=True):
         if digest != expected[name]:
-            is_empty = not (directory / name).stat().st_size
+            is_empty = digest == hashlib.sha256().hexdigest()
             return f"{name} is empty" if is_empty else f"the content of {name} has changed"
     return ""

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,14 +17,21 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from dar_jax.common import storage
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Give a sibling to write to, with the same suffix, which takes the place of `path` at the end.
 
-    A failure or a kill leaves `path` as it was.
+    A failure or a kill leaves `path` as it was. For a bucket it is a local file, which is copied.
     """
-    path = pathlib.Path(path)
+    path = storage.to_path(path)
+    if not isinstance(path, pathlib.Path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder, path.name)
+            storage.upload(pathlib.Path(folder, path.name), path)
+        return
     temporary = temporary_path(path)
     try:
         yield temporary
@@ -43,14 +51,15 @@ def sweep(directory: pathlib.Path) -> None:
     own = re.compile(rf"\..*-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{32}}(\.\w+)?")
     for folder, folders, names in os.walk(directory):
         for name in [*folders, *names]:
-            if (match := own.fullmatch(name)) and not _is_alive(int(match[1])):
+            if (match := own.fullmatch(name)) and not is_alive(int(match[1])):
                 path = pathlib.Path(folder, name)
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 if name in folders:
                     folders.remove(name)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Tell whether there is a process of this number on this host."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -66,6 +75,12 @@ def read_regular(path: str | os.PathLike, max_bytes: int) -> bytes:
     Raises:
         OSError: it cannot be read, is something else, or has more bytes.
     """
+    if storage.is_remote(path):
+        with storage.open_binary(path) as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
+        return content
 
     def opener(name: str, flags: int) -> int:
         # Opening a pipe that nobody writes to would wait.
@@ -93,7 +108,7 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """Write values of JSON types, whole or not at all.
 
     Raises:
@@ -111,7 +126,7 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None
 
 
 def write_safetensors(
-    path: pathlib.Path,
+    path: storage.Path,
     arrays: Mapping[str, np.ndarray],
     metadata: dict[str, str] | None = None,
 ) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 import safetensors
 from absl import logging
 
-from dar_jax.common import digests, hub, tree
+from dar_jax.common import bucket_models, digests, hub, storage, tree
 from dar_jax.common.checks import check_finite
 from dar_jax.common.files import parse_json, read_regular, temporary_path, write_safetensors
 from dar_jax.common.model_card import CARD_NAME, model_card
@@ -67,9 +68,13 @@ def save_model(
         ValueError: a parameter is not finite.
     """
     config = {"kind": kind, "model": model_config, **extra}
-    target = pathlib.Path(directory).absolute()
-    temporary = temporary_path(target)
-    temporary.mkdir()
+    target = storage.to_path(directory)
+    if isinstance(target, pathlib.Path):
+        target = target.absolute()
+        temporary = temporary_path(target)
+        temporary.mkdir()
+    else:
+        temporary = pathlib.Path(tempfile.mkdtemp())
     try:
         content = temporary / "new"
         content.mkdir()
@@ -90,6 +95,9 @@ def save_model(
         for name, companion in companions.items():
             shutil.copytree(companion, content / name)
         digests.write(content)
+        if not isinstance(target, pathlib.Path):
+            storage.upload_tree(content, target, last=digests.DIGESTS_NAME)
+            return
         if target.exists():
             # A directory cannot be renamed over another one that has files in it.
             os.rename(target, temporary / "old")
@@ -102,8 +110,9 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
     """Find a model directory.
 
     Args:
-        path: the model directory, a workdir that has one, `hf://owner/name[/directory]`, which
-            is downloaded, or `package://NAME[/directory]`, which comes with the package.
+        path: the model directory, a workdir that has one, `hf://owner/name[/directory]` or
+            `gs://BUCKET/DIR`, which are downloaded, or `package://NAME[/directory]`, which comes
+            with the package.
 
     Raises:
         ValueError: the download failed, the package ships no such model, or the path is none.
@@ -117,7 +126,9 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
         names = [CONFIG_NAME, WEIGHTS_NAME, digests.DIGESTS_NAME]
         names += [f"*/{name}" for name in names]  # companions
         return pathlib.Path(hub.download_directory(str(path), names))
-    outer = pathlib.Path(path)
+    outer = storage.to_path(path, "model directory")
+    if not isinstance(outer, pathlib.Path):
+        return bucket_models.download(outer, WORKDIR_NAME)
     inner = outer / WORKDIR_NAME
     return inner if inner.is_dir() else outer
 

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -38,7 +37,7 @@ class Images:
 
     def save(self, path: str | os.PathLike, columns: int | None = None) -> None:
         """Write `grid(columns)` to a picture file; its ending chooses the format."""
-        with replacing(pathlib.Path(path).expanduser()) as temporary:
+        with replacing(os.path.expanduser(path)) as temporary:
             self.grid(columns).save(temporary)
 
     def _pixels(self) -> np.ndarray:

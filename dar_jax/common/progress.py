@@ -18,6 +18,8 @@ COMPILATION_EVENTS = (
 )
 POLL_SECONDS = 10.0
 """Between two looks for what other processes write."""
+MAX_WAIT_SECONDS = 3600.0
+"""For what is a matter of minutes, such as one file of all images of a set."""
 
 
 class Progress:
@@ -78,7 +80,14 @@ class Progress:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that other processes do to the directory that all share."""
+    """Wait for something that other processes do to the directory that all share.
+
+    Raises:
+        ValueError: it has not come after `MAX_WAIT_SECONDS`.
+    """
+    start = time.monotonic()
     while not condition():
+        if time.monotonic() - start > MAX_WAIT_SECONDS:
+            raise ValueError(f"gave up waiting for {what}; run the same command again to go on")
         logging.info("Waiting for %s", what)
         time.sleep(POLL_SECONDS)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.data.base import DataConfig, EncodedSource, Source
 from dar_jax.data.decode import PLUGIN_SUFFIXES, UnreadablePictureError, check_header
 from dar_jax.data.folder import find_parts
@@ -80,7 +81,7 @@ def warn_of_few(count: int) -> None:
 
 def check_apart(config: DataConfig, workdir: str) -> None:
     """Raise ValueError if what a run writes would be taken for its data."""
-    if config.source != "folder" or not config.path:
+    if config.source != "folder" or not config.path or storage.is_remote(storage.to_path(workdir)):
         return
     root, own = pathlib.Path(config.path).resolve(), pathlib.Path(workdir).resolve()
     splits = find_parts(root)

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax
 
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.model_dir import CONFIG_NAME, MAX_CONFIG_BYTES
 from dar_jax.common.typing import Any
@@ -40,7 +38,7 @@ class TrainEvaluation:
         """
         # The training mesh is of all processes' devices.
         self._evaluation = Evaluation(dataclasses.replace(config, mesh=MeshConfig()), workdir)
-        self._path = pathlib.Path(workdir).absolute() / DIRECTORY_NAME / MODEL_NAME
+        self._path = storage.to_path(workdir).absolute() / DIRECTORY_NAME / MODEL_NAME
 
     def is_pending(self, step: int) -> bool:
         """Tell whether the evaluation of this step was begun and not finished."""
@@ -50,7 +48,7 @@ class TrainEvaluation:
         except (OSError, ValueError, TypeError, LookupError):
             return False  # what is left of it will be written over
 
-    def __call__(self, write_model: Callable[[pathlib.Path], None]) -> dict[str, float]:
+    def __call__(self, write_model: Callable[[storage.Path], None]) -> dict[str, float]:
         """Evaluate; return metrics as they are logged, lists one by one.
 
         Args:
@@ -59,7 +57,7 @@ class TrainEvaluation:
         Raises:
             ValueError: see `Evaluation`.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(self._path.parent)
         failed = self._left_over()
         write_model(self._path)
         distributed.wait_for_all("the model to evaluate")
@@ -71,14 +69,14 @@ class TrainEvaluation:
         self._evaluation.forget(subject.fingerprint)
         if jax.process_index() == 0:
             (self._path / CONFIG_NAME).unlink()
-            shutil.rmtree(self._path)
+            storage.delete_tree(self._path)
         return {f"eval/{name}": value for name, value in _one_by_one(metrics)}
 
     def _left_over(self) -> str:
         """Fingerprint of a model whose evaluation failed or was interrupted, or ""."""
         if jax.process_index() == 0:
             with contextlib.suppress(ValueError):
-                return model_dir.fingerprint(self._path)
+                return model_dir.fingerprint(model_dir.locate(self._path))
         return ""
 
 

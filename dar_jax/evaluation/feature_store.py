@@ -7,17 +7,16 @@ the same images share the result. What is computed is the same for any number of
 
 import dataclasses
 import functools
-import pathlib
+import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import numpy as np
 from absl import logging
 
-from dar_jax.common import digests, model_dir
+from dar_jax.common import digests, model_dir, storage
 from dar_jax.common.checks import check_finite
-from dar_jax.common.progress import Progress, wait_for
+from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Float, UInt8
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.image_sources import Images
@@ -37,7 +36,7 @@ class FeatureStore:
         weights: directory of its weights, or "".
     """
 
-    directory: pathlib.Path
+    directory: storage.Path
     extractor: FeatureExtractor
     weights: str = ""
 
@@ -50,12 +49,10 @@ class FeatureStore:
         settings = {"images": images.identity, "network": self._network}
         pieces = Pieces(self.directory / f"features-{digest(settings)}", len(images))
         pieces.bind(settings)
-        runs = list(pieces.runs(PIECE, jax.process_index(), jax.process_count()))
-        if runs:
-            total = sum(stop - first for first, stop in runs)
+        if total := int(pieces.missing().sum()):
             logging.info("Features (%s) of %d images", self.extractor.name, total)
             progress = Progress(total)
-            for first, pixels in read_ahead(images, runs):
+            for first, pixels in read_rounds(images, pieces, PIECE):
                 made = self.extractor.features(pixels)
                 for kind, array in made.items():
                     last = first + len(pixels) - 1
@@ -64,7 +61,6 @@ class FeatureStore:
                     )
                 pieces.save(first, made)
                 progress.add(len(pixels))
-        wait_for(lambda: not pieces.missing().any(), "the features of other processes")
         features = {kind: pieces.array(kind) for kind in self.extractor.dims}
         for kind, array in features.items():
             check_finite(f"{pieces.directory}: {kind}", array)
@@ -78,16 +74,21 @@ class FeatureStore:
         return {"name": name, "weights": model_dir.fingerprint(model_dir.locate(self.weights))}
 
 
-def read_ahead(
-    images: Images, runs: list[tuple[int, int]]
+def read_rounds(
+    images: Images, pieces: Pieces, batch_size: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "n H W 3"]]]:
-    """Yield the first index and the images of every run; the next one is being read meanwhile."""
+    """Yield the first index and the images of what is missing, see `Pieces.rounds`.
+
+    The next ones are being read meanwhile; each are to be written before others are asked for.
+    """
     with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(images.read, *run) for run in runs[:1]]
-        for number, (first, _) in enumerate(runs, 1):
-            pixels = pending.pop().result()
-            pending += [pool.submit(images.read, *run) for run in runs[number : number + 1]]
-            yield first, pixels
+        for runs in pieces.rounds(batch_size):
+            pending = None
+            for run in itertools.chain(runs, [None]):
+                following = run and (run[0], pool.submit(images.read, *run))
+                if pending is not None:
+                    yield pending[0], pending[1].result()
+                pending = following
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -1,17 +1,15 @@
 """Metrics of reconstructions beside their originals: distortion, similarity, use of codes."""
 
-import pathlib
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from scipy.stats import entropy
 
-from dar_jax.common.progress import wait_for
+from dar_jax.common import storage
 from dar_jax.common.typing import Int, UInt8
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.distances import distance, warn_of_few
-from dar_jax.evaluation.feature_store import PIECE, FeatureStore, digest, read_ahead
+from dar_jax.evaluation.feature_store import PIECE, FeatureStore, digest, read_rounds
 from dar_jax.evaluation.features import metric_name
 from dar_jax.evaluation.image_sources import Images, SplitImages
 from dar_jax.evaluation.moments import Moments
@@ -22,7 +20,7 @@ Metric = Callable[[UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "N H W 3"]], 
 
 
 def pair_metrics(
-    originals: Images, others: Images, metrics: Mapping[str, Metric], directory: pathlib.Path
+    originals: Images, others: Images, metrics: Mapping[str, Metric], directory: storage.Path
 ) -> dict[str, float]:
     """Compute means over all pairs; a killed run goes on, and processes share the work.
 
@@ -42,13 +40,11 @@ def pair_metrics(
     }
     pieces = Pieces(directory / f"pairs-{digest(settings)}", len(others))
     pieces.bind(settings)
-    runs = list(pieces.runs(PIECE, jax.process_index(), jax.process_count()))
-    for first, pixels in read_ahead(others, runs):
+    for first, pixels in read_rounds(others, pieces, PIECE):
         same = originals.read(first, first + len(pixels))
         means = {name: metric(same, pixels) for name, metric in metrics.items()}
         # The mean of the piece in each of its rows: the mean of all rows is that of all pairs.
         pieces.save(first, {name: np.full(len(pixels), mean) for name, mean in means.items()})
-    wait_for(lambda: not pieces.missing().any(), "the metrics of other processes")
     return {name: float(np.mean(pieces.array(name))) for name in metrics}
 
 

@@ -4,11 +4,11 @@ Figures are numbers by their path, `generation/fid`, or lists of numbers where s
 `generation/fid_of_previews`, `guidance/fid`.
 """
 
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.files import replacing
 from dar_jax.common.typing import Any
 
@@ -49,7 +49,7 @@ def format_value(value: Any) -> str:
 
 
 def draw_curves(
-    path: pathlib.Path,
+    path: storage.Path,
     ticks: Sequence[str],
     xlabel: str,
     metrics: Mapping[str, Sequence[float]],
@@ -81,7 +81,7 @@ def draw_curves(
 
 
 def draw_calibration(
-    path: pathlib.Path, confidence: Sequence[float], accuracy: Sequence[float]
+    path: storage.Path, confidence: Sequence[float], accuracy: Sequence[float]
 ) -> None:
     """Draw how often a classifier is right where it is so sure; on the diagonal it knows.
 
@@ -98,7 +98,7 @@ def draw_calibration(
     _save(figure, path)
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def _save(figure: Any, path: storage.Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=DPI)
 

@@ -1,7 +1,6 @@
 """Images from a model directory with the options of `config.sample`, batch by batch."""
 
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -10,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from dar_jax.common import image as images
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.batches import pad
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Int, UInt8
@@ -110,8 +109,8 @@ def model_path(config: SampleConfig, workdir: str) -> str:
     """
     if config.model:
         return config.model
-    own = pathlib.Path(workdir) / model_dir.WORKDIR_NAME
-    checkpoints = pathlib.Path(workdir) / CHECKPOINTS
+    own = storage.to_path(workdir) / model_dir.WORKDIR_NAME
+    checkpoints = storage.to_path(workdir) / CHECKPOINTS
     if own.exists():
         return str(own)
     if not checkpoints.exists():

@@ -13,7 +13,6 @@ openai/guided-diffusion): `arr_0` uint8 [N, H, W, 3] and, as its sampling script
 """
 
 import dataclasses
-import pathlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dar_jax.common import storage
 from dar_jax.common.files import replacing
 from dar_jax.common.typing import Int, Shaped, UInt8
 from dar_jax.generation.resumable_arrays import DAMAGE, Pieces
@@ -72,7 +72,7 @@ class ImageSet(Pieces):
             return
         self.save(first, {PIXELS: pixels, "labels": self.labels_of(first, stop), **kept})
 
-    def merge(self, path: pathlib.Path) -> None:
+    def merge(self, path: storage.Path) -> None:
         """Write all images to one `.npz` without holding more than a piece of them.
 
         Raises:
@@ -89,20 +89,21 @@ class ImageSet(Pieces):
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, self.labels_of(0, self.count))
 
-    def _is_whole(self, path: pathlib.Path) -> bool:
+    def _is_whole(self, path: storage.Path) -> bool:
         if path.suffix != ".png":
             return super()._is_whole(path)
         try:
-            with Image.open(path) as image:
+            with storage.open_binary(path) as file, Image.open(file) as image:
                 image.verify()
         except (*DAMAGE, SyntaxError):  # the latter is what Pillow raises
             return False
         return True
 
-    def _read(self, path: pathlib.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
+    def _read(self, path: storage.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
         if path.suffix != ".png":
             return super()._read(path, name)
         try:
-            return np.asarray(Image.open(path).convert("RGB"))[None]
+            with storage.open_binary(path) as file:
+                return np.asarray(Image.open(file).convert("RGB"))[None]
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error

@@ -1,18 +1,19 @@
 """Sets of images that a model makes: generated ones, with their previews.
 
-Every process works on its own devices and shares nothing but the directory. A run that was killed
-goes on where it stopped; image i depends on the seed, i and its label only.
+Every process works on its own devices and shares nothing but the directory, of a job or started by
+itself, from the beginning or later. A run that was killed goes on where it stopped, and what a lost
+process had begun the others make; image i depends on the seed, i and its label only.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
-from dar_jax.common.progress import Progress, wait_for
+from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Array
 from dar_jax.generation.batches import batch_size, options
 from dar_jax.generation.config import SampleConfig
@@ -28,7 +29,7 @@ SOUND = "sound"
 def fill(
     image_set: ImageSet, pipeline: Pipeline, config: SampleConfig, *, previews: bool = False
 ) -> None:
-    """Generate the images that the set lacks, then wait until other processes have made theirs.
+    """Generate the images that the set lacks, together with whoever else is at it.
 
     Args:
         image_set: bound to what the images depend on.
@@ -55,18 +56,18 @@ def fill(
         image_set.write(first, arrays.pop(PIXELS), arrays)
 
     size = batch_size(config, pipeline, image_set.count)
-    runs = list(image_set.runs(size, jax.process_index(), jax.process_count()))
-    progress = Progress(sum(stop - first for first, stop in runs))
-    finish = None
-    for first, stop in runs:
-        arrays = generate(first, stop, size)
-        # Write one batch while the devices are at the next.
-        if finish is not None:
-            finish()
-        finish = functools.partial(write_batch, write, progress, arrays, first, stop)
-    if finish is not None:
-        finish()
-    wait_for(lambda: not image_set.missing().any(), "the images of other processes")
+    progress = Progress(int(image_set.missing().sum()))
+    with contextlib.closing(image_set.rounds(size)) as rounds:
+        for runs in rounds:
+            finish = None
+            for first, stop in runs:
+                arrays = generate(first, stop, size)
+                # Write one batch while the devices are at the next.
+                if finish is not None:
+                    finish()
+                finish = functools.partial(write_batch, write, progress, arrays, first, stop)
+            if finish is not None:
+                finish()
 
 
 def write_batch(

@@ -7,37 +7,44 @@ their check sums show, are deleted when a directory is bound, and made again:
     manifest.json            what the rows depend on
     00000064-00000128.npz    arrays [64, ...] by name
 
-Several processes may write one directory at the same time: each takes every P-th batch.
+Any number of processes may write one directory at the same time, in one job or started one by
+one: each takes a lease of the next batch that lacks rows (`parallel.leases`), and what one that is
+gone had taken the others make.
 """
 
 import dataclasses
 import json
-import pathlib
 import re
+import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.common.files import parse_json, read_regular, replacing, write_npz
 from dar_jax.common.typing import Bool, Shaped
+from dar_jax.parallel.leases import Leases
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**24
 DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged archive raises."""
+POLL_SECONDS = 2.0
+"""Between two looks for what other processes write."""
 NUM_THREADS = 8
 """Pieces that are checked at the same time."""
 
 
-def is_whole_archive(path: pathlib.Path) -> bool:
+def is_whole_archive(path: storage.Path) -> bool:
     """Tell whether an `.npz` can be read and has the content that its check sums say."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with storage.open_binary(path) as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
     except DAMAGE:
         return False
@@ -47,7 +54,7 @@ def is_whole_archive(path: pathlib.Path) -> bool:
 class Pieces:
     """The first `count` rows of the arrays in `directory`."""
 
-    directory: pathlib.Path
+    directory: storage.Path
     count: int
 
     piece_name = re.compile(r"(\d{8})-(\d{8})\.npz")
@@ -72,11 +79,11 @@ class Pieces:
         elif pieces:
             raise ValueError(f"{self.directory} has pieces but no {MANIFEST_NAME}; delete it")
         else:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(self.directory)
             with replacing(path) as temporary:
                 temporary.write_text(text)
 
-    def _read_manifest(self, path: pathlib.Path) -> dict[str, Any]:
+    def _read_manifest(self, path: storage.Path) -> dict[str, Any]:
         try:
             found = parse_json(read_regular(path, MAX_MANIFEST_BYTES))
             if not isinstance(found, dict):
@@ -88,7 +95,7 @@ class Pieces:
             ) from error
         return found
 
-    def _delete_damaged(self, paths: Sequence[pathlib.Path]) -> None:
+    def _delete_damaged(self, paths: Sequence[storage.Path]) -> None:
         """Delete damaged pieces; every process does, and so knows what is missing."""
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             for path, is_whole in zip(paths, pool.map(self._is_whole, paths), strict=True):
@@ -96,7 +103,7 @@ class Pieces:
                     logging.warning("%s is damaged: it is made again", path)
                     path.unlink(missing_ok=True)
 
-    def _is_whole(self, path: pathlib.Path) -> bool:
+    def _is_whole(self, path: storage.Path) -> bool:
         """Tell whether a piece can be read and has the content that its check sums say."""
         return is_whole_archive(path)
 
@@ -115,17 +122,49 @@ class Pieces:
             missing[first:stop] = False
         return missing
 
-    def runs(
-        self, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[tuple[int, int]]:
-        """Yield runs (first, stop) of missing rows, at most `batch_size` long.
+    def rounds(self, batch_size: int) -> Generator[Iterator[tuple[int, int]], None, None]:
+        """Share the work with other processes, until no row is missing.
 
-        Batches are dealt to the processes by their place in the set, not by what is missing, which
-        changes while others write.
+        Yields rounds: each is an iterator of runs (first, stop) of missing rows, at most
+        `batch_size` long, that are to be written before the next round. Most of the time there is
+        one; another comes where a process that had taken a batch has not written it.
         """
-        missing = self.missing()
-        for start in range(process_index * batch_size, self.count, process_count * batch_size):
-            window = np.pad(missing[start : start + batch_size].astype(int), 1)
+        if not self.missing().any():
+            Leases(self.directory).sweep()  # a killed process may have left some
+            return
+        with Leases(self.directory) as leases:
+            while self.missing().any():
+                owners: dict[str, str] = {}
+                yield self._claimed(leases, batch_size, owners)
+                leases.release_all()
+                if owners and self.missing().any():
+                    batch, owner = next(iter(owners.items()))
+                    logging.info("Waiting for rows from %d on, of %s", int(batch), owner)
+                    time.sleep(POLL_SECONDS)
+            leases.sweep()
+
+    def _claimed(
+        self, leases: Leases, batch_size: int, owners: dict[str, str]
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the runs of every batch that nobody has; put the others in `owners`.
+
+        Batches are told by their place in the set, not by what is missing, which changes while
+        others write. The processes of a job begin at different ones.
+        """
+        starts = range(0, self.count, batch_size)
+        begin = len(starts) * jax.process_index() // jax.process_count()
+        for start in [*starts[begin:], *starts[:begin]]:
+            name, missing = f"{start:08d}", self.missing()
+            for held in leases.held():
+                if not missing[int(held) : int(held) + batch_size].any():
+                    leases.release(held)
+            if not missing[start : start + batch_size].any():
+                continue
+            if owner := leases.take(name):
+                owners[name] = owner
+                continue
+            # Once more: another may have written them before it returned its lease.
+            window = np.pad(self.missing()[start : start + batch_size].astype(int), 1)
             edges = np.flatnonzero(np.diff(window)).reshape(-1, 2)
             yield from ((start + int(first), start + int(stop)) for first, stop in edges)
 
@@ -142,7 +181,7 @@ class Pieces:
             ValueError: there is not a piece.
         """
         for _, _, path in self._pieces():
-            with np.load(path) as arrays:
+            with storage.open_binary(path) as file, np.load(file) as arrays:
                 return tuple(arrays.files)
         raise ValueError(f"{self.directory} has no pieces")
 
@@ -174,20 +213,18 @@ class Pieces:
         """Read a whole array; see `rows`."""
         return np.concatenate(list(self.rows(name)))
 
-    def _pieces(self) -> list[tuple[int, int, pathlib.Path]]:
+    def _pieces(self) -> list[tuple[int, int, storage.Path]]:
         """(first, stop, path) of every piece, in order."""
-        if not self.directory.is_dir():
-            return []
         pieces = []
-        for path in self.directory.iterdir():
+        for path in storage.entries(self.directory):
             if match := self.piece_name.fullmatch(path.name):
                 first, stop = int(match[1]), match[2]
                 pieces.append((first, int(stop or first + 1), path))
         return sorted(pieces)
 
-    def _read(self, path: pathlib.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
+    def _read(self, path: storage.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
         try:
-            with np.load(path) as arrays:
+            with storage.open_binary(path) as file, np.load(file) as arrays:
                 return arrays[name]
         except (*DAMAGE, KeyError) as error:
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error

@@ -11,7 +11,6 @@ is the median of the repeats.
 import dataclasses
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dar_jax.common import files
+from dar_jax.common import files, storage
 from dar_jax.config import Config
 from dar_jax.evaluation.features import EXTRACTORS, time_features
 from dar_jax.generation.batches import check
@@ -62,8 +61,8 @@ def _benchmark_sampling(config: Config, workdir: str) -> None:
         dataclasses.replace(sampling, guidance_scale=scale).check(pipeline.prior.config)
     options = dataclasses.asdict(sampling)
     del options["guidance_scale"]  # those of the benchmark
-    path = pathlib.Path(workdir) / "benchmark.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = storage.to_path(workdir) / "benchmark.jsonl"
+    storage.make_directory(path.parent)
 
     device = jax.devices()[0]
     speeds = {}
@@ -121,8 +120,8 @@ def _benchmark_other(config: Config, workdir: str) -> None:
         "dtype": config.compute.dtype,
         "repeats": settings.repeats,
     }
-    path = pathlib.Path(workdir) / "benchmark.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = storage.to_path(workdir) / "benchmark.jsonl"
+    storage.make_directory(path.parent)
     with files.replacing(path) as temporary:
         temporary.write_text(json.dumps({**figures, **context}) + "\n")
     values = (

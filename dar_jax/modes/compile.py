@@ -19,10 +19,7 @@ released one's architecture.
 """
 
 import dataclasses
-import json
 import math
-import os
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,6 +27,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from dar_jax.common.files import write_json
 from dar_jax.common.flops import traced_flops
 from dar_jax.config import Config
 from dar_jax.kinds import find_kind
@@ -98,7 +96,7 @@ def compile_programs(config: Config, workdir: str) -> None:
     for number, program in enumerate(programs, 1):
         logging.info("Compiling %s, program %d of %d", program.name, number, len(programs))
         report["programs"][program.name] = analyse(program, devices)
-        _write(directory / REPORT_NAME, report)
+        write_json(directory / REPORT_NAME, report)
     logging.info("Wrote %s:\n%s", directory / REPORT_NAME, table(report))
 
 
@@ -235,9 +233,3 @@ def _row(name: str, report: dict[str, Any]) -> str:
 def _total(report: dict[str, Any], kind: str, field: str) -> float:
     values = (each[field] for each in report["collectives"] if each["kind"] == kind)
     return sum(values, start=0.0)
-
-
-def _write(path: pathlib.Path, report: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, path)

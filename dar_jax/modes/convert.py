@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 from absl import logging
 
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.files import write_safetensors
 from dar_jax.common.tree import num_parameters
 from dar_jax.config import Config
@@ -33,14 +33,14 @@ def convert(config: Config, workdir: str) -> None:
     """
     settings = config.convert
     if settings.net:
-        frozen_to_jax(settings.net, settings.source, pathlib.Path(workdir))
+        frozen_to_jax(settings.net, settings.source, storage.to_path(workdir))
     elif settings.to == "torch":
-        to_torch(settings.source or workdir, pathlib.Path(workdir))
+        to_torch(settings.source or workdir, storage.to_path(workdir))
     else:
-        to_jax(settings.source, config, pathlib.Path(workdir))
+        to_jax(settings.source, config, storage.to_path(workdir))
 
 
-def to_jax(source: str, config: Config, workdir: pathlib.Path) -> None:
+def to_jax(source: str, config: Config, workdir: storage.Path) -> None:
     """Write the model directory of an official checkpoint."""
     if not source:
         raise ValueError("config.convert.source is empty: name a path or hf://owner/name/file")
@@ -65,7 +65,7 @@ def to_jax(source: str, config: Config, workdir: pathlib.Path) -> None:
     logging.info("Wrote %s with %d parameters", directory, num_parameters(params))
 
 
-def frozen_to_jax(net: str, source: str, workdir: pathlib.Path) -> None:
+def frozen_to_jax(net: str, source: str, workdir: storage.Path) -> None:
     """Write the model directory of a frozen network of losses or evaluation."""
     if not source:
         raise ValueError("config.convert.source is empty: name a path or hf://owner/name/file")
@@ -80,7 +80,7 @@ def frozen_to_jax(net: str, source: str, workdir: pathlib.Path) -> None:
     logging.info("Wrote %s with %d parameters", directory, num_parameters(params))
 
 
-def to_torch(source: str, workdir: pathlib.Path) -> None:
+def to_torch(source: str, workdir: storage.Path) -> None:
     """Write a model directory as a state dict under the reference's names."""
     directory, kind, model, *_ = open_model(source)
     like = FunctionalModel(kind.module, model).abstract_params()
@@ -134,9 +134,9 @@ def _errors_name(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def _writing(path: storage.Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(path.parent)
         yield
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot write {path} ({error}); choose another workdir") from error

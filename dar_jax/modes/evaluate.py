@@ -20,11 +20,10 @@ The reference implementation draws labels at random instead of in turns, and so 
 same number of images of every class.
 """
 
-import pathlib
-
 import jax
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.common.files import write_json
 from dar_jax.common.typing import Any
 from dar_jax.common.version import revision, version
@@ -72,7 +71,7 @@ def evaluate(config: Config, workdir: str) -> None:
     distributed.wait_for_all("the end of the evaluation")
 
 
-def draw(directory: pathlib.Path, results: dict[str, Any]) -> None:
+def draw(directory: storage.Path, results: dict[str, Any]) -> None:
     """Draw what is varied."""
     previews = {
         name.removeprefix("generation/").removesuffix(LIST_SUFFIX): values

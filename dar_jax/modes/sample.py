@@ -6,7 +6,7 @@ from absl import logging
 from PIL import Image
 
 from dar_jax.common import image as images
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.files import replacing, write_npz
 from dar_jax.common.progress import wait_for
 from dar_jax.common.typing import UInt8
@@ -137,7 +137,7 @@ def write(
     if jax.process_index() != 0:
         return
     directory = open_workdir(workdir) / DIRECTORY_NAME
-    directory.mkdir(exist_ok=True)
+    storage.make_directory(directory)
     for name, picture in pictures.items():
         with replacing(directory / name) as temporary:
             Image.fromarray(picture).save(temporary)

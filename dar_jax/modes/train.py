@@ -9,14 +9,13 @@ waits for the host. Everything that a configuration can get wrong fails before t
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from absl import logging
 
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.typing import Params
 from dar_jax.config import Config
 from dar_jax.data import pipeline, sources, survey
@@ -49,7 +48,7 @@ class Run:
     task: Task
     config: Config
     mesh: jax.sharding.Mesh
-    workdir: pathlib.Path
+    workdir: storage.Path
     iterator: pipeline.TrainIterator
     checkpoints: checkpoint.Checkpoints
     frozen: Params
@@ -75,7 +74,7 @@ def export(config: Config, workdir: str) -> None:
     Raises:
         ValueError: there is not a checkpoint yet; or see `train`.
     """
-    if checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is None:
+    if checkpoint.latest_step(storage.to_path(workdir) / CHECKPOINTS) is None:
         raise ValueError(f"{workdir} holds no checkpoint to export: train first")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate_every=0))
     with _opened(config, workdir, build_task(config)) as (run, abstract, _):
@@ -133,7 +132,7 @@ def _opened(
     logging.info("Data: %s", survey.check(config.data, iterator.source))
     abstract = state_lib.abstract_state(task, config.optimizer, mesh)
     initial, start = None, config.train.init_from
-    if start and checkpoint.latest_step(pathlib.Path(workdir) / CHECKPOINTS) is None:
+    if start and checkpoint.latest_step(storage.to_path(workdir) / CHECKPOINTS) is None:
         initial = state_lib.load_initial(start, kind.released_kind, task, abstract)
     frozen = task.frozen()
     evaluation = TrainEvaluation(config, workdir) if config.train.evaluate_every else None
@@ -167,7 +166,7 @@ def _made_from(config: Config, source: sources.Source) -> dict[str, Any]:
 
 
 def _open_checkpoints(
-    config: Config, directory: pathlib.Path, made: Mapping[str, Any]
+    config: Config, directory: storage.Path, made: Mapping[str, Any]
 ) -> checkpoint.Checkpoints:
     """Open the checkpoints, bound to the configuration and to what the run is made from."""
     return checkpoint.Checkpoints(
@@ -358,7 +357,7 @@ def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer)
     writer.scalars(step, values)
 
 
-def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
+def _export(run: Run, state: TrainState, directory: storage.Path) -> None:
     """Write a model directory with the averaged parameters; process 0 only."""
     params = sharding.fetch(run.task.released(state.eval_params), run.mesh)
     if jax.process_index() != 0:
@@ -384,7 +383,7 @@ def _export(run: Run, state: TrainState, directory: pathlib.Path) -> None:
     logging.info("Wrote the model directory %s", directory)
 
 
-def _unchanged(run: Run, name: str) -> pathlib.Path:
+def _unchanged(run: Run, name: str) -> storage.Path:
     """Return the directory of a model that the run needs, unless it is another one by now."""
     path = run.config.companions[name]
     directory = model_dir.locate(path)

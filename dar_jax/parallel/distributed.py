@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dar_jax.common import interrupts, tree
+from dar_jax.common import interrupts, storage, tree
 
 TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS")
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
@@ -149,7 +149,7 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def check_shared(directory: pathlib.Path) -> None:
+def check_shared(directory: storage.Path) -> None:
     """Raise ValueError, on all processes, unless `directory` is the same one to all of them.
 
     Process 0 leaves a file there for a moment, of a name that no host can have seen before.

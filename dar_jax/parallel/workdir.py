@@ -10,21 +10,40 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.common.files import sweep
 from dar_jax.parallel import distributed
+from dar_jax.parallel.leases import Leases
 
 LOCK_NAME = ".lock"
 MAX_OWNER = 200
+LEASE_NAME = "run"
+BUSY = "another run is at work in {directory} ({owner}); wait for its end, or use another workdir"
 
 
-def open_workdir(workdir: str) -> pathlib.Path:
-    """Return the absolute path of `workdir`, made if it is missing.
+def open_workdir(workdir: str) -> storage.Path:
+    """Return the absolute path of `workdir`, made if it is missing; a bucket has to be there.
 
     Raises:
         ValueError: it cannot be used, or the processes of a job do not share it.
     """
+    path = storage.to_path(workdir, "workdir")
+    if isinstance(path, pathlib.Path):
+        return open_local_workdir(workdir)
+    storage.check_writable(path)
+    distributed.check_shared(path)
+    return path
+
+
+def open_local_workdir(workdir: str) -> pathlib.Path:
+    """As `open_workdir`, of what is written and read by libraries that take local paths only.
+
+    Raises:
+        ValueError: see `open_workdir`; or it is in a bucket.
+    """
     if not workdir:
         raise ValueError("workdir is empty; name a directory with --workdir=DIR")
+    storage.check_path(workdir, "workdir")
     path = pathlib.Path(workdir).absolute()
     try:
         str(path).encode()  # the storage of checkpoints takes nothing else
@@ -41,7 +60,7 @@ def open_workdir(workdir: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def exclusive(directory: pathlib.Path) -> Iterator[None]:
+def exclusive(directory: storage.Path) -> Iterator[None]:
     """Keep a workdir for this run, of whatever number of processes; a kill lets go of it.
 
     Raises:
@@ -50,6 +69,10 @@ def exclusive(directory: pathlib.Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
+    if not isinstance(directory, pathlib.Path):
+        with _leased(directory):
+            yield
+        return
     path = directory / LOCK_NAME
     with path.open("a+") as file:
         try:
@@ -57,10 +80,8 @@ def exclusive(directory: pathlib.Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read(MAX_OWNER).strip() or "unknown"
-            raise ValueError(
-                f"another run is at work in {directory} (process {owner}); wait for its end, or "
-                "use another workdir"
-            ) from error
+            owner = f"process {owner}"
+            raise ValueError(BUSY.format(directory=directory, owner=owner)) from error
         except OSError as error:
             logging.warning("%s cannot be locked (%s): start no second run in it", path, error)
         file.truncate(0)
@@ -70,3 +91,19 @@ def exclusive(directory: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _leased(directory: storage.Path) -> Iterator[None]:
+    """As `exclusive`, in a bucket: what a killed run leaves there is taken over after a while."""
+
+    def leave(name: str) -> None:
+        distributed.leave(
+            f"this process was silent for so long that another run took over {directory}: it goes "
+            "on there"
+        )
+
+    with Leases(directory, on_lost=leave) as leases:
+        if owner := leases.wait_for(LEASE_NAME):
+            raise ValueError(BUSY.format(directory=directory, owner=owner))
+        yield

@@ -1,15 +1,15 @@
 """Checkpoints of the whole run: train state, position in the data, configuration (Orbax).
 
 Saving is asynchronous and atomic: a step directory appears under its final name only when it is
-complete, so a killed run resumes from the last complete one. With it come the digests of its files
-(`common.digests`): one that is damaged is set aside, and the run resumes from the one before.
+complete, or, in a bucket, with a marker that is written last (`commit_success.txt`), so a killed
+run resumes from the last complete one. With it come the digests of its files (`common.digests`):
+one that is damaged is set aside, and the run resumes from the one before.
 Nothing in a checkpoint depends on the mesh or the number of processes that wrote it.
 """
 
 import contextlib
 import json
 import os
-import pathlib
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from dar_jax.common import digests
+from dar_jax.common import digests, storage
 from dar_jax.parallel import distributed
 from dar_jax.training import origin
 from dar_jax.training.state import TrainState
@@ -39,12 +39,12 @@ READ_ERRORS = (*SAVE_ERRORS, KeyError, TypeError, AttributeError, AssertionError
 """What they raise when they cannot read."""
 
 
-def latest_step(directory: pathlib.Path) -> int | None:
+def latest_step(directory: storage.Path) -> int | None:
     """Step of the last complete checkpoint of a directory, which need not exist; None: none."""
     return max(_steps(directory), default=None)
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
+def _steps(directory: storage.Path) -> list[int]:
     """Complete checkpoints, the latest first; whatever else lies there is passed over."""
     if not directory.is_dir():
         return []
@@ -68,7 +68,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: storage.Path,
         config: Mapping[str, Any],
         *,
         keep: int,
@@ -90,7 +90,8 @@ class Checkpoints:
             ValueError: the latest checkpoint was made with another configuration, all are damaged,
                 or there is no folder. Nothing is written then.
         """
-        if os.path.lexists(directory) and not directory.is_dir():
+        is_there = os.path.lexists(directory) or directory.exists()
+        if is_there and not directory.is_dir():
             raise ValueError(f"{directory} is no folder for checkpoints; move it away")
         self._directory = directory
         self._config = json.loads(json.dumps(config))
@@ -144,6 +145,8 @@ class Checkpoints:
             ValueError: this save or the one before it failed.
         """
         with self._explained_failure():
+            self._manager.wait_until_finished()  # as `save` does, before it looks at another step
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -232,7 +235,10 @@ class Checkpoints:
     def _write_digests(self) -> None:
         """Add the digests to a checkpoint before it gets its final name; in the background."""
         if jax.process_index() == 0:
-            for directory in self._directory.glob(TEMPORARY):
+            written = [*self._directory.glob(TEMPORARY)]
+            if storage.is_remote(self._directory):  # under its final name, complete with a marker
+                written = [self._directory / str(self._saving)]
+            for directory in written:
                 if not digests.has(directory):
                     digests.write(directory, but=[UNFINISHED])
 
@@ -282,7 +288,7 @@ class Checkpoints:
         return changes
 
 
-def _find_damage(directory: pathlib.Path) -> str:
+def _find_damage(directory: storage.Path) -> str:
     if digests.has(directory):
         return digests.find_damage(directory)
     if not (directory / "state").is_dir():

@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from absl import logging
 from clu import metrics as clu_metrics
 from PIL import Image
 
+from dar_jax.common import storage
 from dar_jax.common.files import parse_json, replacing
 from dar_jax.common.typing import UInt8
 from dar_jax.parallel.chips import chip_of
@@ -22,6 +22,8 @@ from dar_jax.training.tracking import Tracker, WandbConfig
 
 FILE_NAME = "metrics.jsonl"
 BAD_SUFFIX = ".bad"
+EVENTS_SECONDS = 60.0
+"""Between two copies of the events to a bucket; a kill loses what came since the last."""
 
 
 def collection(task: Task) -> type[clu_metrics.Collection]:
@@ -132,7 +134,7 @@ class Writer:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: storage.Path,
         first_step: int,
         num_steps: int,
         *,
@@ -144,14 +146,15 @@ class Writer:
         if not self._active:
             return
         self._images = workdir / "images"
-        self._images.mkdir(exist_ok=True)
+        storage.make_directory(self._images)
         self._path = workdir / FILE_NAME
         cut_lines(self._path, first_step)
         # The suffix tells apart files begun in the same second, which is all their names say.
         import tensorboardX  # imports torch, where that is installed
 
+        self._copies = storage.Copies(workdir)
         self._events = tensorboardX.SummaryWriter(
-            str(workdir), purge_step=first_step + 1, filename_suffix=f".{first_step}"
+            str(self._copies.local), purge_step=first_step + 1, filename_suffix=f".{first_step}"
         )
         self._tracker = Tracker(wandb, workdir) if wandb and wandb.project else None
 
@@ -160,11 +163,11 @@ class Writer:
         if not self._active:
             return
         logging.info("%s", _progress(step, self._num_steps, values))
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        storage.append(self._path, f"{json.dumps({'step': step, **values})}\n".encode())
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        self._copies.send(at_most_every=EVENTS_SECONDS)
         if self._tracker is not None:
             self._tracker.scalars(step, values)
 
@@ -174,10 +177,12 @@ class Writer:
             return
         for name, pixels in pictures.items():
             path = self._images / f"{name}_{step:07d}.png"
-            Image.fromarray(pixels).save(path)
+            with replacing(path) as temporary:
+                Image.fromarray(pixels).save(temporary)
             logging.info("Wrote %s", path)
             self._events.add_image(name, pixels, step, dataformats="HWC")
         self._events.flush()
+        self._copies.send(at_most_every=EVENTS_SECONDS)
         if self._tracker is not None:
             self._tracker.pictures(step, pictures)
 
@@ -186,11 +191,12 @@ class Writer:
         if not self._active:
             return
         self._events.close()
+        self._copies.send()
         if self._tracker is not None:
             self._tracker.close()
 
 
-def cut_lines(path: pathlib.Path, last_step: int) -> None:
+def cut_lines(path: storage.Path, last_step: int) -> None:
     """Keep the lines of a metrics file up to `last_step`, so that a resumed curve has no doubles.
 
     A last line that a killed run left half-written is dropped as well. Other lines that are none,
@@ -210,8 +216,7 @@ def cut_lines(path: pathlib.Path, last_step: int) -> None:
     if bad:
         aside = path.with_name(path.name + BAD_SUFFIX)
         logging.warning("%s: %d lines are no figures, moved to %s", path, len(bad), aside.name)
-        with aside.open("ab") as file:
-            file.writelines(bad)
+        storage.append(aside, b"".join(bad))
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
 
@@ -225,7 +230,7 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
-def history(path: pathlib.Path, name: str, last_step: int) -> list[tuple[int, float]]:
+def history(path: storage.Path, name: str, last_step: int) -> list[tuple[int, float]]:
     """The steps and values of a metric up to a step.
 
     Args:
@@ -241,7 +246,7 @@ def history(path: pathlib.Path, name: str, last_step: int) -> list[tuple[int, fl
     ]
 
 
-def last_evaluation(path: pathlib.Path, last_step: int) -> dict[str, str]:
+def last_evaluation(path: storage.Path, last_step: int) -> dict[str, str]:
     """The newest metrics of held-out images up to a step, as text by name; none if there are none.
 
     Args:

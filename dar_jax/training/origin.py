@@ -8,13 +8,12 @@ on is refused, unless `train.allow_change` names it; it is then recorded in `WOR
 import datetime
 import difflib
 import json
-import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from absl import logging
 
-from dar_jax.common import digests, model_dir, tree
+from dar_jax.common import digests, model_dir, storage, tree
 from dar_jax.common.version import version
 from dar_jax.data import identity
 from dar_jax.data.base import Source
@@ -144,7 +143,7 @@ def check_keys(keys: Collection[str], bound: Mapping[str, Any]) -> None:
             )
 
 
-def record(workdir: pathlib.Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+def record(workdir: storage.Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """Append what has changed to the history of a workdir.
 
     Raises:
@@ -154,8 +153,7 @@ def record(workdir: pathlib.Path, step: int, changes: Mapping[str, tuple[Any, An
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = {"time": now, "version": version(), "step": step, "changes": changes}
-    with (workdir / HISTORY_NAME).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    storage.append(workdir / HISTORY_NAME, f"{json.dumps(line)}\n".encode())
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:

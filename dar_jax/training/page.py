@@ -2,8 +2,8 @@
 
 import base64
 import html
-import pathlib
 
+from dar_jax.common import storage
 from dar_jax.common.files import replacing
 from dar_jax.training import metrics
 
@@ -30,7 +30,7 @@ In Python
   dar_jax.from_pretrained("{workdir}/model")"""
 
 
-def write(workdir: pathlib.Path, title: str, step: int) -> None:
+def write(workdir: storage.Path, title: str, step: int) -> None:
     """Write the report: figures, the latest pictures, curves, and how to go on.
 
     Args:
@@ -64,13 +64,13 @@ def write(workdir: pathlib.Path, title: str, step: int) -> None:
         temporary.write_text(page)
 
 
-def latest_pictures(directory: pathlib.Path) -> list[pathlib.Path]:
+def latest_pictures(directory: storage.Path) -> list[storage.Path]:
     """Return the newest file of each name of `NAME_STEP.png`."""
     newest = {path.stem.rpartition("_")[0]: path for path in sorted(directory.glob("*_*.png"))}
     return list(newest.values())
 
 
-def _figure(path: pathlib.Path) -> str:
+def _figure(path: storage.Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     name = html.escape(path.stem)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{name}"></figure>'

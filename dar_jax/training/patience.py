@@ -2,12 +2,12 @@
 
 import functools
 import itertools
-import pathlib
 from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.parallel import distributed
 from dar_jax.tasks.base import Task
@@ -52,7 +52,7 @@ def _loss(
     return task.loss(params, batch, rng, frozen)[0]
 
 
-def has_ended(workdir: pathlib.Path, config: TrainConfig, step: int) -> bool:
+def has_ended(workdir: storage.Path, config: TrainConfig, step: int) -> bool:
     """Tell whether a run is over: at its last step, or because the held-out loss falls no more.
 
     That is when the last `config.patience` losses were not below all earlier ones; what process 0
@@ -66,6 +66,6 @@ def has_ended(workdir: pathlib.Path, config: TrainConfig, step: int) -> bool:
     return distributed.gather_texts(str(found))[0] == str(True)
 
 
-def _is_exhausted(workdir: pathlib.Path, patience: int, step: int) -> bool:
+def _is_exhausted(workdir: storage.Path, patience: int, step: int) -> bool:
     losses = [loss for _, loss in metrics.history(workdir / metrics.FILE_NAME, NAME, step)]
     return patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])

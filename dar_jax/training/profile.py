@@ -1,10 +1,11 @@
 """A window of training steps recorded with `jax.profiler`."""
 
-import pathlib
 from typing import Any
 
 import jax
 from absl import logging
+
+from dar_jax.common import storage
 
 
 class ProfileWindow:
@@ -12,7 +13,7 @@ class ProfileWindow:
     Perfetto. Compilation happens in the first step of a run, so a window had better start later.
     """
 
-    def __init__(self, steps: tuple[int, ...], directory: pathlib.Path):
+    def __init__(self, steps: tuple[int, ...], directory: storage.Path):
         """Take the window `(first, last)`, or nothing if `steps` is empty."""
         self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
         self._directory = directory
@@ -21,7 +22,8 @@ class ProfileWindow:
     def before(self, step: int) -> None:
         """Start the trace if `step`, about to be dispatched, is in the window."""
         if step in self._steps and not self._active:
-            jax.profiler.start_trace(self._directory)
+            self._copies = storage.Copies(self._directory)
+            jax.profiler.start_trace(self._copies.local)
             self._active = True
 
     def after(self, step: int, result: Any) -> None:
@@ -34,5 +36,6 @@ class ProfileWindow:
         """End a trace that is still on."""
         if self._active:
             jax.profiler.stop_trace()
+            self._copies.send()
             self._active = False
             logging.info("Wrote a profile to %s", self._directory)

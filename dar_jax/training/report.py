@@ -1,7 +1,6 @@
 """What a run tells of its steps: checked, averaged, written, one step late."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from absl import logging
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from dar_jax.common import files
+from dar_jax.common import files, storage
 from dar_jax.common.progress import Progress
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
@@ -33,7 +32,7 @@ def is_due(step: int, every: int, last_step: int) -> bool:
 
 
 def describe(
-    workdir: pathlib.Path, config: Mapping[str, Any], params: Params, mesh: jax.sharding.Mesh
+    workdir: storage.Path, config: Mapping[str, Any], params: Params, mesh: jax.sharding.Mesh
 ) -> None:
     """Log what is trained, in two lines; the whole config and a table of arrays go to files."""
     overview = parameter_overview.get_parameter_overview(params, include_stats=False)

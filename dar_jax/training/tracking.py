@@ -8,12 +8,12 @@ it repeats after a kill come out the same, and the client drops them.
 import dataclasses
 import importlib.metadata
 import json
-import pathlib
 import uuid
 from collections.abc import Mapping
 
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.files import replacing
 from dar_jax.common.typing import UInt8
 
@@ -42,7 +42,7 @@ class WandbConfig:
 class Tracker:
     """One run of a project; for one process of a job."""
 
-    def __init__(self, config: WandbConfig, workdir: pathlib.Path):
+    def __init__(self, config: WandbConfig, workdir: storage.Path):
         """Begin the run of a workdir that holds its `config.json`, or go on with it.
 
         Raises:
@@ -54,13 +54,14 @@ class Tracker:
         if not path.exists():
             with replacing(path) as temporary:
                 temporary.write_text(uuid.uuid4().hex)
+        self._copies = storage.Copies(workdir)  # of which nothing is sent: the client does that
         try:
             self._run = wandb.init(
                 project=config.project,
                 id=path.read_text(),
                 resume="allow",
                 name=workdir.name,
-                dir=workdir,
+                dir=self._copies.local,
                 config=json.loads((workdir / "config.json").read_text()),
             )
         except (wandb.Error, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from absl import logging
 
 from dar_jax.common import progress
@@ -59,3 +60,11 @@ def test_jax_reports_compilation_under_these_names():
     jax.jit(lambda x: jnp.sort(jnp.tanh(x)))(jnp.ones(17))
     jax.monitoring.unregister_event_duration_listener(listen)
     assert seen >= set(progress.COMPILATION_EVENTS)
+
+
+def test_waiting_for_others_ends_and_names_what_is_waited_for(monkeypatch):
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "MAX_WAIT_SECONDS", 0.05)
+    progress.wait_for(lambda: True, "nothing")
+    with pytest.raises(ValueError, match="gave up waiting for the merged file; run the same"):
+        progress.wait_for(lambda: False, "the merged file")

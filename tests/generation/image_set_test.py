@@ -1,20 +1,28 @@
 """Sets of images on disk: what is missing, who makes it, what is refused, and the one file."""
 
+import contextlib
 import dataclasses
+import itertools
+import socket
+import subprocess
+import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
-from dar_jax.generation import batches
+from dar_jax.generation import batches, resumable_arrays
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
 from dar_jax.generation.resumable_arrays import MANIFEST_NAME, is_whole_archive
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
+from dar_jax.parallel import leases
 from dar_jax.pipelines.base import Pipeline
 from tests.damage import DAMAGES, damage, warnings
 
@@ -28,13 +36,14 @@ def picture(index):
     return np.full((SIZE, SIZE, 3), index, np.uint8)
 
 
-def fill(image_set, batch_size, processes=1, stop_after=None):
-    """Write what is missing, as so many processes one after the other; return what was written."""
+def fill(image_set, batch_size, stop_after=None, delay=0.0):
+    """Write what is missing; return what was written."""
     written = []
-    for process in range(processes):
-        for first, stop in image_set.runs(batch_size, process, processes):
+    with contextlib.closing(image_set.rounds(batch_size)) as rounds:
+        for first, stop in itertools.chain.from_iterable(rounds):
             if len(written) == stop_after:
                 return written
+            time.sleep(delay)
             pixels = np.stack([picture(index) for index in range(first, stop)])
             indices = np.zeros((stop - first, 2), np.int32)
             image_set.write(first, pixels, {"indices": indices})
@@ -49,19 +58,43 @@ def image_set(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_all_images(image_set, processes):
-    runs = fill(image_set, batch_size=3, processes=processes)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_all_images_and_leave_no_lease(image_set, workers, monkeypatch):
+    monkeypatch.setattr(resumable_arrays, "POLL_SECONDS", 0.01)
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(fill, image_set, 3, delay=0.05) for _ in range(workers)]
+        shares = [job.result() for job in jobs]
+    assert all(shares), "each has some"
+    runs = [run for share in shares for run in share]
     assert sorted(index for run in runs for index in range(*run)) == list(range(20))
-    assert not image_set.missing().any()
-    by_process = [list(image_set.runs(3, p, processes)) for p in range(processes)]
-    assert by_process == [[]] * processes
+    assert not image_set.missing().any() and fill(image_set, 3) == []
+    assert not [*image_set.directory.glob(".*")]
+
+
+def test_batches_that_a_dead_process_had_taken_are_made_by_others(image_set):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    text = f"process {dead.pid} on {socket.gethostname()} (0) 3\n"
+    (image_set.directory / ".lease-00000003-0").write_text(text)
+    assert fill(image_set, batch_size=3)[1] == (3, 6)
+    assert not [*image_set.directory.glob(".*")]
+
+
+def test_batch_of_a_living_process_is_waited_for_by_name(image_set, monkeypatch, caplog):
+    monkeypatch.setattr(resumable_arrays, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "GONE_SECONDS", 0.3)
+    (image_set.directory / ".lease-00000003-0").write_text("process 1 on elsewhere (0) 3\n")
+    logging.get_absl_logger().propagate = True
+    with caplog.at_level("INFO", logger="absl"):
+        written = fill(image_set, batch_size=3)
+    assert written[-1] == (3, 6), "after all others"
+    assert "Waiting for rows from 3 on, of process 1 on elsewhere (0)" in caplog.messages
 
 
 @pytest.mark.parametrize("image_format", ["npz", "png"])
 def test_interrupted_set_goes_on_with_other_batches(tmp_path, image_format):
     image_set = ImageSet(tmp_path, 20, LABELS, image_format)
-    first = fill(image_set, batch_size=3, processes=2, stop_after=5)
+    first = fill(image_set, batch_size=3, stop_after=5)
     second = fill(image_set, batch_size=8)
     assert sorted(index for run in first + second for index in range(*run)) == list(range(20))
     np.testing.assert_array_equal(image_set.array(PIXELS), [picture(index) for index in range(20)])

@@ -8,8 +8,6 @@ the number of devices or processes, and on batch sizes only by rounding.
 
 import dataclasses
 import functools
-import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Protocol, cast, runtime_checkable
 
@@ -17,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.typing import Any
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.classifier import Classifier
@@ -113,7 +111,7 @@ class Evaluation:
         """
         self.settings, self.sampling, self.data = config.evaluate, config.sample, config.data
         self._load_model = functools.partial(load_model, compute=config.compute, mesh=config.mesh)
-        self.directory = pathlib.Path(workdir) / DIRECTORY_NAME
+        self.directory = storage.to_path(workdir) / DIRECTORY_NAME
         self.store = self._comparison = None
         stores = functools.cache(self._make_store)
         if self.settings.features and "reconstruction" in self.settings.names:
@@ -205,7 +203,7 @@ class Evaluation:
             return
         for manifest in self.directory.glob(f"*/{MANIFEST_NAME}"):
             if fingerprint in manifest.read_text():
-                shutil.rmtree(manifest.parent)
+                storage.delete_tree(manifest.parent)
 
     def generated(
         self, subject: Subject, sampling: SampleConfig, *, previews: bool = False
@@ -231,7 +229,7 @@ class Evaluation:
             metrics["accuracy"] = self.classifier.accuracy(read_all(images), labels)
         return metrics
 
-    def path(self, name: str, made_with: Mapping[str, Any]) -> pathlib.Path:
+    def path(self, name: str, made_with: Mapping[str, Any]) -> storage.Path:
         """Directory of what is made with some settings."""
         return self.directory / f"{name}-{digest(made_with)}"
 

@@ -13,10 +13,10 @@ from PIL import Image
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
 from dar_jax.common.files import replacing
-from dar_jax.common.progress import Progress, wait_for
+from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Float, Int
 from dar_jax.evaluation.evaluators.base import Evaluation, Metrics, Subject, below
-from dar_jax.evaluation.feature_store import read_ahead
+from dar_jax.evaluation.feature_store import read_rounds
 from dar_jax.evaluation.image_sources import SplitImages
 from dar_jax.generation.batches import batch_size, class_name
 from dar_jax.generation.image_sets import SOUND, write_batch
@@ -99,10 +99,9 @@ def _scores(
     pieces = Pieces(evaluation.path("likelihood", made_with), len(pictures))
     pieces.bind(made_with)
     size = batch_size(evaluation.sampling, model, len(pictures))
-    runs = list(pieces.runs(size, jax.process_index(), jax.process_count()))
     labels = pictures.labels().astype(np.int32)
-    progress = Progress(sum(stop - first for first, stop in runs))
-    for first, pixels in read_ahead(pictures, runs):
+    progress = Progress(int(pieces.missing().sum()))
+    for first, pixels in read_rounds(pictures, pieces, size):
         stop = first + len(pixels)
         own = pad(labels[first:stop], size)
         indices = model.autoencoder.encode(pad(images.to_float(pixels), size))
@@ -112,7 +111,6 @@ def _scores(
             arrays["classes"] = model.class_log_likelihoods(indices)
         arrays[SOUND] = is_sound(*arrays.values())
         write_batch(pieces.save, progress, arrays, first, stop)
-    wait_for(lambda: not pieces.missing().any(), "the scores of other processes")
     return pictures, {"labels": labels, **{name: pieces.array(name) for name in pieces.names()}}
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
-from dar_jax.common.progress import Progress, wait_for
+from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any
 from dar_jax.evaluation.evaluators.base import Evaluation, Metrics, Subject, below
-from dar_jax.evaluation.feature_store import read_ahead
+from dar_jax.evaluation.feature_store import read_rounds
 from dar_jax.evaluation.image_sources import Images, SetImages, SplitImages, read_all
 from dar_jax.evaluation.pairs import codebook_metrics, distance_metrics, pair_metrics
 from dar_jax.evaluation.perceptual import psnr, ssim
@@ -69,7 +69,7 @@ def fill(
     size: int,
     seed: int,
 ) -> None:
-    """Encode and decode the originals that are lacking, then wait for other processes.
+    """Encode and decode the originals that are lacking, together with whoever else is at it.
 
     Args:
         pieces: get the arrays `PIXELS`, 8-bit, and, of a tokenizer, `INDICES`.
@@ -80,9 +80,8 @@ def fill(
         seed: image i draws from `fold_in(seed, i)`.
     """
     rng = jax.random.key(seed)
-    runs = list(pieces.runs(size, jax.process_index(), jax.process_count()))
-    progress = Progress(sum(stop - first for first, stop in runs))
-    for first, pixels in read_ahead(originals, runs):
+    progress = Progress(int(pieces.missing().sum()))
+    for first, pixels in read_rounds(originals, pieces, size):
         image = pad(images.to_float(pixels), size)
         made = model.reconstruct(image, rng=rng, first_index=first, sampling=options)
         arrays = {PIXELS: images.to_pixels(made.images)}
@@ -90,4 +89,3 @@ def fill(
             arrays[INDICES] = made.indices
         arrays[SOUND] = is_sound(made.images)
         write_batch(pieces.save, progress, arrays, first, first + len(pixels))
-    wait_for(lambda: not pieces.missing().any(), "the images of other processes")

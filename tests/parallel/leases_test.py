@@ -1,0 +1,78 @@
+"""Leases, in a folder and in a bucket: one owner, taken over when it is gone."""
+
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+
+from dar_jax.common import storage
+from dar_jax.parallel import leases
+from dar_jax.parallel.leases import Leases
+
+
+@pytest.fixture(params=["local", "bucket"])
+def directory(request, tmp_path):
+    if request.param == "local":
+        return tmp_path
+    return request.getfixturevalue("in_bucket")
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "GONE_SECONDS", 0.5)
+
+
+def names(directory):
+    return sorted(path.name for path in storage.entries(directory))
+
+
+def test_one_has_it_until_it_is_returned(directory):
+    with Leases(directory) as first, Leases(directory) as second:
+        assert first.take("a") == ""
+        assert f"process {os.getpid()} on {socket.gethostname()}" in second.take("a")
+        assert second.take("b") == ""
+        first.release("a")
+        assert second.take("a") == ""
+    assert names(directory) == []
+
+
+def test_renewed_lease_is_kept_for_longer_than_its_time(directory):
+    with Leases(directory) as first, Leases(directory) as second:
+        first.take("a")
+        end = time.monotonic() + 3 * leases.GONE_SECONDS
+        while time.monotonic() < end:
+            assert second.take("a") != ""
+            time.sleep(0.1)
+        assert second.wait_for("a").startswith("process ")
+
+
+@pytest.mark.parametrize("text", ["process 1 on elsewhere (0) 7\n", "garbage \xff\n", ""])
+def test_lease_that_nobody_renews_is_taken_over(directory, text):
+    storage.create(directory / ".lease-a-3", text)
+    with Leases(directory) as mine:
+        assert mine.take("a") != ""
+        assert mine.wait_for("a") == ""
+        assert names(directory) == [".lease-a-4"]
+
+
+def test_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(directory):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    storage.create(directory / ".lease-a-0", f"process {dead.pid} on {socket.gethostname()} (0) 1")
+    with Leases(directory) as mine:
+        assert mine.take("a") == ""
+
+
+def test_owner_that_was_silent_learns_that_it_lost_the_lease(directory):
+    lost = []
+    with Leases(directory, on_lost=lost.append) as first:
+        first.take("a")
+        storage.create(directory / ".lease-a-1", "process 1 on elsewhere (0) 0")
+        end = time.monotonic() + 5
+        while not lost and time.monotonic() < end:
+            time.sleep(0.02)
+    assert lost == ["a"]
+    assert ".lease-a-1" in names(directory), "that of the new owner"
