@@ -132,6 +132,7 @@ def test_task_trains_on_captions_and_knows_their_encoder(config, whole, encoder)
     batch = next(pipeline.train_iterator(data_of(from_codes(config, whole)), seed=0))
     expected = task.abstract_batch(8)
     assert {n: a.dtype for n, a in batch.items()} == {n: s.dtype for n, s in expected.items()}
+    batch = jax.tree.map(jnp.asarray, batch)
     params = task.init(jax.random.key(0))
     value, outputs = jax.jit(task.loss)(params, batch, jax.random.key(1), task.frozen())
     assert np.isfinite(value) and set(outputs) == {"token_accuracy"}
@@ -146,8 +147,11 @@ MISTAKES = {
     ),
     "classes": (lambda c, _: c.data.update(captions=False), "captions=False do not fit"),
     "model": (lambda c, _: c.model.update(caption_dim=None), "caption_dim=None and"),
-    "width": (lambda c, _: c.model.update(caption_dim=13), "makes 12 features .* caption_dim=13"),
-    "length": (lambda c, _: c.model.update(condition_tokens=9), "condition_tokens=8, .* tokens=9"),
+    "width": (lambda c, _: c.model.update(caption_dim=13), "makes 12 features .*caption_dim=13"),
+    "length": (
+        lambda c, _: c.model.update(condition_tokens=9),
+        "condition_tokens=8, .*condition_tokens=9",
+    ),
     "none": (lambda c, _: c.model.update(text_encoder=""), "the model names no text encoder"),
     "unknown": (lambda c, _: c.model.update(text_encoder="clip"), "unknown text encoder 'clip'"),
 }

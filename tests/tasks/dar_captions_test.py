@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax.common import model_dir
+from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
@@ -174,3 +176,19 @@ def test_null_caption_stays_where_it_was_drawn(params, name):
         np.testing.assert_array_equal(kept["null_caption"], before["null_caption"])
     assert not np.allclose(after["hidden"]["kernel"], before["hidden"]["kernel"], atol=0.1)
     assert float(metrics.loss.compute()) < np.log(32)
+
+
+def test_all_but_the_condition_embedding_comes_from_a_model_of_classes(tmp_path):
+    classes = FunctionalModel(Llama, dataclasses.replace(CONFIG, caption_dim=None))
+    there = random_params(classes.abstract_params(), seed=1)
+    model_dir.save_model(tmp_path / "model", "dar_prior", {}, there, {})
+    like = FunctionalModel(Llama, CONFIG).abstract_params()
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    where = jax.tree.map(lambda _: sharding.replicated(mesh), like)
+    found = model_dir.load_fitting(tmp_path / "model", like, where, make_task().adapters())
+    assert {line.partition(" ")[0] for line in found.lacking} == {
+        f"condition_embed/{name}" for name in ("null_caption", "hidden/kernel", "out/kernel")
+    }
+    assert found.unused == ["condition_embed/embedding"]
+    del there["condition_embed"]
+    jax.tree.map(np.testing.assert_array_equal, found.params, there)
