@@ -70,11 +70,11 @@ class DarPriorTask(ModelTask):
         return {"tokenizer": self.tokenizer.abstract_params()}
 
     def abstract_batch(self, batch_size: int) -> AbstractBatch:
-        if not self._from_codes:
-            return picture_batch(batch_size, self.tokenizer.config.image_size)
         config = self.model.config
-        codes = jax.ShapeDtypeStruct((batch_size, 1, config.num_tokens), jnp.uint16)
-        batch = {"codes": codes, "label": label_shape(batch_size)}
+        batch = picture_batch(batch_size, self.tokenizer.config.image_size)
+        if self._from_codes:
+            codes = jax.ShapeDtypeStruct((batch_size, 1, config.num_tokens), jnp.uint16)
+            batch = {"codes": codes, "label": label_shape(batch_size)}
         if config.caption_dim is not None:
             shape = (batch_size, config.condition_tokens, config.caption_dim)
             batch["captions"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
