@@ -131,7 +131,7 @@ def test_set_of_prompts_goes_on_after_a_kill(run, monkeypatch):
     (merged,) = samples.glob("samples_5x*.npz")
     with np.load(merged) as arrays:
         assert arrays["arr_1"].tolist() == labels
-    with pytest.raises(ValueError, match="other labels"):
+    with pytest.raises(ValueError, match="is made with labels="):
         run(**options, prompts="a car")
 
 
