@@ -12,6 +12,8 @@ from configs import (
     imagenet_transdiff,
     mnist,
     photographs,
+    text_folder,
+    text_to_image,
 )
 from dar_jax.common import model_dir
 from dar_jax.common.tree import num_parameters
@@ -31,6 +33,7 @@ TRANSDIFF_PARAMETERS = {
     "l,mrar": 682_633_232,
     "l,512": 683_306_000,
 }
+NULL_CAPTION = 120 * 2048
 CONFIGS = {
     "mnist:tokenizer": lambda: mnist.get_config("tokenizer"),
     "mnist:dar": lambda: mnist.get_config("dar"),
@@ -41,6 +44,14 @@ CONFIGS = {
     "imagenet_kl_vae": imagenet_kl_vae.get_config,
     **{f"imagenet_dar:{n}": lambda n=n: imagenet_dar.get_config(n) for n in SIZES},
     "photographs": photographs.get_config,
+    **{
+        f"text_folder:{n}": lambda n=n: text_folder.get_config(n)
+        for n in ("32", "64", "128", "256")
+    },
+    **{
+        f"text_to_image:{n}": lambda n=n: text_to_image.get_config(n)
+        for n in ("xl", "1b", "3b", "xl,stage2")
+    },
     **{
         f"emoji:{part}_{size}": lambda part=part, size=size: emoji.get_config(f"{part}_{size}")
         for part in ("tokenizer", "dar")
@@ -68,6 +79,9 @@ PARAMETERS = {
     "imagenet_dar:3b": 3_096_659_200,
     "imagenet_dar:7b": 6_614_589_440,
     **{f"imagenet_transdiff:{name}": count for name, count in TRANSDIFF_PARAMETERS.items()},
+    "text_to_image:xl": 777_678_080 + NULL_CAPTION,
+    "text_to_image:1b": 1_205_954_560 + NULL_CAPTION,
+    "text_to_image:3b": 3_110_249_600 + NULL_CAPTION,
 }
 """Counts of the reference's modules."""
 
@@ -95,7 +109,8 @@ def task_of(config, directory):
         vae = mnist.get_config("kl_vae") if mnist_data else imagenet_kl_vae.get_config()
         config.vae = str(directory / "vae")
         model_dir.save_model(config.vae, vae.task, vae.model.to_dict(), {}, {})
-    return build_task(read_config(config))
+    # Captions are encoded before there is something to train on.
+    return build_task(read_config(config), with_weights=not config.data.captions)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -37,12 +37,14 @@ PRIOR = LlamaConfig(
 )
 
 
-def save(directory: pathlib.Path, tokenizer: TokenizerConfig = TOKENIZER) -> pathlib.Path:
+def save(
+    directory: pathlib.Path, tokenizer: TokenizerConfig = TOKENIZER, prior: LlamaConfig = PRIOR
+) -> pathlib.Path:
     """Write the prior's model directory, its tokenizer in it, and return its path."""
     rng = np.random.default_rng(0)
     for kind, cls, config, companions in (
         ("dar_tokenizer", Tokenizer, tokenizer, {}),
-        ("dar_prior", Llama, PRIOR, {"tokenizer": directory / "dar_tokenizer"}),
+        ("dar_prior", Llama, prior, {"tokenizer": directory / "dar_tokenizer"}),
     ):
         like = FunctionalModel(cls, config).abstract_params()
         params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)

@@ -2,27 +2,31 @@
 
 Training pictures are encoded in all crops that `config.data.crop` may draw: one for "center", ten
 for "ten_crop" (the published recipe), and all of them mirrored as well with `config.data.flip`;
-held-out pictures in the centre crop.
+held-out pictures in the centre crop. With `config.data.captions` every record has the features of
+the picture's captions too.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from dar_jax.caching.encoded import FrozenEncoder, Views, write_encoded
+from dar_jax.caching.encoded import Encoded, FrozenEncoder, Views, write_encoded
 from dar_jax.common import image as images
 from dar_jax.common import model_dir
 from dar_jax.common.typing import Array, Int, Params, UInt8
 from dar_jax.data.base import DataConfig
-from dar_jax.data.codes import FORM, MAX_CODEBOOK_SIZE
+from dar_jax.data.codes import CAPTIONS, FORM, MAX_CODEBOOK_SIZE, pack_captioned
 from dar_jax.data.sources import SPLITS, load_source
 from dar_jax.data.transforms import center_crop, ten_crop
+from dar_jax.kinds.dar_prior import described
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
 from dar_jax.kinds.loading import open_model
 from dar_jax.models.dar.tokenizer import Tokenizer
+from dar_jax.models.text.encoder import TextEncoder
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel.workdir import open_local_workdir
@@ -33,7 +37,14 @@ NUM_CROPS = {"center": 1, "ten_crop": 10}
 CROPS = {"center": lambda pixels, size: center_crop(pixels, size)[None], "ten_crop": ten_crop}
 
 
-def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_shard: int) -> None:
+def write_codes(
+    data: DataConfig,
+    tokenizer: str,
+    workdir: str,
+    *,
+    pictures_per_shard: int,
+    text_encoder: TextEncoder | None = None,
+) -> None:
     """Write the codes of every split to `workdir`; shards that are there already are kept.
 
     Args:
@@ -41,6 +52,7 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
         tokenizer: model directory, as `model_dir.locate` takes it.
         workdir: of the cache.
         pictures_per_shard: records in one file.
+        text_encoder: of the captions, if they are written.
 
     Raises:
         ValueError: the data or the tokenizer cannot be used, or the workdir holds another cache.
@@ -65,6 +77,7 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
         "num_tokens": model.config.num_tokens,
         "crop": data.crop,
         "flip": data.flip,
+        CAPTIONS: text_encoder and described(text_encoder),
     }
     # What is held out is seen in one crop, as everywhere else.
     held_out = dataclasses.replace(data, crop="center", flip=False)
@@ -77,7 +90,17 @@ def write_codes(data: DataConfig, tokenizer: str, workdir: str, *, pictures_per_
         encoder=encoder,
         views={"train": views_of(data), "test": views_of(held_out)},
         pictures_per_shard=pictures_per_shard,
+        pack=text_encoder and functools.partial(_pack, text_encoder),
     )
+
+
+def _pack(text_encoder: TextEncoder, group: Encoded) -> Iterator[bytes]:
+    """Make records with captions, which are encoded together."""
+    features, mask = text_encoder.encode([text for _, about in group for text in about.captions])
+    first = 0
+    for codes, about in group:
+        rows = slice(first, first := first + len(about.captions))
+        yield pack_captioned(codes, about.label, features[rows], mask[rows])
 
 
 def views_of(config: DataConfig) -> Views:

@@ -8,7 +8,8 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import grain
 import jax
@@ -35,6 +36,17 @@ class Views:
 
     count: int
     of: Callable[[np.ndarray], np.ndarray]
+
+
+class Labelled(NamedTuple):
+    """What is known of a picture: its label and captions."""
+
+    label: int
+    captions: tuple[str, ...]
+
+
+Encoded = list[tuple[np.ndarray, Labelled]]
+"""What a model makes of some pictures."""
 
 
 class FrozenEncoder:
@@ -69,14 +81,14 @@ class FrozenEncoder:
 
     def encode(
         self,
-        examples: Iterator[tuple[UInt8[np.ndarray, "views _ _ 3"], int]],
+        examples: Iterator[tuple[UInt8[np.ndarray, "views _ _ 3"], Labelled]],
         num_pictures: int,
         num_views: int,
-    ) -> Iterator[list[tuple[np.ndarray, int]]]:
+    ) -> Iterator[Encoded]:
         """Yield the array [views, ...] and the label of every picture, in order, in groups.
 
         Args:
-            examples: views and labels.
+            examples: views, and what else is known.
             num_pictures: the most that they are.
             num_views: of each.
         """
@@ -106,6 +118,7 @@ def write_encoded(
     encoder: FrozenEncoder,
     views: Mapping[str, Views],
     pictures_per_shard: int,
+    pack: Callable[[Encoded], Iterable[bytes]] | None = None,
 ) -> None:
     """Write every split; shards that are there already are kept.
 
@@ -118,6 +131,7 @@ def write_encoded(
         encoder: of the views.
         views: by split.
         pictures_per_shard: the last shard of a split may have fewer.
+        pack: makes records; None makes those of the form.
 
     Raises:
         ValueError: the directory holds another cache, too many pictures cannot be read, or what
@@ -136,6 +150,8 @@ def write_encoded(
     total = sum(len(source) for source in sources.values())
     tallies = {split: CorruptTally(lambda: total, data.max_corrupt_fraction) for split in sources}
 
+    pack = pack or (lambda group: (form.pack(array, about.label) for array, about in group))
+
     def records(split: str, pictures: range) -> Iterator[bytes]:
         seen = views[split]
         examples = _read(
@@ -147,31 +163,31 @@ def write_encoded(
             for number, (array, _) in enumerate(group, packed):
                 check_finite(f"{form.kind} of {split} record {number}", array)
             packed += len(group)
-            yield from (form.pack(array, label) for array, label in group)
+            yield from pack(group)
 
     shards.write_splits(directory, contents, records)
 
 
-def _by_picture(
-    group: Sequence[tuple[np.ndarray, int]], encoded: Array
-) -> list[tuple[np.ndarray, int]]:
+def _by_picture(group: Encoded, encoded: Array) -> Encoded:
     ends = np.cumsum([len(views) for views, _ in group])
     rows = np.split(np.asarray(encoded), ends)[: len(group)]  # the rest is padding
-    return [(of_picture, label) for of_picture, (_, label) in zip(rows, group, strict=True)]
+    return [(of_picture, about) for of_picture, (_, about) in zip(rows, group, strict=True)]
 
 
 def _read(
     source: Source, pictures: range, views: Views, *, num_threads: int, tally: CorruptTally
-) -> Iterator[tuple[UInt8[np.ndarray, "views _ _ 3"], int]]:
-    """Yield the views and the label of every readable picture in order, read by several threads."""
+) -> Iterator[tuple[UInt8[np.ndarray, "views _ _ 3"], Labelled]]:
+    """Yield the views of every readable picture in order, read by several threads."""
+    captions = getattr(source, "captions", ())
 
-    def example(index: int) -> tuple[np.ndarray, int] | None:
+    def example(index: int) -> tuple[np.ndarray, Labelled] | None:
         try:
             found = source[index]
         except UnreadablePictureError as error:
             tally.add(index, error)
             return None
-        return views.of(found["pixels"]), int(found["label"])
+        about = Labelled(int(found["label"]), captions[index] if captions else ())
+        return views.of(found["pixels"]), about
 
     dataset = grain.MapDataset.range(pictures.start, pictures.stop).map(example)
     options = grain.ReadOptions(num_threads, max(num_threads, PREFETCHED_PICTURES))

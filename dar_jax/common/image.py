@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import pathlib
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import cast
@@ -21,6 +22,8 @@ MAX_VALUE = 16.0
 LEGIBLE_SIZE = 64
 FONT_SIZE = 14
 FONT_MARGIN = 6
+LINE_HEIGHT, LINE_LENGTH = 18, 28
+"""Of names that are wrapped: in pixels, and in characters."""
 FONT_NAME = "DejaVuSans.ttf"
 NO_CHARACTER = "\uffff"
 """No font has it."""
@@ -145,6 +148,14 @@ def _legible(font: Any, name: str) -> str:
     return "".join(map(letter, name))
 
 
+def _wrapped(name: str, height: int) -> str:
+    """Break a long name into lines, as many as a row of that height holds."""
+    lines = textwrap.wrap(
+        name, LINE_LENGTH, max_lines=max(1, height // LINE_HEIGHT), placeholder=" ..."
+    )
+    return name if len(name) <= LINE_LENGTH else "\n".join(lines)
+
+
 def labelled_grid(
     pixels: UInt8[np.ndarray, "N H W C"],
     names: Sequence[str],
@@ -153,7 +164,7 @@ def labelled_grid(
 ) -> np.ndarray:
     """Lay pictures out like `grid`, enlarged to a legible size.
 
-    A name stands left of every row, and, with a `header`, above every column.
+    A name stands left of every row, wrapped if it is long; with a `header`, one above every column.
     """
     scale = max(1, LEGIBLE_SIZE // pixels.shape[1])
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -162,7 +173,9 @@ def labelled_grid(
     if not all(_draws(font, character) for name in names for character in name):
         font = _larger_font() or font
         names = [_legible(font, name) for name in names]
-    left = max(math.ceil(font.getlength(name)) for name in names) + 2 * FONT_MARGIN
+    names = [_wrapped(name, body.shape[0] // len(names)) for name in names]
+    lines = [line for name in names for line in name.split("\n")]
+    left = max(math.ceil(font.getlength(line)) for line in lines) + 2 * FONT_MARGIN
     top = FONT_SIZE + 2 * FONT_MARGIN if header else 0
     canvas = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")
     draw = ImageDraw.Draw(canvas)

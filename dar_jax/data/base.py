@@ -38,6 +38,8 @@ class DataConfig:
             tar, or many by braces, "set-{000000..000146}.tar"; for emoji the npm package's file.
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.
+        captions: train on captions, see `captions`, and only on pictures that have one. In tars,
+            labels do not matter then.
         test_fraction: part held out of every class, where the data have no held-out part, see
             `names`.
         image_size: height and width of a training example, in pixels.
@@ -61,6 +63,7 @@ class DataConfig:
     source: str = "mnist"
     path: str = ""
     classes: str = ""
+    captions: bool = False
     test_fraction: float = 0.02
     image_size: int = 32
     crop: str = "center"

@@ -32,13 +32,17 @@ Classes = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource(EncodedSource):
-    """The pictures `root/paths[i]` with their labels, and what else was seen there."""
+    """The pictures `root/paths[i]` with their labels, and what else was seen there.
+
+    `captions` are theirs, if they are read.
+    """
 
     root: pathlib.Path
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     seen: Seen = Seen()
+    captions: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -232,7 +236,7 @@ def _open(
 
 
 def select(source: FolderSource, indices: Sequence[int]) -> FolderSource:
-    """Return the source of some of the files, in this order."""
+    """Return the source of some of the files, in this order, without their captions."""
     return dataclasses.replace(
         source,
         paths=tuple(source.paths[i] for i in indices),

@@ -29,6 +29,7 @@ from absl import flags
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import references
 from dar_jax.data.base import AUTO, DataConfig, EncodedSource, Source
+from dar_jax.data.codes import draw_caption
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
 from dar_jax.data.sources import count_pictures, load_source
 from dar_jax.data.transforms import CROPS, center_crop, mirror, random_shift
@@ -115,6 +116,7 @@ def training_view(
     example: dict[str, Any], config: DataConfig, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Draw what training sees of a picture this time; of codes the task draws the crop."""
+    example = draw_caption(example, rng)
     if "pixels" in example:
         return {**example, "pixels": augment(example["pixels"], config, rng)}
     if "moments" in example:
@@ -124,7 +126,8 @@ def training_view(
 
 
 def held_out_view(example: dict[str, Any], config: DataConfig) -> dict[str, Any]:
-    """Return what evaluation sees of a picture: the centre."""
+    """Return what evaluation sees of a picture: the centre, and the first caption."""
+    example = draw_caption(example)
     if "pixels" in example:
         return {**example, "pixels": center_crop(example["pixels"], config.image_size)}
     if "moments" in example:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source
-from dar_jax.data.codes import load_codes
+from dar_jax.data.captions import with_captions
+from dar_jax.data.codes import CODES, load_codes
 from dar_jax.data.embedded import load_mnist, load_synthetic
 from dar_jax.data.emoji import load_emoji
 from dar_jax.data.folder import load_folder
@@ -51,6 +52,8 @@ def load_source(config: DataConfig, split: str) -> Source:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
     source = load(config, split)
+    if config.captions and config.source != CODES:
+        source = with_captions(source)
     if not len(source):
         raise ValueError(f"the {split} split of source {config.source!r} has no pictures")
     return source

@@ -46,16 +46,23 @@ from dar_jax.data.tar_index import TAR_SUFFIXES, Member, open_tar
 from dar_jax.data.tar_records import Record, read_records, read_texts
 
 TRAIN, LEFT_OUT = "train", "left out"
+CAPTIONED = "captioned"
+"""The one class of pictures that have captions."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TarSource(EncodedSource):
-    """Members of tars with their labels, and what else was seen there."""
+    """Members of tars with their labels, and what else was seen there.
+
+    `texts` are the `.txt`, or else the `.json`, beside them; `captions` what these say, if read.
+    """
 
     members: tuple[Member, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     seen: Seen = Seen()
+    texts: tuple[Member | None, ...] = ()
+    captions: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -79,7 +86,9 @@ def load_tar(config: DataConfig, split: str) -> TarSource:
     tars = _find_tars(config)
     wanted = read_classes(config.classes)
     classes = None if wanted is None else tuple(wanted.items())
-    whole, kept, held_out = _open(tars, config.path, classes, config.test_fraction)
+    whole, kept, held_out = _open(
+        tars, config.path, classes, config.test_fraction, captioned=config.captions
+    )
     if not kept and split == "train":
         raise ValueError(
             f"all tars of data.path={config.path!r} are held out by their names, e.g. "
@@ -90,7 +99,7 @@ def load_tar(config: DataConfig, split: str) -> TarSource:
             f"the test split of data.path={config.path!r} has no pictures: no class has two, of "
             "which one could be held out"
         )
-    return _select(whole, kept if split == "train" else held_out)
+    return select(whole, kept if split == "train" else held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +159,12 @@ def _expand(pattern: str) -> Tars:
 
 @functools.lru_cache(maxsize=2)
 def _open(
-    tars: Tars, where: str, wanted: tuple[tuple[str, str], ...] | None, fraction: float
+    tars: Tars,
+    where: str,
+    wanted: tuple[tuple[str, str], ...] | None,
+    fraction: float,
+    *,
+    captioned: bool,
 ) -> tuple[TarSource, list[int], list[int]]:
     """Return all pictures, and the indices of those to train on and of those held out."""
     found = [read_records(path) for path in tars.paths]
@@ -162,9 +176,9 @@ def _open(
             f"the tars of data.path={where!r} hold no pictures"
             + (f" (left out: {reasons})" if reasons else "")
         )
-    is_labelled = _are_labelled(records, where)
+    is_labelled = captioned or _are_labelled(records, where)
     depth, splits = _layout({record.folders for record in records}, where, is_labelled)
-    labels = _labels(records, tars, depth, is_labelled)
+    labels = [CAPTIONED] * len(records) if captioned else _labels(records, tars, depth, is_labelled)
     classes = _classes(labels, None if wanted is None else dict(wanted), where)
     words = [name for name, (of_tar, _) in zip(tars.names, found, strict=True) for _ in of_tar]
     roles = _roles(records, words, depth, splits)
@@ -203,6 +217,7 @@ def _choose(
         tuple(numbers[labels[index]] for index in used),
         tuple(classes.values()),
         seen.without(*leaving.result()),
+        tuple(records[index].text or records[index].document for index in used),
     )
     return source, [roles[index] for index in used]
 
@@ -358,9 +373,11 @@ def _sum(seen: Sequence[Seen]) -> Seen:
     return Seen(sum(one.files for one in seen), leaving.result(), remarks)
 
 
-def _select(source: TarSource, indices: Sequence[int]) -> TarSource:
+def select(source: TarSource, indices: Sequence[int]) -> TarSource:
+    """Return the source of some of the pictures, in this order, without their captions."""
     return dataclasses.replace(
         source,
         members=tuple(source.members[i] for i in indices),
         labels=tuple(source.labels[i] for i in indices),
+        texts=tuple(source.texts[i] for i in indices),
     )

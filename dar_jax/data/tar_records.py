@@ -44,11 +44,13 @@ class Record(NamedTuple):
         picture: where it is.
         label: number or name of its class; None if no `.cls` or `.json` says it.
         text: the `.txt` beside it.
+        document: the `.json` beside it.
     """
 
     picture: Member
     label: int | str | None
     text: Member | None
+    document: Member | None
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -141,7 +143,7 @@ def _record(
         label = _checked(_content(number, tar).strip(), number)
     elif document is not None:
         label = _json_label(document, tar)
-    return Record(picture, label, text)
+    return Record(picture, label, text, document)
 
 
 def _json_label(member: Member, tar: io.BufferedIOBase) -> int | str | None:

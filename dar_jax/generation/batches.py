@@ -1,6 +1,7 @@
 """Images from a model directory with the options of `config.sample`, batch by batch."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -11,17 +12,20 @@ from absl import logging
 from dar_jax.common import image as images
 from dar_jax.common import model_dir, storage
 from dar_jax.common.batches import pad
+from dar_jax.common.files import read_regular
 from dar_jax.common.progress import Progress
-from dar_jax.common.typing import Any, Int, UInt8
+from dar_jax.common.typing import Any, UInt8
 from dar_jax.generation.config import SampleConfig
 from dar_jax.kinds.loading import from_pretrained, open_model
 from dar_jax.nn.compute import Compute
 from dar_jax.parallel.sharding import MeshConfig, make_mesh, num_batch_shards
 from dar_jax.pipelines.base import Autoencoder, Pipeline, check_sound, class_index, is_sound
+from dar_jax.pipelines.dar_prompts import open_encoder_of
 from dar_jax.training.checkpoint import CHECKPOINTS, latest_step
 
 MAX_CLASSES = 10
 """Classes that pictures show where no labels are given."""
+MAX_PROMPTS_BYTES = 2**26
 JAX_DEFAULTS = {
     "jax_default_prng_impl": "threefry2x32",
     "jax_enable_x64": False,
@@ -34,12 +38,12 @@ class Batch(NamedTuple):
     """Some images of a list of labels.
 
     Attributes:
-        labels: [n].
+        labels: [n], or texts.
         previews: the last ones are the images.
         kept: what the pipeline keeps beside the images, [n, ...].
     """
 
-    labels: Int[np.ndarray, " n"]
+    labels: np.ndarray
     previews: UInt8[np.ndarray, "previews n H W 3"]
     kept: dict[str, np.ndarray]
 
@@ -88,7 +92,9 @@ def check(
             f"{kind.noun}"
         )
     config.sampling(opened.sampling).check(architecture)
-    classes_of(architecture.num_classes, opened.class_names, config)
+    drawn_of(architecture, opened.class_names, config)
+    if takes_texts(architecture):
+        open_encoder_of(architecture)
 
 
 def load_model(path: str, *, compute: Compute, mesh: MeshConfig) -> Pipeline | Autoencoder:
@@ -121,6 +127,60 @@ def model_path(config: SampleConfig, workdir: str) -> str:
         f"{workdir} holds a run that stopped {reached}, and no model yet: go on with --mode=train"
         + ("" if step is None else ", or write the model of that step with --mode=export")
     )
+
+
+def takes_texts(architecture: Any) -> bool:
+    """Whether a model draws captions, not classes."""
+    return getattr(architecture, "caption_dim", None) is not None
+
+
+def drawn_of(
+    architecture: Any,
+    class_names: Sequence[str],
+    config: SampleConfig,
+    most: int | None = MAX_CLASSES,
+) -> tuple[int, ...] | tuple[str, ...]:
+    """What the config says is drawn: prompts, by a model of captions, or labels: `classes_of`.
+
+    Raises:
+        ValueError: a label is not a class of the model, or it takes the other of the two.
+    """
+    if not takes_texts(architecture):
+        if config.prompts:
+            raise ValueError(
+                f"config.sample.prompts={config.prompts!r}, but the model draws classes: use "
+                "config.sample.labels"
+            )
+        return classes_of(architecture.num_classes, class_names, config, most)
+    if not config.prompts:
+        raise ValueError(
+            "the model draws captions: set --config.sample.prompts='a red apple; a blue car', or a "
+            "file with one a line"
+        )
+    return read_prompts(config.prompts)
+
+
+def read_prompts(prompts: str) -> tuple[str, ...]:
+    """Return the texts between semicolons, or the lines of a file, without those that are empty.
+
+    Raises:
+        ValueError: there are none, or the file is no text.
+    """
+    parts = prompts.split(";")
+    if os.path.isfile(prompts):
+        try:
+            parts = read_regular(prompts, MAX_PROMPTS_BYTES).decode("utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read config.sample.prompts={prompts}: {error}") from error
+    texts = tuple(filter(None, (" ".join(part.split()) for part in parts)))
+    if not texts:
+        raise ValueError(f"config.sample.prompts={prompts!r} has no text")
+    return texts
+
+
+def label_array(labels: Sequence[int] | Sequence[str]) -> np.ndarray:
+    """Labels as int32, texts as they are."""
+    return np.asarray(labels, str if isinstance(labels[0], str) else np.int32)
 
 
 def classes_of(
@@ -162,15 +222,17 @@ def _compare_with_names(label: int, class_names: Sequence[str]) -> None:
         )
 
 
-def class_name(pipeline: Pipeline, label: int) -> str:
-    """Name and index of a class, once if they are the same."""
+def class_name(pipeline: Pipeline, label: int | str) -> str:
+    """Name and index of a class, once if they are the same; a text as it is."""
+    if isinstance(label, str):
+        return label
     name = pipeline.class_names[label] if label < len(pipeline.class_names) else str(label)
     return name if name == str(label) else f"{name} ({label})"
 
 
 def generate(
     pipeline: Pipeline,
-    labels: Int[np.ndarray, " B"],
+    labels: np.ndarray,
     config: SampleConfig,
     **per_image: np.ndarray,
 ) -> Iterator[Batch]:
@@ -178,7 +240,7 @@ def generate(
 
     Args:
         pipeline: the models.
-        labels: classes.
+        labels: classes, or texts, [B].
         config: options.
         **per_image: further arguments of `Pipeline.stream` with one row per label.
 

@@ -21,7 +21,9 @@ class SampleConfig:
         untrained_model: model directory for a workdir in which no training has begun; empty: none.
         labels: classes to draw, by index or name; empty takes the first ten, or all for a set of
             images.
-        images_per_class: images of every class, side by side.
+        prompts: texts to draw, by a model of captions: "a red apple; a blue car", or a file with
+            one a line.
+        images_per_class: images of every class or text, side by side.
         batch_size: images that a process generates at a time; 0 takes what the model directory
             recommends.
         seed: image i depends on this seed, i and its label only.
@@ -42,6 +44,7 @@ class SampleConfig:
     model: str = ""
     untrained_model: str = ""
     labels: tuple[int | str, ...] = ()
+    prompts: str = ""
     images_per_class: int = 10
     batch_size: int = 0
     seed: int = 0
@@ -64,6 +67,10 @@ class SampleConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.labels and self.prompts:
+            raise ValueError(
+                f"labels={self.labels} and prompts={self.prompts!r}: draw one of the two"
+            )
         check_seed("seed", self.seed)
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format!r} must be one of {', '.join(FORMATS)}")

@@ -17,7 +17,7 @@ from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError, decode
 from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop
-from dar_jax.generation.batches import class_name, classes_of, generate, whole_batch
+from dar_jax.generation.batches import class_name, drawn_of, generate, label_array, whole_batch
 from dar_jax.generation.config import SampleConfig
 from dar_jax.pipelines.base import Pipeline
 
@@ -40,18 +40,18 @@ def prefixes(
         ValueError: the picture cannot be read, or a label or number of tokens is out of range.
     """
     _check_prefix_tokens(config.prefix_tokens, pipeline.prior.config.num_tokens)
-    classes = classes_of(pipeline.num_classes, pipeline.class_names, config)
+    classes = drawn_of(pipeline.prior.config, pipeline.class_names, config)
     if config.variations and len(classes) != 1:
         raise ValueError(
             f"variations={config.variations} are of one class, not {len(classes)}: "
-            "set config.sample.labels to it"
+            "set config.sample.labels (or prompts) to it"
         )
     picture = read_picture("config.sample.prefix_image", config.prefix_image, data)
     cropped = center_crop(picture, pipeline.image_size)[None]
     batch = pad(images.to_float(cropped), whole_batch(pipeline, 1))
     reference = center_crop(picture, pipeline.output_size)[None]
     tokens = np.asarray(pipeline.autoencoder.encode(batch))[:1]
-    labels = np.repeat(np.asarray(classes, np.int32), config.variations or 1)
+    labels = np.repeat(label_array(classes), config.variations or 1)
     rows = []
     for count in config.prefix_tokens:
         logging.info("%d of %d tokens kept", count, tokens.shape[1])
@@ -75,11 +75,11 @@ def inpainting(
         ValueError: picture or mask cannot be read or differ in size, or a label is out of range.
     """
     size = pipeline.image_size
-    classes = classes_of(pipeline.num_classes, pipeline.class_names, config)
+    classes = drawn_of(pipeline.prior.config, pipeline.class_names, config)
     picture = read_picture("config.sample.inpaint_image", config.inpaint_image, data)
     redrawn = read_mask(config.inpaint_mask, picture, size, data)
     original = center_crop(picture, size)[None]
-    labels = np.repeat(np.asarray(classes, np.int32), config.images_per_class)
+    labels = np.repeat(label_array(classes), config.images_per_class)
     per_image = dict(
         known=np.repeat(images.to_float(original), len(labels), axis=0),
         mask=np.repeat(~redrawn[None], len(labels), axis=0),

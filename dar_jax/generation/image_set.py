@@ -23,7 +23,7 @@ from PIL import Image
 
 from dar_jax.common import storage
 from dar_jax.common.files import replacing
-from dar_jax.common.typing import Int, Shaped, UInt8
+from dar_jax.common.typing import Shaped, UInt8
 from dar_jax.generation.resumable_arrays import DAMAGE, Pieces
 
 FORMATS = ("npz", "png")
@@ -38,11 +38,11 @@ class ImageSet(Pieces):
     Attributes:
         directory: where the pieces are.
         count: how many images there shall be.
-        labels: classes, taken in turns.
+        labels: classes, or texts, taken in turns.
         format: of the pieces, see `FORMATS`.
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[int, ...] | tuple[str, ...]
     format: str = "npz"
 
     piece_name = re.compile(r"(\d{8})(?:-(\d{8}))?\.(npz|png)")
@@ -50,9 +50,10 @@ class ImageSet(Pieces):
     def bind(self, settings: Mapping[str, Any]) -> None:
         super().bind({**settings, "labels": self.labels, "format": self.format})
 
-    def labels_of(self, first: int, stop: int) -> Int[np.ndarray, " n"]:
+    def labels_of(self, first: int, stop: int) -> Shaped[np.ndarray, " n"]:
         """Labels of the images `first` .. `stop - 1`."""
-        return np.asarray(self.labels, np.int32)[np.arange(first, stop) % len(self.labels)]
+        dtype = str if isinstance(self.labels[0], str) else np.int32
+        return np.asarray(self.labels, dtype)[np.arange(first, stop) % len(self.labels)]
 
     def write(
         self, first: int, pixels: UInt8[np.ndarray, "n H W 3"], kept: Mapping[str, np.ndarray]

@@ -1,5 +1,6 @@
 """The Llama prior of D-AR over the tokens of a tokenizer: class labels to images."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -20,11 +21,13 @@ from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import check_pair
 from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.models.text.encoder import TextEncoder
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel import sharding
 from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline
+from dar_jax.pipelines.dar_prompts import open_encoder_of
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig
 from dar_jax.tasks.base import FrozenModel
@@ -54,11 +57,13 @@ class DarPrior(Kind[LlamaConfig]):
         companions: Mapping[str, FrozenModel],
     ) -> DarPriorTask:
         from_codes = self.reads_codes(data)
+        if from_codes and model.caption_dim is not None:
+            model = dataclasses.replace(model, text_digest=codes.text_digest(data.path))
         return DarPriorTask(model, companions[TOKENIZER], compute, from_codes=from_codes)
 
     def reads_codes(self, data: DataConfig) -> bool:
         """Whether batches hold codes that the tokenizer has made before."""
-        return data.source == codes.FORM.kind
+        return data.source == codes.CODES
 
     def make_pipeline(
         self,
@@ -78,13 +83,18 @@ class DarPrior(Kind[LlamaConfig]):
         check_pair(model, companion, where)
 
     def check_data(self, model: LlamaConfig, data: DataConfig, paths: Mapping[str, str]) -> None:
-        if model.caption_dim is not None:
-            raise ValueError(
-                f"config.model.caption_dim={model.caption_dim}, but data have classes, not "
-                "captions; None conditions on classes"
-            )
+        check_captions(model, data)
         if self.reads_codes(data):
             encoded.check_model(data.path, codes.FORM, paths[TOKENIZER])
+        if model.caption_dim is None:
+            return
+        if not self.reads_codes(data):
+            raise ValueError(
+                f"data.source={data.source!r}, but captions are encoded before training: write "
+                "them with --mode=cache --config.cache.kind=codes, then train with "
+                "--config.data.source=codes --config.data.path=DIR"
+            )
+        codes.check_captions(data.path, described(open_encoder_of(model)))
 
     def from_reference(
         self, checkpoint: Checkpoint, model: LlamaConfig
@@ -100,6 +110,26 @@ class DarPrior(Kind[LlamaConfig]):
     def programs(self, task: DarPriorTask, mesh: Mesh, images: int) -> Iterator[Program]:
         yield _decode_program(task.model, task.tokenizer.config, mesh, images)
         yield flow_program(task.tokenizer, mesh, images)
+
+
+def check_captions(model: LlamaConfig, data: DataConfig) -> None:
+    """Raise ValueError unless model and data have both captions, or neither."""
+    if data.captions != (model.caption_dim is not None):
+        raise ValueError(
+            f"config.model.caption_dim={model.caption_dim} and config.data.captions="
+            f"{data.captions} do not fit: a model of captions has a width and needs captions; None "
+            "and False are for classes"
+        )
+
+
+def described(encoder: TextEncoder) -> dict[str, Any]:
+    """What a cache says of the features of captions, as JSON types."""
+    return {
+        codes.ENCODER: encoder.name,
+        codes.DIGEST: encoder.digest,
+        codes.LENGTH: encoder.num_tokens,
+        codes.WIDTH: encoder.dim,
+    }
 
 
 def _decode_program(

@@ -1,7 +1,8 @@
 """`--mode=cache`: a data set in the form that training reads fastest, in the workdir.
 
 kind=images   encoded pictures in a few large files; train with `data.source=records`
-kind=codes    the codes of config.tokenizer, see `caching.codes`; train with `data.source=codes`
+kind=codes    the codes of config.tokenizer, with the features of captions if there are some, see
+              `caching.codes`; train with `data.source=codes`
 kind=latents  the latents of config.vae, see `caching.latents`; train with `data.source=latents`
 kind=references
               an index of groups of pictures of one class, WORKDIR/references.jsonl, see
@@ -18,9 +19,10 @@ from dar_jax.common.files import replacing
 from dar_jax.config import Config
 from dar_jax.data import records, references
 from dar_jax.data.sources import SPLITS, load_source
-from dar_jax.kinds.dar_prior import TOKENIZER
+from dar_jax.kinds.dar_prior import TOKENIZER, check_captions
 from dar_jax.kinds.transdiff import VAE
 from dar_jax.parallel.workdir import open_local_workdir
+from dar_jax.pipelines.dar_prompts import open_encoder_of
 
 INDEX_NAME = "references.jsonl"
 
@@ -56,7 +58,11 @@ def _cache_codes(config: Config, workdir: str) -> None:
     if TOKENIZER not in config.companions:
         raise ValueError("kind='codes' needs a prior's config, which names config.tokenizer")
     path, per_shard = config.companions[TOKENIZER], config.cache.pictures_per_shard
-    codes.write_codes(config.data, path, workdir, pictures_per_shard=per_shard)
+    check_captions(config.model, config.data)
+    text_encoder = open_encoder_of(config.model) if config.data.captions else None
+    codes.write_codes(
+        config.data, path, workdir, pictures_per_shard=per_shard, text_encoder=text_encoder
+    )
 
 
 def _cache_latents(config: Config, workdir: str) -> None:

@@ -8,7 +8,8 @@ from absl import logging
 from dar_jax.config import Config
 from dar_jax.demo.batch import BatchGenerator
 from dar_jax.demo.queue import RequestQueue
-from dar_jax.generation.batches import load
+from dar_jax.generation.batches import load, model_path, takes_texts
+from dar_jax.kinds.loading import open_model
 
 
 def demo(config: Config, workdir: str) -> None:
@@ -30,6 +31,12 @@ def demo(config: Config, workdir: str) -> None:
             f"--mode=demo needs {error.name}, which is not installed; "
             "run pip install 'dar-jax[demo]'"
         ) from error
+    path = model_path(config.sample, workdir)
+    if takes_texts(open_model(path).architecture):
+        raise ValueError(
+            f"{path} draws captions, and the page has classes only: use --mode=sample "
+            "--config.sample.prompts='a red apple'"
+        )
     pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
     logging.info("Compiling all that a request may need, which takes a minute or more")
     generator = BatchGenerator(pipeline, config.sample, settings.batch_size)

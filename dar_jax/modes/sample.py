@@ -14,9 +14,10 @@ from dar_jax.config import Config
 from dar_jax.generation import editing
 from dar_jax.generation.batches import (
     class_name,
-    classes_of,
+    drawn_of,
     generate,
     identity,
+    label_array,
     load,
     load_model,
     model_path,
@@ -81,9 +82,9 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     Raises:
         ValueError: a label is not a class, or the directory holds images of other settings.
     """
-    classes = classes_of(pipeline.num_classes, pipeline.class_names, settings, most=None)
+    drawn = drawn_of(pipeline.prior.config, pipeline.class_names, settings, most=None)
     directory = open_workdir(workdir) / DIRECTORY_NAME
-    image_set = ImageSet(directory / SET_NAME, settings.num_images, classes, settings.format)
+    image_set = ImageSet(directory / SET_NAME, settings.num_images, drawn, settings.format)
     fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
     image_set.bind(identity(settings, pipeline, fingerprint))
     lacking = int(image_set.missing().sum())
@@ -103,15 +104,15 @@ def draw_grid(
     pipeline: Pipeline, settings: SampleConfig
 ) -> tuple[dict[str, UInt8[np.ndarray, "_ _ 3"]], dict[str, np.ndarray]]:
     """Return the grid and the strip of previews, and the arrays that they show."""
-    classes = classes_of(pipeline.num_classes, pipeline.class_names, settings)
-    labels = np.repeat(np.asarray(classes, np.int32), settings.images_per_class)
+    drawn = drawn_of(pipeline.prior.config, pipeline.class_names, settings)
+    labels = np.repeat(label_array(drawn), settings.images_per_class)
     batches = list(generate(pipeline, labels, settings))
     previews = np.concatenate([batch.previews for batch in batches], axis=1)
     kept = {
         name: np.concatenate([batch.kept[name] for batch in batches])
         for name in pipeline.kept_fields
     }
-    pictures = grid_and_strip(previews, [class_name(pipeline, label) for label in classes])
+    pictures = grid_and_strip(previews, [class_name(pipeline, label) for label in drawn])
     return pictures, dict(labels=labels, **kept, images=previews[-1])
 
 

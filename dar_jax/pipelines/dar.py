@@ -36,6 +36,7 @@ from dar_jax.pipelines.dar_inputs import (
     check_steps,
 )
 from dar_jax.pipelines.dar_likelihood import LikelihoodPipeline
+from dar_jax.pipelines.dar_prompts import encode_texts
 from dar_jax.pipelines.options import takes_options
 
 REWARD = "content of search.reward"
@@ -308,7 +309,7 @@ class DarPipeline(LikelihoodPipeline):
         rows of one label it draws variations.
 
         Args:
-            labels: classes by index or name, [B] or one of them, or captions [B, T, F].
+            labels: classes by index or name, [B] or one of them; or texts, or captions [B, T, F].
             rng: key or seed; image i depends on `fold_in(rng, first_index + i)` and its label only.
             sampling: how they are drawn, instead of as the model is best used.
             prefix: first tokens [B, K], kept as they are: they fix the layout.
@@ -326,6 +327,7 @@ class DarPipeline(LikelihoodPipeline):
         config, size = self.prior.config, self.image_size
         how = dataclasses.replace(sampling or self.sampling, **options)
         how.check(config)
+        labels, caption_mask = encode_texts(config, labels, caption_mask)
         condition = check_condition(self.class_indices(labels), config)
         batch_size = len(condition)
         put = self.prior.put
@@ -357,14 +359,17 @@ class DarPipeline(LikelihoodPipeline):
             out = dar.generate([3, 1, 4], rng=0)
             out.save("grid.png")
 
-        Batches of up to 32 images share six programs: they are padded to powers of two. More than
-        `batch_size` are drawn in turns. What the model draws must be finite.
+        A model of captions takes texts, `["a red apple"]`. Batches of up to 32 images share six
+        programs: they are padded to powers of two. More than `batch_size` are drawn in turns. What
+        the model draws must be finite.
 
         Returns:
             `images`, float32 [B, H, W, 3] in [-1, 1], and `indices`, int32 [B, N]; with `to_pil()`,
             `grid()` and `save(path)`.
         """
-        return super().generate(labels, **options)
+        config, mask = self.prior.config, options.pop("caption_mask", None)
+        labels, mask = encode_texts(config, labels, mask)
+        return super().generate(labels, caption_mask=mask, **options)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -42,17 +42,17 @@ class Panel(NamedTuple):
 
     Attributes:
         cells: uint8 [rows, columns, H, W, 3].
-        labels: class of every row.
+        labels: class of every row, or its name.
         header: what every column shows.
     """
 
     cells: UInt8[np.ndarray, "rows columns H W 3"]
-    labels: Sequence[int]
+    labels: Sequence[int | str]
     header: Sequence[str]
 
     def draw(self, class_names: Sequence[str]) -> UInt8[np.ndarray, "height width 3"]:
         """Draw them, enlarged to a legible size, with what rows and columns show."""
-        known = dict(enumerate(class_names))
+        known: dict[int | str, str] = dict(enumerate(class_names))
         names = [known.get(label, str(label)) for label in self.labels]
         flat = self.cells.reshape(-1, *self.cells.shape[2:])
         return labelled_grid(flat, names, len(self.header), self.header)
@@ -64,7 +64,8 @@ class Task(Protocol):
 
     A batch is `{"pixels": uint8 [B, H, W, 3], "label": int32 [B]}`; with groups of references the
     pixels are [B, K, H, W, 3]. A cache has "codes" (see `data.codes`) or "moments" (see
-    `data.latents`) instead of pixels. `loss` also gets "step", the number of completed updates.
+    `data.latents`) instead of pixels, and may have "captions" [B, T, F] and "caption_mask" [B, T].
+    `loss` also gets "step", the number of completed updates.
     """
 
     def init(self, rng: PRNGKeyArray) -> Params:

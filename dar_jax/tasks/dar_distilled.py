@@ -69,16 +69,20 @@ class DarDistilledTask(DarPriorTask):
         rng_label, rng_dropout, rng_crop, rng_scale = jax.random.split(rng, 4)
         indices = self._indices(batch, rng_crop, frozen)
         student, teacher = self.model.bind(params), self.teacher.bind(frozen["teacher"])
-        draws = jax.random.uniform(rng_label, batch["label"].shape)
-        labels = student.drop_condition(batch["label"], draws)
+        condition, mask = self._condition(batch)
+        draws = jax.random.uniform(rng_label, (len(condition),))
+        condition = student.drop_condition(condition, draws)
+        null = teacher.null_condition(len(condition)).astype(condition.dtype)
         scales = jax.random.uniform(rng_scale, indices.shape, minval=1.0, maxval=self.max_scale)
         start = self.model.config.condition_tokens - 1
         conditional, unconditional = (
-            teacher.logits(condition, indices[:, :-1])[:, start:]
-            for condition in (labels, teacher.null_condition(len(labels)))
+            teacher.logits(each, indices[:, :-1], mask=mask)[:, start:]
+            for each in (condition, null)
         )
         target = jax.nn.softmax(guide(conditional, unconditional, scales[..., None]))
-        hidden = student.hidden(labels, indices[:, :-1], scales=scales, rng=rng_dropout)
+        hidden = student.hidden(
+            condition, indices[:, :-1], mask=mask, scales=scales, rng=rng_dropout
+        )
         logits = student.head(hidden[:, start:])
         loss = optax.softmax_cross_entropy(logits, jax.lax.stop_gradient(target)).mean()
         divergence = loss - optax.softmax_cross_entropy(jnp.log(target + 1e-30), target).mean()

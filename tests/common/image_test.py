@@ -75,3 +75,12 @@ def test_names_of_other_letters_are_drawn_or_replaced(larger, monkeypatch):
     else:
         np.testing.assert_array_equal(grid(["éa"]), grid(["ea"]))
         np.testing.assert_array_equal(grid(["кот (5)"]), grid(["??? (5)"]))
+
+
+def test_long_names_are_wrapped_and_cut_to_their_row():
+    pixels = np.full((1, 64, 64, 3), 255, np.uint8)
+    grid = functools.partial(image_lib.labelled_grid, pixels, columns=1)
+    words = ["caption"] * 30
+    assert grid([" ".join(words)]).shape[1] < 2 * grid(["caption caption caption"]).shape[1]
+    np.testing.assert_array_equal(grid([" ".join(words)]), grid([" ".join(words[:-1])]))
+    assert np.any(grid([" ".join(words[:6])]) != grid([" ".join(words[:3])]))

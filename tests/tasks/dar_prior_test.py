@@ -130,7 +130,7 @@ def test_cached_codes_spare_the_work_of_encoding(tokenizer):
     assert spared == flops(encode, params, image) > 0
 
 
-def test_captions_cannot_be_trained_on():
+def test_data_of_classes_do_not_train_a_model_of_captions():
     kind = find_kind("dar_prior", "config.task")
-    with pytest.raises(ValueError, match=r"caption_dim=8, but data have classes, not captions"):
+    with pytest.raises(ValueError, match=r"caption_dim=8 and config.data.captions=False do"):
         kind.check_data(LlamaConfig(caption_dim=8), DataConfig(), {})

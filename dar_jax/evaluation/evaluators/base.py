@@ -31,7 +31,7 @@ from dar_jax.evaluation.image_sources import (
     read_all,
 )
 from dar_jax.evaluation.perceptual import LpipsMetric
-from dar_jax.generation.batches import check, classes_of, identity, load_model
+from dar_jax.generation.batches import check, drawn_of, identity, load_model
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
@@ -211,7 +211,7 @@ class Evaluation:
         """Make the images of a model that are not there yet."""
         pipeline = subject.generator
         made_with = {**identity(sampling, pipeline, subject.fingerprint), "previews": previews}
-        labels = classes_of(pipeline.num_classes, pipeline.class_names, sampling, most=None)
+        labels = drawn_of(pipeline.prior.config, pipeline.class_names, sampling, most=None)
         path = self.path("images", {**made_with, "labels": labels})
         image_set = ImageSet(path, self.settings.num_images, labels)
         image_set.bind(made_with)
@@ -226,6 +226,8 @@ class Evaluation:
         metrics = self._compare(images)
         if self.classifier is not None:
             labels = images.pieces.labels_of(0, len(images))
+            if labels.dtype.kind == "U":
+                raise ValueError("evaluate.classifier judges classes, no captions: set it to False")
             metrics["accuracy"] = self.classifier.accuracy(read_all(images), labels)
         return metrics
 

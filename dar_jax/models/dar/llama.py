@@ -45,6 +45,8 @@ class LlamaConfig:
         num_classes: class labels; the label `num_classes` is the null class. 0, in a config file
             only, stands for the number of classes of the data.
         caption_dim: width of caption features; None conditions on class labels.
+        text_encoder: what makes features of texts, see `models.text.encoder`; "": they are given.
+        text_digest: of that encoder, as training found it; "": any will do.
         condition_tokens: T, tokens in front of the image tokens.
         norm_epsilon: of the RMS norms.
         rope_base: of the rotary embedding.
@@ -64,6 +66,8 @@ class LlamaConfig:
     num_tokens: int = 256
     num_classes: int = 1000
     caption_dim: int | None = None
+    text_encoder: str = ""
+    text_digest: str = ""
     condition_tokens: int = 1
     norm_epsilon: float = 1e-5
     rope_base: float = 10000.0
