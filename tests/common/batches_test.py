@@ -1,3 +1,5 @@
+"""Batches of few sizes, and one under way while another is used."""
+
 from dar_jax.common.batches import one_ahead
 
 

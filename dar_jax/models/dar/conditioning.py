@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
 from dar_jax.common.typing import Array, Int, Params, PRNGKeys
@@ -36,9 +37,7 @@ def start(model: FunctionalModel[Tokenizer], rngs: PRNGKeys) -> KnownCondition:
     device = None
     # What is put on a single device is committed to it, another case for compiled programs; while a
     # program is traced, it is the compiler that says.
-    if not isinstance(rngs, jax.core.Tracer) and not isinstance(
-        rngs.sharding, SingleDeviceSharding
-    ):
+    if not isinstance(rngs, Tracer) and not isinstance(rngs.sharding, SingleDeviceSharding):
         device = rngs.sharding
     heads = layers.dim // layers.head_dim
     shape = (len(rngs), layers.depth, heads, num_tokens, layers.head_dim)

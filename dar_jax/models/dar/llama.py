@@ -96,7 +96,7 @@ def ffn_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float | None = 
     return -(-hidden // multiple_of) * multiple_of
 
 
-def _size(num_layers: int, num_heads: int, dim: int) -> dict[str, int]:
+def _size(num_layers: int, num_heads: int, dim: int) -> dict[str, Any]:
     return dict(num_layers=num_layers, num_heads=num_heads, dim=dim, ffn_dim=ffn_hidden_dim(dim))
 
 
