@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
-from dar_jax.common.batches import pad
 from dar_jax.common.compiled import call, compile_once
 from dar_jax.common.image import to_pixels
 from dar_jax.common.tree import tree_bytes
@@ -17,8 +15,10 @@ from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.sampler import Known
 from dar_jax.pipelines.dar import DarPipeline
 
-SHRINK = 2
-"""Every batch size is about so many times the next smaller one."""
+T = TypeVar("T")
+FLOW_PARTS = 4
+"""Denoising takes lanes in parts of one size, 1 / 4 of all: not all that are active have as many
+steps to take. Programs of another batch size round otherwise, so there is one of each kind."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class LaneBatch:
         self.drawing = lanes.Drawing(pipeline.prior.model.unstacked(), tokenizer.model, sampling)
         self.size = size
         self._params = pipeline.prior.sampling_params, tokenizer.sampling_params
-        self._sizes = batch_sizes(size)
+        self._part = -(-size // FLOW_PARTS)
         self._lanes: lanes.Lanes | None = None
 
     @property
@@ -136,12 +136,14 @@ class LaneBatch:
         """
         assert self._lanes is not None, "warm_up comes first"
         state, images = self._lanes, list(active.items())
-        if new := [(lane, image) for lane, image in images if image.group == 0]:
-            at = self._padded([lane for lane, _ in new], self.size)
-            asked = self._asked([image for _, image in new])
-            state = lanes.begin(state, at, jax.tree.map(lambda rows: pad(rows, len(at)), asked))
-        at = self._padded([lane for lane, _ in images], self.size)
-        first = self._padded([image.group * self.drawing.group_size for _, image in images], 0)
+        for new in _parts([item for item in images if item[1].group == 0], self._part):
+            at = _padded([lane for lane, _ in new], self._part, self.size)
+            begun = [image for _, image in new]
+            begun += begun[-1:] * (self._part - len(begun))  # to the spare lane
+            state = lanes.begin(state, at, self._asked(begun))
+        at = _padded([lane for lane, _ in images], self.size, self.size)
+        first = [image.group * self.drawing.group_size for _, image in images]
+        first = _padded(first, self.size, 0)
         state = lanes.decode_group(self.drawing, self._params, state, at, first)
         ends = (0, *self.drawing.steps_after)
         pending = [
@@ -151,15 +153,16 @@ class LaneBatch:
             image.group += 1
         drawn = []
         while pending := [(lane, image, steps) for lane, image, steps in pending if steps]:
-            at = self._padded([lane for lane, _, _ in pending], self.size)
-            step = self._padded([steps[0] for _, _, steps in pending], 0)
-            flow = (self.drawing, self._params[1], state, at, step)
-            state, previews, tokens = lanes.flow_step(*flow)
-            drawn += [
-                Drawn(image, image.group, previews, tokens, row)
-                for row, (_, image, steps) in enumerate(pending)
-                if len(steps) == 1
-            ]
+            for part in _parts(pending, self._part):
+                at = _padded([lane for lane, _, _ in part], self._part, self.size)
+                step = _padded([steps[0] for _, _, steps in part], self._part, 0)
+                flow = (self.drawing, self._params[1], state, at, step)
+                state, previews, tokens = lanes.flow_step(*flow)
+                drawn += [
+                    Drawn(image, image.group, previews, tokens, row)
+                    for row, (_, image, steps) in enumerate(part)
+                    if len(steps) == 1
+                ]
             pending = [(lane, image, steps[1:]) for lane, image, steps in pending]
         self._lanes = state
         return drawn
@@ -180,20 +183,13 @@ class LaneBatch:
     def _programs(self, run: Callable[..., Any]) -> Iterator[Any]:
         state: Any = lanes.empty(self.drawing, self.size + 1)
         image = ImageInWork(Request((0,), 0, self.drawing.sampling), 0)
-        for size in self._sizes:
-            at, zeros = np.full(size, self.size, np.int32), np.zeros(size, np.int32)
-            state = run(lanes.begin, state, at, self._asked([image] * size))
-            state = run(lanes.decode_group, self.drawing, self._params, state, at, zeros)
-            flow = (self.drawing, self._params[1], state, at, zeros)
-            state, images, _ = run(lanes.flow_step, *flow)
-            yield images
-
-    def _padded(self, values: Sequence[int], fill: int) -> np.ndarray:
-        """Fill up to the next batch size."""
-        size = next(size for size in self._sizes if size >= len(values))
-        padded = np.full(size, fill, np.int32)
-        padded[: len(values)] = values
-        return padded
+        at, zeros = np.full(self.size, self.size, np.int32), np.zeros(self.size, np.int32)
+        part = slice(self._part)
+        state = run(lanes.begin, state, at[part], self._asked([image] * self._part))
+        state = run(lanes.decode_group, self.drawing, self._params, state, at, zeros)
+        flow = (self.drawing, self._params[1], state, at[part], zeros[part])
+        state, images, _ = run(lanes.flow_step, *flow)
+        yield images
 
     def _asked(self, images: Sequence[ImageInWork]) -> lanes.Asked:
         config = self.drawing.tokenizer.config
@@ -210,9 +206,12 @@ class LaneBatch:
         )
 
 
-def batch_sizes(largest: int) -> tuple[int, ...]:
-    """Numbers of lanes that there are programs for, increasing."""
-    sizes = [largest]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // SHRINK))
-    return tuple(reversed(sizes))
+def _parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Cut into parts of so many items; the last one may have fewer."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
+    padded = np.full(size, fill, np.int32)
+    padded[: len(values)] = values
+    return padded

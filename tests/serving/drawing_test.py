@@ -9,10 +9,10 @@ import pytest
 from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.options import Search
 from dar_jax.nn.compute import Compute
-from dar_jax.serving.drawing import ImageInWork, LaneBatch, Request, batch_sizes
+from dar_jax.serving.drawing import ImageInWork, LaneBatch, Request
 from tests import tiny_model
 
-SIZE = 2
+SIZE = 8
 ROUNDING = 1e-4  # other programs than the pipeline's, in float32; images reach 1
 COMPILED = "/jax/core/compile/backend_compile_duration"
 MASK = np.arange(32) < 12
@@ -59,13 +59,16 @@ def draw(batch, schedule):
 def test_an_image_is_bitwise_the_same_alone_and_among_others(dar, batch):
     wanted = request(dar, 3, 7, seed=5)
     (alone,) = draw(batch, [(0, 0, ImageInWork(wanted, 1))])
-    others = request(dar, 1, 2, seed=9, temperature=0.5)
-    _, among, _ = draw(
+    others = request(dar, 1, 2, 0, 4, 6, seed=9, temperature=0.5)
+    _, _, among, *_ = draw(
         batch,
         [
             (0, 0, ImageInWork(others, 0)),
-            (1, 1, ImageInWork(wanted, 1)),
-            (4, 0, ImageInWork(others, 1)),
+            (0, 7, ImageInWork(others, 1)),
+            (1, 5, ImageInWork(wanted, 1)),
+            (1, 2, ImageInWork(others, 2)),
+            (2, 3, ImageInWork(others, 3)),
+            (4, 0, ImageInWork(others, 4)),
         ],
     )
     assert len(alone) == len(among) == batch.num_groups
@@ -124,7 +127,7 @@ def test_nothing_is_compiled_after_the_warm_up(dar, batch):
             compiled.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
-    for size in range(1, SIZE + 1):
+    for size in (1, 3, SIZE):
         draw(batch, [(0, n, ImageInWork(request(dar, 3, seed=n), 0)) for n in range(size)])
     batch.reset()
     assert not compiled
@@ -133,19 +136,13 @@ def test_nothing_is_compiled_after_the_warm_up(dar, batch):
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-@pytest.mark.parametrize(
-    ("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 3, 6)), (32, (1, 2, 4, 8, 16, 32))]
-)
-def test_batch_sizes_end_with_the_largest(largest, sizes):
-    assert batch_sizes(largest) == sizes
-
-
 def test_what_lanes_cannot_draw_is_refused(tmp_path):
     dar = from_pretrained(tiny_model.save(tmp_path))
     searching = dataclasses.replace(dar.sampling, search=Search("end", num=2))
     with pytest.raises(ValueError, match="search.method='end'"):
         LaneBatch(dar, searching, 2)
     odd = dataclasses.replace(tiny_model.TOKENIZER, num_groups=3)
+    (tmp_path / "odd").mkdir()
     dar = from_pretrained(tiny_model.save(tmp_path / "odd", odd))
     with pytest.raises(ValueError, match="8 tokens of an image make no 3 groups"):
         LaneBatch(dar, dar.sampling, 2)

@@ -1,10 +1,10 @@
 """Images at different groups in one batch: continuous batching of both D-AR models.
 
 A *lane* holds one image that is being drawn. Programs take the numbers of the lanes that they are
-for, in a few batch sizes, and each lane's own position: lanes begin, go on and end on their own. A
-lane gets the keys that `models.dar.sampler` would give its image and the same operations, so what
-is drawn there depends on its own seed, index, class and options only. All lanes are guided; a
-scale of 1 is a product more.
+for, and each lane's own position: lanes begin, go on and end on their own. A lane gets the keys
+that `models.dar.sampler` would give its image and the same operations, so what is drawn there
+depends on its own seed, index, class and options only; bit for bit, as long as the batch is of one
+size. All lanes are guided; a scale of 1 is a product more.
 
 The last lane is a spare one: a batch that is not full is padded with its number, and nobody reads
 what is drawn there.
