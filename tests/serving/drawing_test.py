@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from dar_jax.kinds.loading import from_pretrained
-from dar_jax.models.dar.options import Search
+from dar_jax.models.dar.lanes import Drawing
+from dar_jax.models.dar.llama import Llama
+from dar_jax.models.dar.options import DarSampling, Search
+from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.serving.drawing import ImageInWork, LaneBatch, Request
 from tests import tiny_model
 
@@ -136,13 +140,15 @@ def test_nothing_is_compiled_after_the_warm_up(dar, batch):
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def test_what_lanes_cannot_draw_is_refused(tmp_path):
-    dar = from_pretrained(tiny_model.save(tmp_path))
-    searching = dataclasses.replace(dar.sampling, search=Search("end", num=2))
+def test_what_lanes_cannot_draw_is_refused():
+    prior = FunctionalModel(Llama, tiny_model.PRIOR)
+    tokenizer = FunctionalModel(Tokenizer, tiny_model.TOKENIZER)
+    searching = DarSampling(search=Search("end", num=2))
     with pytest.raises(ValueError, match="search.method='end'"):
-        LaneBatch(dar, searching, 2)
+        Drawing(prior, tokenizer, searching)
     odd = dataclasses.replace(tiny_model.TOKENIZER, num_groups=3)
-    (tmp_path / "odd").mkdir()
-    dar = from_pretrained(tiny_model.save(tmp_path / "odd", odd))
     with pytest.raises(ValueError, match="8 tokens of an image make no 3 groups"):
-        LaneBatch(dar, dar.sampling, 2)
+        Drawing(prior, FunctionalModel(Tokenizer, odd), DarSampling())
+    captions = dataclasses.replace(tiny_model.PRIOR, caption_dim=4)
+    with pytest.raises(ValueError, match="draws from captions"):
+        Drawing(FunctionalModel(Llama, captions), tokenizer, DarSampling())
