@@ -4,9 +4,9 @@ import logging as python_logging
 import time
 from typing import Any
 
-import gcsfs
+import gcsfs  # pyright: ignore[reportMissingImports]  # the extra `gcs`
 from absl import logging
-from gcsfs.retry import HttpError, is_retriable
+from gcsfs.retry import HttpError, is_retriable  # pyright: ignore[reportMissingImports]
 
 PATIENCE_SECONDS = 300.0
 """For which a request is tried again; TensorStore, which checkpoints go through, waits longer."""
@@ -32,7 +32,9 @@ class PatientBuckets(gcsfs.GCSFileSystem):
             try:
                 return await super()._call(*args, **options)
             except Exception as error:
-                is_refused = isinstance(error, HttpError) and str(error.code) == "401"
+                is_refused = (
+                    isinstance(error, HttpError) and str(getattr(error, "code", "")) == "401"
+                )
                 if not is_refused and not is_retriable(error):
                     raise  # what others look for, such as a file that is missing
                 reason = " ".join(str(error).split()) or type(error).__name__

@@ -131,9 +131,9 @@ async def edit(request: Request) -> Response:
     async with _arriving(request, service.config.max_body_bytes) as bounded:
         form = await bounded.form(max_fields=MAX_FIELDS, max_files=MAX_FILES)
     try:
-        fields, files = _split(form)
+        fields, (image, mask) = _split(form)
         async with request.app.state.decoding:
-            contents = [await file.read() if file else None for file in files]
+            contents = await image.read(), await mask.read() if mask else None
             kept = await run_in_threadpool(read_edit, *contents, service.offer.image_size)
     finally:
         await form.close()

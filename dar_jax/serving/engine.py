@@ -96,7 +96,7 @@ class Engine:
         """Begin to compile, and then to draw, in a thread."""
         self._thread.start()
 
-    def submit(self, owner: str, request: Request, tell: Callable[[Any], None]) -> Ticket:
+    def submit(self, owner: str, request: Request, tell: Callable[[Any], Any]) -> Ticket:
         """Take a request; its pieces go to `tell`, see `Ticket`.
 
         Raises:

@@ -1,5 +1,7 @@
 """Counters of the service, for Prometheus."""
 
+from typing import Any
+
 import prometheus_client as prometheus
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -22,7 +24,7 @@ class Metrics:
 
     def __init__(self):
         self._registry = prometheus.CollectorRegistry()
-        own = dict(namespace="dar", registry=self._registry)
+        own: dict[str, Any] = dict(namespace="dar", registry=self._registry)
         self.requests = prometheus.Counter(
             "requests", "Requests answered", ["route", "status"], **own
         )
@@ -30,7 +32,7 @@ class Metrics:
         self.dropped = prometheus.Counter("images_dropped", "Images not drawn", ["reason"], **own)
         self.waiting = prometheus.Gauge("images_waiting", "Images that wait", **own)
         self.active = prometheus.Gauge("images_active", "Images that are being drawn", **own)
-        times = dict(**own, buckets=SECONDS)
+        times: dict[str, Any] = dict(**own, buckets=SECONDS)
         self.first_preview = prometheus.Histogram(
             "first_preview_seconds", "Time from a request to its first preview", **times
         )

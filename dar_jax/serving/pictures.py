@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -57,7 +57,7 @@ def read_edit(image: bytes, mask: bytes | None, size: int) -> Kept:
         ApiError: a file cannot be read or is too large, they differ in size, or nothing is
             transparent.
     """
-    bounds = dict(formats=UPLOADS, max_pixels=MAX_PIXELS)
+    bounds: dict[str, Any] = dict(formats=UPLOADS, max_pixels=MAX_PIXELS)
     name = "image"
     try:
         pixels = decode(image, name, **bounds)

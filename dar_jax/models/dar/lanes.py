@@ -173,7 +173,7 @@ def begin(lanes: Lanes, at: Int[Array, " B"], asked: Asked) -> Lanes:
     def key(seed: Array, index: Array) -> Array:
         return jax.random.fold_in(jax.random.key(seed), index)
 
-    rngs = jax.vmap(key)(asked.seed, asked.index)
+    rngs = jax.vmap(key)(jnp.asarray(asked.seed), jnp.asarray(asked.index))
     noise = initial_noise(rngs, asked.known.images.shape[1:3])
     begun = lanes._replace(
         label=asked.label,

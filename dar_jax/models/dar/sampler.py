@@ -68,7 +68,7 @@ class Known(NamedTuple):
         mask: bool [B, H, W], True where the pixel is known.
     """
 
-    images: Array
+    images: Array | np.ndarray
     mask: Array | np.ndarray
 
 

@@ -43,9 +43,13 @@ class T5:
             raise ValueError(
                 f"feed_forward_proj={config['feed_forward_proj']!r}, expected 'gated-gelu'"
             )
-        names = "num_layers", "num_heads", "layer_norm_epsilon", "relative_attention_num_buckets"
-        distance = config.get("relative_attention_max_distance", 128)
-        return cls(*(config[name] for name in names), distance)
+        return cls(
+            config["num_layers"],
+            config["num_heads"],
+            config["layer_norm_epsilon"],
+            config["relative_attention_num_buckets"],
+            config.get("relative_attention_max_distance", 128),
+        )
 
     def __call__(
         self, weights: Mapping[str, Array], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
