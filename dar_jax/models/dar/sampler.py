@@ -172,7 +172,9 @@ def constraint(
         return None
 
     def impose(x: Array, t: Array) -> Array:
-        return jnp.where(known.mask[..., None], interpolate(known.images * data_std, noise, t), x)
+        return jnp.where(
+            known.mask[..., None], interpolate(jnp.asarray(known.images) * data_std, noise, t), x
+        )
 
     return impose
 
