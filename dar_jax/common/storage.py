@@ -154,8 +154,9 @@ def check_writable(path: Path) -> None:
     system.patience = 0.0  # at the beginning nothing is lost
     try:
         is_file = path.is_file()
-        create(token, "")
-        token.unlink()
+        if not is_file:
+            create(token, "")
+            token.unlink()
     except (OSError, ValueError) as error:
         is_missing = isinstance(error, FileNotFoundError)
         reason = "there is no such bucket" if is_missing else " ".join(str(error).split())

@@ -141,7 +141,9 @@ def test_bucket_that_may_not_be_written_is_one_line(emulator, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(ValueError, match="cannot use gs://b/run: Forbidden.*rights") as caught:
+        with pytest.raises(
+            ValueError, match="cannot use gs://bbb/run: Forbidden.*rights"
+        ) as caught:
             storage.check_writable(storage.to_path("gs://bbb/run"))
         server.shutdown()
     assert "\n" not in str(caught.value)

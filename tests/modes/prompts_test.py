@@ -21,8 +21,8 @@ from tests import tiny_model, tiny_text
 pytest.importorskip("tokenizers")
 T = 8
 PROMPTS = ("a red apple", "the big blue car in a car", "<b>a</b> $(car)")
-SAME = 1e-6
-"""Of images in [-1, 1]: batches of other sizes are other programs."""
+SAME = 1e-4
+"""Of images in [-1, 1]: batches of other sizes are other programs, whose rounding each step grows."""
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_set_of_prompts_goes_on_after_a_kill(run, monkeypatch):
             raise KeyboardInterrupt
         write(self, first, *arrays)
 
-    options = dict(num_images=5, batch_size=2)
+    options = dict(num_images=10, batch_size=8)  # a multiple of the devices
     monkeypatch.setattr(ImageSet, "write", write_once_then_die)
     with pytest.raises(KeyboardInterrupt):
         run(**options)
@@ -127,8 +127,8 @@ def test_set_of_prompts_goes_on_after_a_kill(run, monkeypatch):
     samples = run(**options)
     pieces = [dict(np.load(path)) for path in sorted(samples.glob("set/0*.npz"))]
     labels = np.concatenate([piece["labels"] for piece in pieces]).tolist()
-    assert labels == [PROMPTS[i % 3] for i in range(5)]
-    (merged,) = samples.glob("samples_5x*.npz")
+    assert labels == [PROMPTS[i % 3] for i in range(10)]
+    (merged,) = samples.glob("samples_10x*.npz")
     with np.load(merged) as arrays:
         assert arrays["arr_1"].tolist() == labels
     with pytest.raises(ValueError, match="is made with labels="):
