@@ -22,7 +22,7 @@ pytest.importorskip("tokenizers")
 T = 8
 PROMPTS = ("a red apple", "the big blue car in a car", "<b>a</b> $(car)")
 SAME = 1e-4
-"""Of images in [-1, 1]: batches of other sizes are other programs, whose rounding each step grows."""
+"""Of images in [-1, 1]: a batch of another size is another program, which rounds otherwise."""
 
 
 @pytest.fixture(scope="module")
