@@ -136,10 +136,10 @@ def dar_distilled(config: ConfigDict) -> None:
 def dar_reward(config: ConfigDict) -> None:
     """A prior that is rewarded for digits that are recognised."""
     from_dar(config, "dar_reward", "reference")
-    config.loss = common.block(RewardConfig())
+    config.loss = common.block(RewardConfig(reward="likelihood"))
     config.model.label_dropout = 0.0
     config.data.batch_size = 10
-    short_schedule(config, steps=300, learning_rate=2e-4)
+    short_schedule(config, steps=200, learning_rate=2e-4)
     config.optimizer.name = "adamw"
 
 

@@ -3,8 +3,8 @@
 Every label of a batch is drawn `group_size` times by the prior as it is, and every sample judged
 after each group of tokens, since each prefix has a picture (D-AR section 3.4): r_1 .. r_G.
 
-return of the tokens of group g = r_G - r_{g-1}, r_0 = 0      what they may have changed; or r_G
-advantage A = (return - its mean over the label's samples) / deviation of r_G over them
+z_g = (r_g - mean of r_g) / deviation of r_g                   over the samples of the label
+advantage A of the tokens of group g = mean of z_g .. z_G      what they may have changed; or z_G
 loss = mean of -A log p(token) + kl_weight KL(prior || reference)
 
 A step learns from samples of the very parameters that it changes, once, so that the ratio that PPO
@@ -135,22 +135,18 @@ class DarRewardTask(DarPriorTask):
     def _advantages(self, rewards: Float[Array, "R G"]) -> Float[Array, "R N"]:
         """Compare the samples of a label with each other; see the module's docstring."""
         num_tokens = self.model.config.num_tokens
-        last = rewards[:, -1:]
-        returns = jnp.broadcast_to(last, rewards.shape)
+        own = rewards.reshape(-1, self.config.group_size, rewards.shape[1])
+        deviation = own.std(axis=1, keepdims=True) + MIN_DEVIATION
+        scores = ((own - own.mean(axis=1, keepdims=True)) / deviation).reshape(rewards.shape)
+        advantages = jnp.broadcast_to(scores[:, -1:], rewards.shape)
         if self.config.dense:
-            returns = last - jnp.pad(rewards[:, :-1], ((0, 0), (1, 0)))
-        own = returns.reshape(-1, self.config.group_size, rewards.shape[1])
-        deviation = last.reshape(-1, self.config.group_size, 1).std(axis=1, keepdims=True)
-        advantages = (own - own.mean(axis=1, keepdims=True)) / (deviation + MIN_DEVIATION)
+            later = jnp.cumsum(scores[:, ::-1], axis=1)[:, ::-1]
+            advantages = later / jnp.arange(rewards.shape[1], 0, -1)
         # Groups without a picture of their own belong to the first one that has.
         ends = sampler.group_boundaries(self.tokenizer.config)[-rewards.shape[1] :]
         lengths = [stop - start for start, stop in zip((0, *ends), ends, strict=False)]
-        return jnp.repeat(
-            advantages.reshape(rewards.shape),
-            jnp.array(lengths),
-            axis=1,
-            total_repeat_length=num_tokens,
-        )
+        lengths = jnp.array(lengths)
+        return jnp.repeat(advantages, lengths, axis=1, total_repeat_length=num_tokens)
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         """Reward of images, nats a token from the reference, and diversity.

@@ -30,15 +30,15 @@ def task_of(**loss):
 
 
 REWARDS = jnp.array([[0.0, 1.0, 1.0, 2.0], [0.0, 0.0, 3.0, 4.0]])
-"""Of two samples after each of four groups; those of the images deviate by 1."""
+"""Of two samples after each of four groups: the second is as good, worse, better and better."""
 
 
 def test_tokens_are_judged_by_what_they_may_have_changed():
     advantages = task_of(group_size=2)._advantages(REWARDS)
     groups = advantages.reshape(2, 4, -1)
     np.testing.assert_array_equal(groups, np.broadcast_to(groups[..., :1], groups.shape))
-    # Returns are [2, 2, 1, 1] and [4, 4, 4, 1].
-    np.testing.assert_allclose(groups[1, :, 0], [1, 1, 1.5, 0], rtol=2 * ROUNDING)
+    # The scores of the second are 0, -1, 1 and 1; of each, the mean of those from there on.
+    np.testing.assert_allclose(groups[1, :, 0], [1 / 4, 1 / 3, 1, 1], rtol=5 * ROUNDING)
     np.testing.assert_allclose(groups[0], -groups[1], rtol=ROUNDING)
 
 
