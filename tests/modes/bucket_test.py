@@ -123,7 +123,8 @@ def test_path_of_an_object_is_no_workdir(in_bucket):
 def test_bucket_that_may_not_be_written_is_one_line(emulator, monkeypatch):
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.answer(200, b'{"kind": "storage#objects"}')
+            status = 404 if "/o/" in self.path else 200  # it has no objects
+            self.answer(status, b'{"kind": "storage#objects"}')
 
         def do_POST(self):
             self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.create"}}')
