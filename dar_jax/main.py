@@ -13,8 +13,9 @@ pictures, in a folder per class:
 DIR, like a model, may be gs://BUCKET/DIR (pip install 'dar-jax[gcs]'); launch/README.md says how.
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
 from the package; its docstring has the commands:
-    mnist.py:{tokenizer,dar,kl_vae,transdiff,transdiff_mrar}  image_folder.py:{tokenizer,dar}_32
-    imagenet_{tokenizer,dar,kl_vae,transdiff}.py  photographs.py  emoji.py:{tokenizer,dar}_32
+    mnist.py:{tokenizer,dar,dar_distilled,dar_reward,kl_vae,transdiff,transdiff_mrar}
+    image_folder.py:{tokenizer,dar}_32  text_folder.py:64  emoji.py:{tokenizer,dar}_32
+    imagenet_{tokenizer,dar,kl_vae,transdiff}.py  text_to_image.py  photographs.py
 
 Modes:
     train     train config.task; run the same command again to resume (default)
