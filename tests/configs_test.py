@@ -37,6 +37,8 @@ NULL_CAPTION = 120 * 2048
 CONFIGS = {
     "mnist:tokenizer": lambda: mnist.get_config("tokenizer"),
     "mnist:dar": lambda: mnist.get_config("dar"),
+    "mnist:dar_distilled": lambda: mnist.get_config("dar_distilled"),
+    "mnist:dar_reward": lambda: mnist.get_config("dar_reward"),
     "mnist:kl_vae": lambda: mnist.get_config("kl_vae"),
     "mnist:transdiff": lambda: mnist.get_config("transdiff"),
     "mnist:transdiff_mrar": lambda: mnist.get_config("transdiff_mrar"),

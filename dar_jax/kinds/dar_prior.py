@@ -104,7 +104,9 @@ class DarPrior(Kind[LlamaConfig]):
 
     def to_reference(self, params: Params, model: LlamaConfig) -> dict[str, Any]:
         if model.guidance_input:
-            raise ValueError("the reference has no priors that take the guidance scale as an input")
+            raise ValueError(
+                "guidance_input=True: the reference has no such priors; export the teacher instead"
+            )
         return dar.prior_state_dict(params, model)
 
     def programs(self, task: DarPriorTask, mesh: Mesh, images: int) -> Iterator[Program]:

@@ -57,6 +57,6 @@ def encode_texts(config: LlamaConfig, labels: Any, mask: Any) -> tuple[Any, Any]
     if config.caption_dim is None or not are_texts(labels):
         return labels, mask
     if mask is not None:
-        raise ValueError("caption_mask is for features of captions, not for texts")
+        raise ValueError("caption_mask is for features of captions: leave it out for texts")
     texts = [labels] if isinstance(labels, str) else list(map(str, labels))
     return open_encoder_of(config).encode(texts)

@@ -242,7 +242,7 @@ def _owner(request: Request) -> str:
     """Tell whose request it is, and let nobody in who must not."""
     origin = urlsplit(request.headers.get("origin", "")).netloc
     if origin and origin != request.headers.get("host"):
-        raise ApiError(403, "pages of other origins are not let in")
+        raise ApiError(403, "pages of other origins are not let in: use the page at /")
     client = request.client.host if request.client else ""
     return _service(request).keys.owner(request.headers.get("authorization", ""), client)
 

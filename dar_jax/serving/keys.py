@@ -60,5 +60,7 @@ class ApiKeys:
             raise ApiError(401, "an API key is missing: Authorization: Bearer KEY")
         given = hashlib.sha256(key.strip().encode()).hexdigest()
         if not sum([hmac.compare_digest(given, known) for known in self._hashes]):
-            raise ApiError(401, "the API key is wrong", code="invalid_api_key")
+            raise ApiError(
+                401, "the API key is wrong: pass one that the server knows", code="invalid_api_key"
+            )
         return given[:OWNER_LENGTH]

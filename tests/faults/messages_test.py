@@ -25,13 +25,14 @@ def messages(path):
         name = node.exc.func
         if not (isinstance(name, ast.Name) and name.id.endswith("Error") and node.exc.args):
             continue
-        text = [n.value for n in ast.walk(node.exc.args[0]) if isinstance(n, ast.Constant)]
+        said = node.exc.args[name.id == "ApiError"]  # whose first argument is a status
+        text = [n.value for n in ast.walk(said) if isinstance(n, ast.Constant)]
         parts = [part for part in text if isinstance(part, str)]
         has_value = any(isinstance(n, ast.FormattedValue | ast.Name) for n in ast.walk(node.exc))
         yield (
             node.lineno,
             "".join(parts),
-            has_value and not isinstance(node.exc.args[0], ast.Constant),
+            has_value and not isinstance(said, ast.Constant),
         )
 
 

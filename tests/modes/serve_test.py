@@ -30,8 +30,9 @@ def test_the_api_binds_to_loopback_and_asks_for_no_key():
     ["port", "batch_size", "max_waiting", "max_images", "max_body_megabytes", "ttl", "drain"],
 )
 def test_config_out_of_range_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}=0 must be"):
-        ServeConfig(**{name: 0})
+    kind = type(getattr(ServeConfig(), name))
+    with pytest.raises(ValueError, match=rf"{name}=0(\.0)? must be"):
+        ServeConfig(**{name: kind(0)})
 
 
 def test_a_request_has_to_fit_into_a_clients_share_of_the_queue():
