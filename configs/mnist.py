@@ -30,7 +30,6 @@ from dar_jax.models.dar.llama import LlamaConfig, ffn_hidden_dim
 from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
 from dar_jax.models.kl_vae import KlVaeConfig
 from dar_jax.models.transdiff.model import TransDiffConfig
-from dar_jax.tasks.dar_distilled import DistillationConfig
 from dar_jax.tasks.dar_reward import RewardConfig
 from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 from dar_jax.tasks.kl_vae import KlVaeLossConfig
@@ -128,8 +127,7 @@ def from_dar(config: ConfigDict, task: str, teacher: str) -> None:
 def dar_distilled(config: ConfigDict) -> None:
     """A prior that needs one row of the network, not two, for a guided token."""
     from_dar(config, "dar_distilled", "teacher")
-    config.loss = common.block(DistillationConfig())
-    config.model.guidance_input = True
+    config.model.max_guidance = 8.0
     short_schedule(config, steps=400, learning_rate=2e-3)
 
 
@@ -137,7 +135,6 @@ def dar_reward(config: ConfigDict) -> None:
     """A prior that is rewarded for digits that are recognised."""
     from_dar(config, "dar_reward", "reference")
     config.loss = common.block(RewardConfig(reward="likelihood"))
-    config.model.label_dropout = 0.0
     config.data.batch_size = 10
     short_schedule(config, steps=200, learning_rate=2e-4)
     config.optimizer.name = "adamw"

@@ -19,9 +19,8 @@ for: here it is a change of data. No scores are published, and none were measure
 A caption takes 4 kB a token on disk: about 80 kB.
 """
 
-from configs import common
+from configs import common, imagenet_dar
 from dar_jax.config import ConfigDict
-from dar_jax.models.dar.llama import SIZES, LlamaConfig
 
 NAMES = ("xl", "1b", "3b")
 STAGE2 = "stage2"
@@ -31,31 +30,11 @@ def get_config(name: str = "xl") -> ConfigDict:
     size, _, stage = name.partition(",")
     variants = {**dict.fromkeys(NAMES), **dict.fromkeys(f"{n},{STAGE2}" for n in NAMES)}
     common.variant(name, variants)
-    config = common.base()
-    config.task = "dar_prior"
-    config.tokenizer = "runs/imagenet/tokenizer/model"
-    config.model = common.block(
-        LlamaConfig(
-            **SIZES[size],
-            text_encoder="t5",
-            caption_dim=2048,
-            condition_tokens=120,
-            num_classes=1,
-        )
-    )
-    config.compute.update(dtype="bfloat16", remat="auto")
-    config.mesh.update(data=-1, fsdp=-1, gather="layer" if size == "3b" else "step")
-    config.data.update(source="tar", captions=True, image_size=256, crop="center", batch_size=256)
-    config.optimizer.update(
-        learning_rate=1e-4,
-        warmup_steps=0,
-        b1=0.9,
-        b2=0.95,
-        weight_decay=0.05,
-        clip_norm=1.0,
-        ema_decay=0.0,
-    )
-    config.train.update(steps=300_000, image_every=5_000)
+    config = imagenet_dar.get_config(size)
+    config.model.update(text_encoder="t5", caption_dim=2048, condition_tokens=120, num_classes=1)
+    config.data.update(source="tar", captions=True, crop="center", batch_size=256)
+    config.optimizer.update(learning_rate=1e-4, decay_start=0, decay_end=0, final_learning_rate=0.0)
+    config.train.steps = 300_000
     if stage:
         config.train.init_from = f"runs/text_to_image/{size}/model"
     config.cache.kind = "codes"

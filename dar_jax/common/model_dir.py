@@ -68,36 +68,41 @@ def save_model(
         ValueError: a parameter is not finite.
     """
     config = {"kind": kind, "model": model_config, **extra}
-    target = storage.to_path(directory)
-    if isinstance(target, pathlib.Path):
-        target = target.absolute()
-        temporary = temporary_path(target)
-        temporary.mkdir()
-    else:
-        temporary = pathlib.Path(tempfile.mkdtemp())
-    try:
-        content = temporary / "new"
-        content.mkdir()
+    arrays = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    for name, array in arrays.items():
+        check_finite(f"{directory}: parameter {name}", array)
+    card = model_card(
+        pathlib.PurePath(directory).name,
+        kind,
+        num_parameters=sum(array.size for array in arrays.values()),
+        about=about,
+        class_names=extra.get("class_names", ()),
+        sampling=extra.get("sampling"),
+    )
+    with _replacing(directory) as content:
         (content / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        arrays = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
-        for name, array in arrays.items():
-            check_finite(f"{target}: parameter {name}", array)
         write_safetensors(content / WEIGHTS_NAME, arrays)
-        card = model_card(
-            target.name,
-            kind,
-            num_parameters=sum(array.size for array in arrays.values()),
-            about=about,
-            class_names=extra.get("class_names", ()),
-            sampling=extra.get("sampling"),
-        )
         (content / CARD_NAME).write_text(card)
         for name, companion in companions.items():
             shutil.copytree(companion, content / name)
         digests.write(content)
-        if not isinstance(target, pathlib.Path):
-            storage.upload_tree(content, target, last=digests.DIGESTS_NAME)
-            return
+
+
+@contextlib.contextmanager
+def _replacing(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Give a folder to write to that takes the place of `directory` at the end."""
+    target = storage.to_path(directory)
+    if not isinstance(target, pathlib.Path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder)
+            storage.upload_tree(pathlib.Path(folder), target, last=digests.DIGESTS_NAME)
+        return
+    target = target.absolute()
+    temporary = temporary_path(target)
+    content = temporary / "new"
+    content.mkdir(parents=True)
+    try:
+        yield content
         if target.exists():
             # A directory cannot be renamed over another one that has files in it.
             os.rename(target, temporary / "old")

@@ -178,11 +178,6 @@ def read_prompts(prompts: str) -> tuple[str, ...]:
     return texts
 
 
-def label_array(labels: Sequence[int] | Sequence[str]) -> np.ndarray:
-    """Labels as int32, texts as they are."""
-    return np.asarray(labels, str if isinstance(labels[0], str) else np.int32)
-
-
 def classes_of(
     num_classes: int,
     class_names: Sequence[str],

@@ -17,8 +17,9 @@ from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError, decode
 from dar_jax.data.sources import load_source
 from dar_jax.data.transforms import center_crop
-from dar_jax.generation.batches import class_name, drawn_of, generate, label_array, whole_batch
+from dar_jax.generation.batches import class_name, drawn_of, generate, whole_batch
 from dar_jax.generation.config import SampleConfig
+from dar_jax.generation.image_set import label_array
 from dar_jax.pipelines.base import Pipeline
 
 SOURCE_PICTURE = re.compile(rf"({'|'.join(SPLITS)}):(\d+)")

@@ -15,7 +15,7 @@ openai/guided-diffusion): `arr_0` uint8 [N, H, W, 3] and, as its sampling script
 import dataclasses
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,7 @@ class ImageSet(Pieces):
 
     def labels_of(self, first: int, stop: int) -> Shaped[np.ndarray, " n"]:
         """Labels of the images `first` .. `stop - 1`."""
-        dtype = str if isinstance(self.labels[0], str) else np.int32
-        return np.asarray(self.labels, dtype)[np.arange(first, stop) % len(self.labels)]
+        return label_array(self.labels)[np.arange(first, stop) % len(self.labels)]
 
     def write(
         self, first: int, pixels: UInt8[np.ndarray, "n H W 3"], kept: Mapping[str, np.ndarray]
@@ -108,3 +107,8 @@ class ImageSet(Pieces):
                 return np.asarray(Image.open(file).convert("RGB"))[None]
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error
+
+
+def label_array(labels: Sequence[int] | Sequence[str]) -> np.ndarray:
+    """Labels as int32, texts as they are."""
+    return np.asarray(labels, str if isinstance(labels[0], str) else np.int32)

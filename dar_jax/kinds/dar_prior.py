@@ -103,9 +103,10 @@ class DarPrior(Kind[LlamaConfig]):
         return model, params, dar.UNUSED_PRIOR_KEYS
 
     def to_reference(self, params: Params, model: LlamaConfig) -> dict[str, Any]:
-        if model.guidance_input:
+        if model.max_guidance:
             raise ValueError(
-                "guidance_input=True: the reference has no such priors; export the teacher instead"
+                f"max_guidance={model.max_guidance}: the reference has no distilled priors; "
+                "take the teacher"
             )
         return dar.prior_state_dict(params, model)
 
@@ -142,11 +143,12 @@ def _decode_program(
     stop = config.num_tokens
     start = stop - stop // tokenizer.num_groups
     decoder = autoregressive.TokenDecoder(
-        model, config.condition_tokens, SamplingConfig(), guided=True
+        model, config.condition_tokens, SamplingConfig(), guided=not config.max_guidance
     )
+    rows = images * (1 + decoder.guided)
 
     def state_before() -> autoregressive.DecodingState:
-        caches = model.bind(model.init(jax.random.key(0))).empty_caches(2 * images)
+        caches = model.bind(model.init(jax.random.key(0))).empty_caches(rows)
         caches = autoregressive.grow(caches, config.condition_tokens + start - 1)
         return autoregressive.DecodingState(jnp.zeros((images, stop), jnp.int32), caches, None)
 

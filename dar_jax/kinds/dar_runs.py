@@ -28,6 +28,10 @@ class DarRuns(Runs):
     pipeline: DarPipeline
     sampling: DarSampling
 
+    def num_rows(self, scale: float) -> int:
+        is_distilled = self.pipeline.prior.config.max_guidance
+        return self.batch_size if is_distilled else super().num_rows(scale)
+
     def parts(self, scale: float | None) -> tuple[Part]:
         return (self.flow() if scale is None else self.tokens(scale),)
 

@@ -224,6 +224,8 @@ def _architecture(kind: Kind, path: str) -> Any:
     """Return the architecture of a model, or the released one where there is not a model yet."""
     if model_dir.locate(path).exists():
         return open_model(path, kind.name).architecture
+    if kind.released is None:
+        raise ValueError(f"{path} does not exist: name the model directory of {kind.noun}")
     logging.info("%s does not exist: taking the released architecture of %s", path, kind.noun)
     return kind.released
 

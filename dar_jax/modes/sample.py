@@ -17,13 +17,12 @@ from dar_jax.generation.batches import (
     drawn_of,
     generate,
     identity,
-    label_array,
     load,
     load_model,
     model_path,
 )
 from dar_jax.generation.config import SampleConfig
-from dar_jax.generation.image_set import ImageSet
+from dar_jax.generation.image_set import ImageSet, label_array
 from dar_jax.generation.image_sets import fill
 from dar_jax.generation.reconstructions import reconstructions
 from dar_jax.generation.resumable_arrays import is_whole_archive

@@ -2,8 +2,6 @@
 
 import pathlib
 import socket
-import threading
-from types import FrameType
 
 import jax
 from absl import logging
@@ -14,10 +12,6 @@ from dar_jax.pipelines.dar import DarPipeline
 from dar_jax.serving.config import ServeConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LAST_SECONDS = 5
-"""To say that there will be no images, after those that requests have to end in."""
-CONNECTIONS = 256
-"""That may be open besides those that wait for images."""
 
 
 def serve(config: Config, workdir: str) -> None:
@@ -32,13 +26,13 @@ def serve(config: Config, workdir: str) -> None:
         raise ValueError(f"--mode=serve is for one process, there are {jax.process_count()}")
     try:
         import python_multipart  # noqa: F401 - of forms, which else fail when the first one comes
-        import uvicorn
 
         from dar_jax.serving import app
         from dar_jax.serving.drawing import LaneBatch
         from dar_jax.serving.engine import Engine
         from dar_jax.serving.inputs import Offer
         from dar_jax.serving.keys import ApiKeys
+        from dar_jax.serving.server import Server
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--mode=serve needs {error.name}, which is not installed; "
@@ -52,40 +46,10 @@ def serve(config: Config, workdir: str) -> None:
         sampling = config.sample.sampling(pipeline.sampling)
         batch = LaneBatch(pipeline, sampling, settings.batch_size)
         engine = Engine(batch, max_waiting=settings.max_waiting, ttl=settings.ttl)
-        offer = Offer(
-            model=_name(model_path(config.sample, workdir)),
-            class_names=pipeline.class_names,
-            num_classes=pipeline.num_classes,
-            size=pipeline.output_size,
-            image_size=pipeline.image_size,
-            num_tokens=pipeline.num_tokens,
-            previews=batch.drawing.preview_groups[:-1],
-            sampling=sampling,
-            max_images=settings.max_images,
-        )
-
-        class Server(uvicorn.Server):
-            """Ends with the engine, and lets it finish what is asked for."""
-
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                engine.drain()
-                closing = threading.Timer(settings.drain, engine.close)
-                closing.daemon = True
-                closing.start()
-                super().handle_exit(sig, frame)
-
-            async def on_tick(self, counter: int) -> bool:
-                return await super().on_tick(counter) or engine.failure is not None
-
-        server = Server(
-            uvicorn.Config(
-                app.make_app(app.Service(engine, offer, settings, keys)),
-                log_level="warning",
-                server_header=False,
-                limit_concurrency=settings.max_waiting + settings.batch_size + CONNECTIONS,
-                timeout_graceful_shutdown=int(settings.drain) + LAST_SECONDS,
-            )
-        )
+        name = _name(model_path(config.sample, workdir))
+        previews = batch.drawing.preview_groups[:-1]
+        offer = Offer.of(pipeline, sampling, name, previews, settings.max_images)
+        server = Server(app.make_app(app.Service(engine, offer, settings, keys)), engine, settings)
         logging.info("http://%s:%d, ready when /health says so", settings.host, settings.port)
         server.run(sockets=[listener])
     if engine.failure is not None:

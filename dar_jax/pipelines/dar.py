@@ -329,19 +329,11 @@ class DarPipeline(LikelihoodPipeline):
         how.check(config)
         labels, caption_mask = encode_texts(config, labels, caption_mask)
         condition = check_condition(self.class_indices(labels), config)
-        batch_size = len(condition)
-        put = self.prior.put
+        batch_size, put = len(condition), self.prior.put
         if how.search.method and caption_mask is not None:
             raise ValueError("search takes no caption_mask: its rewards see whole captions")
-        draw = sampler.stream
-        if how.search.method:
-            scorer = self.prior.model, self.prior.params
-            draw = functools.partial(search.stream, scorer=scorer)
-        stream = draw(
-            self.prior.model.unstacked(),
-            self.prior.sampling_params,
-            self.tokenizer.model,
-            self.tokenizer.sampling_params,
+        stream = self._start(
+            how.search.method,
             put(condition),
             put(image_keys(require_rng(rng), batch_size, first_index)),
             how,
@@ -351,6 +343,15 @@ class DarPipeline(LikelihoodPipeline):
             microbatch=check_microbatch(microbatch, batch_size),
         )
         return stream if previews else map(last_of, (stream,))
+
+    def _start(self, method: str, *inputs: Any, **options: Any) -> Iterator[sampler.DarPreview]:
+        """Call `stream` of the sampler, or of a search, with both models."""
+        prior, tokenizer = self.prior, self.tokenizer
+        inputs = (tokenizer.model, tokenizer.sampling_params, *inputs)
+        inputs = (prior.model.unstacked(), prior.sampling_params, *inputs)
+        if method:
+            return search.stream(*inputs, scorer=(prior.model, prior.params), **options)
+        return sampler.stream(*inputs, **options)
 
     @takes_options(DarSampling, like=stream, without=["previews"])
     def generate(self, labels: Labels, **options: Any) -> Generated:

@@ -306,10 +306,9 @@ def generate(
     device_scales = jnp.asarray(scales)
     start = prefix.shape[1] + 1
     beyond = decoder.num_condition - 1 + max(window - 1, 0)
-    least_slots = 0
-    all_slots = len(condition) * (beyond + len(scales)) * slot_bytes(decoder.model)
-    if attends_filled or all_slots <= max(SMALL_CACHES, SMALL_SHARE * tree_bytes(params)):
-        least_slots = beyond + len(scales)
+    all_slots = beyond + len(scales)
+    grows = not attends_filled and _are_large(decoder.model, params, len(condition) * all_slots)
+    least_slots = 0 if grows else all_slots
     num_slots = max(decoder.num_condition - 1 + start, least_slots)
     inputs = (decoder, params, condition, prefix, rngs, device_scales, key_mask)
     state: Any = run(prefill, *inputs, num_slots=num_slots)
@@ -333,6 +332,12 @@ def generate(
             state = take(state, parents)
             if isinstance(state, AheadState):  # beyond, tokens are the parent's draws
                 state = state._replace(known=jnp.minimum(state.known, stop))
+
+
+def _are_large(model: Any, params: Params, num_slots: int) -> bool:
+    """Whether caches of so many slots in all are so large that they had better grow."""
+    num_bytes = num_slots * slot_bytes(model)
+    return num_bytes > max(SMALL_CACHES, SMALL_SHARE * tree_bytes(params))
 
 
 @jax.jit

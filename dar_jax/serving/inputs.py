@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dar_jax.common.checks import MAX_SEED
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.pipelines.base import class_index
+from dar_jax.pipelines.dar import DarPipeline
 from dar_jax.serving.drawing import Request
 from dar_jax.serving.errors import ApiError
 from dar_jax.serving.pictures import BEST, FORMATS, Kept, Output
@@ -55,6 +56,28 @@ class Offer:
     previews: tuple[int, ...]
     sampling: DarSampling
     max_images: int
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: DarPipeline,
+        sampling: DarSampling,
+        model: str,
+        previews: tuple[int, ...],
+        max_images: int,
+    ) -> "Offer":
+        """Offer what a pipeline draws."""
+        return cls(
+            model=model,
+            class_names=pipeline.class_names,
+            num_classes=pipeline.num_classes,
+            size=pipeline.output_size,
+            image_size=pipeline.image_size,
+            num_tokens=pipeline.num_tokens,
+            previews=previews,
+            sampling=sampling,
+            max_images=max_images,
+        )
 
 
 class Wanted(NamedTuple):

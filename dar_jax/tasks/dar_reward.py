@@ -12,11 +12,11 @@ and GRPO clip is 1. The divergence is the exact one over the vocabulary, of ever
 """
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics
 
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
@@ -24,8 +24,7 @@ from dar_jax.models.dar import sampler, search
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.options import TOKEN_REWARDS, DarSampling
 from dar_jax.sampling.rewards import load_reward
-from dar_jax.tasks.base import FrozenModel
-from dar_jax.tasks.dar_prior import DarPriorTask
+from dar_jax.tasks.dar_from_prior import TRAINED, FromPriorTask
 
 MIN_DEVIATION = 1e-4
 """Samples that are all as good teach nothing; their advantages are not blown up."""
@@ -57,32 +56,22 @@ class RewardConfig:
             raise ValueError(f"kl_weight={self.kl_weight} must be at least 0")
 
 
-class DarRewardTask(DarPriorTask):
+class DarRewardTask(FromPriorTask):
     """See the module's docstring."""
 
-    def __init__(self, *of_prior: Any, loss: RewardConfig, reference: FrozenModel, **options: Any):
-        """Build the task.
+    config: RewardConfig
 
-        Args:
-            of_prior: see `DarPriorTask`.
-            loss: what is rewarded.
-            reference: the prior that training starts from.
-            options: see `DarPriorTask`.
+    def __init__(self, *of_prior: Any, **options: Any):
+        """See `FromPriorTask`.
 
         Raises:
-            ValueError: no such reward.
+            ValueError: no such reward, or the prior draws captions.
         """
         super().__init__(*of_prior, **options)
-        self.config = loss
-        self.reference, self._reference_params = reference
-        if loss.reward not in TOKEN_REWARDS:
-            load_reward(loss.reward)
-
-    def frozen(self) -> Params:
-        return {**super().frozen(), "reference": self._reference_params}
-
-    def abstract_frozen(self) -> Params:
-        return {**super().abstract_frozen(), "reference": self.reference.abstract_params()}
+        if self.model.config.caption_dim is not None:
+            raise ValueError("config.model.caption_dim: rewards are for labels, use None")
+        if self.config.reward not in TOKEN_REWARDS:
+            load_reward(self.config.reward)
 
     def loss(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params
@@ -93,18 +82,18 @@ class DarRewardTask(DarPriorTask):
         advantages = self._advantages(rewards)
         logits, reference = (
             model.bind(of).logits(labels, indices[:, :-1])[:, config.condition_tokens - 1 :]
-            for model, of in ((self.model, params), (self.reference, frozen["reference"]))
+            for model, of in ((self.model, params), (self.trained, frozen[TRAINED]))
         )
         log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
         drawn = jnp.take_along_axis(log_p, indices[..., None], axis=-1)[..., 0]
         divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         loss = -jnp.mean(advantages * drawn) + self.config.kl_weight * divergence.mean()
         own = indices.reshape(-1, size, config.num_tokens)
-        pairs = [own[:, i] != own[:, j] for i, j in itertools.combinations(range(size), 2)]
+        differs = own[:, :, None] != own[:, None]  # each sample from itself nowhere
         return loss, {
             "reward": rewards[:, -1],
             "divergence": divergence,
-            "diversity": jnp.stack(pairs).astype(jnp.float32),
+            "diversity": jnp.mean(differs) * size / (size - 1),
         }
 
     def _rollout(
@@ -123,7 +112,7 @@ class DarRewardTask(DarPriorTask):
         )
         name = self.config.reward
         if name in TOKEN_REWARDS:
-            judge = search.token_reward(name, self.reference, frozen["reference"], labels)
+            judge = search.token_reward(name, self.trained, frozen[TRAINED], labels)
             rewards = [judge(indices := known) for known in groups]
         else:
             flow = (self.tokenizer, frozen["tokenizer"], groups, rngs, sampling)
@@ -134,7 +123,6 @@ class DarRewardTask(DarPriorTask):
 
     def _advantages(self, rewards: Float[Array, "R G"]) -> Float[Array, "R N"]:
         """Compare the samples of a label with each other; see the module's docstring."""
-        num_tokens = self.model.config.num_tokens
         own = rewards.reshape(-1, self.config.group_size, rewards.shape[1])
         deviation = own.std(axis=1, keepdims=True) + MIN_DEVIATION
         scores = ((own - own.mean(axis=1, keepdims=True)) / deviation).reshape(rewards.shape)
@@ -144,9 +132,7 @@ class DarRewardTask(DarPriorTask):
             advantages = later / jnp.arange(rewards.shape[1], 0, -1)
         # Groups without a picture of their own belong to the first one that has.
         ends = sampler.group_boundaries(self.tokenizer.config)[-rewards.shape[1] :]
-        lengths = [stop - start for start, stop in zip((0, *ends), ends, strict=False)]
-        lengths = jnp.array(lengths)
-        return jnp.repeat(advantages, lengths, axis=1, total_repeat_length=num_tokens)
+        return advantages[:, np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))]
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         """Reward of images, nats a token from the reference, and diversity.

@@ -96,7 +96,10 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if config.ema_decay:
-        ema_params = optax.incremental_update(params, ema_params, 1 - config.ema_decay)
+        # In this form, what is not trained stays as it is to the last bit.
+        ema_params = jax.tree.map(
+            lambda new, old: old + (1 - config.ema_decay) * (new - old), params, ema_params
+        )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(outputs["loss"]).all()
     params, ema_params, opt_state = jax.tree.map(

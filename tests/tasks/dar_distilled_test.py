@@ -19,8 +19,9 @@ from dar_jax.modes import train
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines.dar import PriorPipeline
+from dar_jax.serving.drawing import LaneBatch
 from dar_jax.tasks.base import FrozenModel
-from dar_jax.tasks.dar_distilled import DarDistilledTask, DistillationConfig
+from dar_jax.tasks.dar_distilled import DarDistilledTask
 from tests.golden import models
 
 ROUNDING = 1e-5
@@ -38,7 +39,7 @@ def student(teacher):
     """The teacher with an input for the scale, and the parameters that it starts from."""
     model, params = teacher
     without = {"token_dropout": 0.0, "residual_dropout": 0.0, "label_dropout": 0.5}
-    config = dataclasses.replace(model.config, guidance_input=True, **without)
+    config = dataclasses.replace(model.config, max_guidance=8.0, **without)
     model = FunctionalModel(Llama, config, Compute())
     return model, {**model.init(jax.random.key(1)), **params}
 
@@ -86,7 +87,7 @@ def test_student_needs_no_unconditional_rows(student):
     guided = DarSampling(guidance_scale=(3.0,))
     tokenizer = models.tokenizer("dar/tokenizer_tiny")[0].config
     config = student[0].config
-    plain = dataclasses.replace(config, guidance_input=False)
+    plain = dataclasses.replace(config, max_guidance=0.0)
     assert search.calls(guided, config, tokenizer).decoded == config.num_tokens
     assert search.calls(guided, plain, tokenizer).decoded == 2 * config.num_tokens
 
@@ -96,9 +97,9 @@ def test_loss_is_least_for_guided_logits(teacher, student):
     tokenizer = FrozenModel(*models.tokenizer("dar/tokenizer_tiny"))
 
     def outcome(max_scale):
-        loss = DistillationConfig(max_scale=max_scale)
-        options = {"loss": loss, "teacher": FrozenModel(*teacher), "from_codes": True}
-        task = DarDistilledTask(student[0].config, tokenizer, Compute(), **options)
+        config = dataclasses.replace(student[0].config, max_guidance=max_scale)
+        options = {"loss": None, "trained": FrozenModel(*teacher), "from_codes": True}
+        task = DarDistilledTask(config, tokenizer, Compute(), **options)
         of = jax.value_and_grad(task.loss, has_aux=True)
         batch = batch_of(student[0].config)
         (_, outputs), grads = of(student[1], batch, jax.random.key(5), task.frozen())
@@ -122,18 +123,22 @@ def distilled(**changes):
 def test_what_is_released_is_a_prior(tmp_path):
     train.train_and_evaluate(distilled(), str(tmp_path))
     pipeline = from_pretrained(tmp_path)
-    assert type(pipeline.prior) is PriorPipeline and pipeline.prior.config.guidance_input
+    assert type(pipeline.prior) is PriorPipeline and pipeline.prior.config.max_guidance == 8
     assert pipeline.sampling.guidance_scale == (1.0, 5.0)
     assert not (tmp_path / "model" / "teacher").exists()
+    with pytest.raises(ValueError, match=r"guidance_scale=\(9\.0,\) must be at most 8"):
+        pipeline.generate([1], rng=0, guidance_scale=9.0)
+    with pytest.raises(ValueError, match="the model is distilled"):
+        LaneBatch(pipeline, pipeline.sampling, 4)
 
 
 REFUSED = {
-    r"guidance_input=False, and that of package://mnist is False": {"model.guidance_input": False},
+    r"max_guidance=0\.0, and that of package://mnist is 0\.0": {"model.max_guidance": 0.0},
     r"num_tokens=16, but the tokenizer in package://mnist/tokenizer": {"model.num_tokens": 16},
     r"num_classes=11, but the prior in package://mnist has num_classes=10": {
         "model.num_classes": 11
     },
-    r"max_scale=1\.0 must be above 1": {"loss.max_scale": 1.0},
+    r"max_guidance=1\.0 must be above 1": {"model.max_guidance": 1.0},
 }
 
 

@@ -22,7 +22,7 @@ BRIGHT = "def reward(images, labels):\n    return images.mean(axis=(1, 2, 3))\n"
 
 def task_of(**loss):
     prior, tokenizer = models.prior("dar/gpt_tiny"), models.tokenizer("dar/tokenizer_tiny")
-    options = {"reference": FrozenModel(*prior), "from_codes": True}
+    options = {"trained": FrozenModel(*prior), "from_codes": True}
     config = RewardConfig(**loss)
     return DarRewardTask(
         prior[0].config, FrozenModel(*tokenizer), Compute(), loss=config, **options

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
 from dar_jax.common.typing import Array, Int, Params, PRNGKeys
@@ -34,11 +33,10 @@ def start(model: FunctionalModel[Tokenizer], rngs: PRNGKeys) -> KnownCondition:
     """No tokens are known yet, of as many rows as there are keys, which say where they are."""
     config = model.config
     layers, num_tokens = config.condition, config.num_tokens
-    device = None
-    # What is put on a single device is committed to it, another case for compiled programs; while a
+    # What is put on a single device is committed to it, another case for compiled programs. While a
     # program is traced, it is the compiler that says.
-    if not isinstance(rngs, Tracer) and not isinstance(rngs.sharding, SingleDeviceSharding):
-        device = rngs.sharding
+    where = getattr(rngs, "sharding", None)
+    device = None if isinstance(where, SingleDeviceSharding) else where
     heads = layers.dim // layers.head_dim
     shape = (len(rngs), layers.depth, heads, num_tokens, layers.head_dim)
     tokens = jnp.zeros((len(rngs), num_tokens, layers.dim), device=device)

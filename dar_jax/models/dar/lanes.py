@@ -56,6 +56,8 @@ class Drawing:
         config = self.tokenizer.config
         if self.prior.config.caption_dim is not None:
             raise ValueError("the model draws from captions; lanes are for models of classes")
+        if self.prior.config.max_guidance:
+            raise ValueError("the model is distilled; lanes guide by two rows: use its teacher")
         if config.num_tokens % config.num_groups:
             raise ValueError(
                 f"the {config.num_tokens} tokens of an image make no {config.num_groups} groups of "
@@ -175,7 +177,9 @@ def begin(lanes: Lanes, at: Int[Array, " B"], asked: Asked) -> Lanes:
 
     rngs = jax.vmap(key)(jnp.asarray(asked.seed), jnp.asarray(asked.index))
     noise = initial_noise(rngs, asked.known.images.shape[1:3])
-    begun = lanes._replace(
+    return _put(
+        lanes,
+        at,
         label=asked.label,
         rng=jax.random.key_data(rngs),
         scales=asked.scales,
@@ -183,9 +187,7 @@ def begin(lanes: Lanes, at: Int[Array, " B"], asked: Asked) -> Lanes:
         noise=noise,
         flow=solvers.start(noise),
         known=asked.known,
-        **{name: _take(getattr(lanes, name), at) for name in ("tokens", "caches", "condition")},
     )
-    return _put(lanes, begun, at)
 
 
 @functools.partial(jax.jit, static_argnames="drawing", donate_argnames="lanes")
@@ -236,12 +238,8 @@ def decode_group(
         known = conditioning.extend(drawing.tokenizer, tokenizer_params, group[None], known, first)
         return jax.tree.map(lambda leaf: leaf[0], known)
 
-    lane = lane._replace(
-        tokens=tokens,
-        caches=_by_image(caches),
-        condition=jax.vmap(extend)(tokens, lane.condition, first),
-    )
-    return _put(lanes, lane, at)
+    condition = jax.vmap(extend)(tokens, lane.condition, first)
+    return _put(lanes, at, tokens=tokens, caches=_by_image(caches), condition=condition)
 
 
 @functools.partial(jax.jit, static_argnames="drawing", donate_argnames="lanes")
@@ -290,15 +288,20 @@ def flow_step(
 
     flow, preview = jax.vmap(advance)(lane.flow, velocity, step, lane.known, lane.noise)
     images = jnp.clip(to_image(preview, lane.known, config), -1.0, 1.0)
-    return lanes._replace(flow=_put(lanes.flow, flow, at)), images, lane.tokens
+    return _put(lanes, at, flow=flow), images, lane.tokens
 
 
 def _take(tree: Any, at: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[at], tree)
 
 
-def _put(tree: Any, new: Any, at: Array) -> Any:
-    return jax.tree.map(lambda leaf, rows: leaf.at[at].set(rows), tree, new)
+def _put(lanes: Lanes, at: Array, **new: Any) -> Lanes:
+    """Write these fields of the lanes `at`; the others are not touched."""
+
+    def put(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda leaf, rows: leaf.at[at].set(rows), old, new)
+
+    return lanes._replace(**{name: put(getattr(lanes, name), rows) for name, rows in new.items()})
 
 
 def _by_image(caches: Any) -> Any:

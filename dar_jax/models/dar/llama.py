@@ -9,6 +9,7 @@ is left out.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ class LlamaConfig:
         token_dropout: on the embedded condition and image tokens.
         residual_dropout: on the outputs of attention and SwiGLU.
         label_dropout: probability of training on the null condition.
-        guidance_input: the guidance scale of every token is an input, and logits are guided ones:
-            a distilled prior, which needs no unconditional rows.
+        max_guidance: the guidance scale of every token is an input, up to this one, and logits are
+            guided ones: a distilled prior, which needs no unconditional rows. 0: it is none.
     """
 
     num_layers: int = 24
@@ -74,7 +75,7 @@ class LlamaConfig:
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     label_dropout: float = 0.1
-    guidance_input: bool = False
+    max_guidance: float = 0.0
 
     def __post_init__(self):
         if self.dim % self.num_heads:
@@ -82,6 +83,11 @@ class LlamaConfig:
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if not (self.max_guidance == 0 or 1 < self.max_guidance < math.inf):
+            raise ValueError(
+                f"max_guidance={self.max_guidance} must be above 1, which is no guidance, and "
+                "finite; or 0, for a prior that is not distilled"
             )
 
     @property
@@ -198,7 +204,7 @@ class Llama(nnx.Module):
                 config.caption_dim, config, compute=compute, rngs=rngs
             )
         self.token_embed = table(config.vocab_size, config.dim)
-        if config.guidance_input:
+        if config.max_guidance:
             self.guidance_embed = GuidanceEmbed(config, compute=compute, rngs=rngs)
         block = LlamaBlock if compute.stacked else DecodingBlock
         self.stack = Stack(
@@ -271,7 +277,7 @@ class Llama(nnx.Module):
         """
         rng_tokens, rng_blocks = (None, None) if rng is None else jax.random.split(rng)
         x = jnp.concatenate([self.embed_condition(condition), self.token_embed(indices)], axis=1)
-        if self.config.guidance_input:
+        if self.config.max_guidance:
             scales = jnp.ones((len(x), indices.shape[1] + 1)) if scales is None else scales
             x = x.at[:, self.config.condition_tokens - 1 :].add(self.guidance_embed(scales))
         x = dropout(x, self.config.token_dropout, rng_tokens)

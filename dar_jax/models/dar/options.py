@@ -164,7 +164,12 @@ class DarSampling(FlowSampling):
 
     def check(self, config: LlamaConfig) -> None:
         """Raise ValueError unless these options suit a prior of this architecture."""
-        self.scales(config.num_tokens)
+        largest = self.scales(config.num_tokens).max()
+        if 0 < config.max_guidance < largest:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} must be at most {config.max_guidance:g}, up "
+                "to which the model was distilled"
+            )
         if not self.search.method:
             return
         if self.search.by_file:

@@ -216,7 +216,7 @@ def generate_indices(
         run: see `autoregressive.generate`.
     """
     scales = sampling.scales(model.config.num_tokens)
-    guided = bool(np.any(scales != 1)) and not model.config.guidance_input
+    guided = bool(np.any(scales != 1)) and not model.config.max_guidance
     decoder = autoregressive.TokenDecoder(
         model, model.config.condition_tokens, sampling.tokens, guided
     )

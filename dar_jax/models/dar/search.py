@@ -60,7 +60,7 @@ def calls(sampling: DarSampling, prior: LlamaConfig, tokenizer: TokenizerConfig)
     search, num_tokens = sampling.search, prior.num_tokens
     scales = sampling.scales(num_tokens)
     guided = int(np.max(np.flatnonzero(scales != 1), initial=-1)) + 1
-    guided *= not prior.guidance_input
+    guided *= not prior.max_guidance
     ends = sampler.group_boundaries(tokenizer)
     passes = {"likelihood": 2, "classifier": prior.num_classes}.get(search.reward, 0)
     judged = ends[-1:] if search.method == "end" else ends
