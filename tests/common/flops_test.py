@@ -295,9 +295,9 @@ def test_training_the_released_models(name, tmp_path):
     [
         ("mnist:tokenizer", UNREAD),
         ("mnist:dar", 0),
-        ("mnist:kl_vae", 0),
         ("mnist:transdiff", 0),
-        ("mnist:transdiff_mrar", 0),
+        pytest.param("mnist:kl_vae", 0, marks=pytest.mark.slow),
+        pytest.param("mnist:transdiff_mrar", 0, marks=pytest.mark.slow),
     ],
 )
 def test_training_small_models_equals_the_traced_gradient(name, tolerance, tmp_path):

@@ -177,7 +177,10 @@ def test_tokenizer_without_a_codebook_decodes_unit_vectors(whole):
         other.decode(quantized.indices, noise=noise)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(24, 24), (64, 64), (80, 64)])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(24, 24), (80, 64), pytest.param(64, 64, marks=pytest.mark.slow)],
+)
 def test_larger_output_is_resized_in_the_end(whole, size, expected):
     state_dict, config, tokenizer, image, noise = whole
     other = convert.tokenizer_from_reference(state_dict, config | {"output_resolution": size})

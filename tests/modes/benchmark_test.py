@@ -278,7 +278,8 @@ def test_device_speed_is_positive_and_finite():
 
 
 @pytest.mark.parametrize(
-    "what", ["train", "encode", "data", pytest.param("evaluate", marks=pytest.mark.slow)]
+    "what",
+    ["train", "data", *(pytest.param(w, marks=pytest.mark.slow) for w in ("encode", "evaluate"))],
 )
 def test_programs_and_reading_are_timed(config, tmp_path, what):
     settings = changed(config, what=what)

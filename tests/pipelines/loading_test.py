@@ -155,7 +155,7 @@ def test_compute_dtype_is_an_argument(workdir):
     assert 0 < jnp.abs(single - half).max() < BFLOAT16_ROUNDING
 
 
-@pytest.mark.parametrize("path", ["model", "dar_tokenizer"])
+@pytest.mark.parametrize("path", ["model", pytest.param("dar_tokenizer", marks=pytest.mark.slow)])
 def test_tokenizer_decodes_in_a_dtype_of_its_own(workdir, path):
     images = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32, 3)).astype(np.float32)
     single, half = (

@@ -58,7 +58,13 @@ def test_model_directory_holds_its_autoencoder(load):
     assert pipeline.class_names == ("cat", "dog", "fox")
 
 
-@pytest.mark.parametrize(("name", "steps"), [("one_step", [1, 2, 3, 4]), ("mrar", [4, 8, 12, 16])])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        pytest.param("one_step", [1, 2, 3, 4], marks=pytest.mark.slow),
+        ("mrar", [4, 8, 12, 16]),
+    ],
+)
 def test_stream_ends_with_what_generate_returns(load, name, steps):
     pipeline = load(name)
     previews = list(pipeline.stream(LABELS[:2], rng=jax.random.key(0), **OPTIONS))

@@ -100,7 +100,7 @@ def test_loss_is_least_for_guided_logits(teacher, student):
         config = dataclasses.replace(student[0].config, max_guidance=max_scale)
         options = {"loss": None, "trained": FrozenModel(*teacher), "from_codes": True}
         task = DarDistilledTask(config, tokenizer, Compute(), **options)
-        of = jax.value_and_grad(task.loss, has_aux=True)
+        of = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
         batch = batch_of(student[0].config)
         (_, outputs), grads = of(student[1], batch, jax.random.key(5), task.frozen())
         norm = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
@@ -116,6 +116,7 @@ def distilled(**changes):
     config = mnist.get_config("dar_distilled")
     config.train.update(steps=2, log_every=1, image_every=0)
     config.data.batch_size = 8
+    config.compute.unroll = False
     config.update_from_flattened_dict(changes)
     return read_config(config)
 

@@ -45,7 +45,7 @@ def batch():
 
 
 def test_loss_is_the_sum_of_its_parts(task, params, batch):
-    loss, outputs = task.loss(params, batch, jax.random.key(2), {})
+    loss, outputs = jax.jit(task.loss)(params, batch, jax.random.key(2), {})
     parts = ("flow_loss", "codebook_loss", "commitment_loss")
     assert loss == pytest.approx(float(sum(outputs[name] for name in parts)), rel=1e-6)
     assert outputs["code_counts"].sum() == 4 * CONFIG.num_tokens
@@ -54,7 +54,7 @@ def test_loss_is_the_sum_of_its_parts(task, params, batch):
 def test_entropy_weight_adds_the_entropy_term(params, batch):
     weight = 0.5
     task = DarTokenizerTask(CONFIG, TokenizerLossConfig(entropy_weight=weight), Compute())
-    loss, outputs = task.loss(params, batch, jax.random.key(2), {})
+    loss, outputs = jax.jit(task.loss)(params, batch, jax.random.key(2), {})
     plain = sum(outputs[name] for name in ("flow_loss", "codebook_loss", "commitment_loss"))
     assert loss == pytest.approx(float(plain + weight * outputs["entropy_loss"]), rel=1e-6)
     without = DarTokenizerTask(CONFIG, TokenizerLossConfig(entropy_weight=0.0), Compute())
@@ -65,7 +65,7 @@ def test_model_without_a_codebook_trains_on_its_flow_alone(params, batch):
     config = dataclasses.replace(CONFIG, codebook_size=0)
     task = DarTokenizerTask(config, TokenizerLossConfig(), Compute())
     params = {name: part for name, part in params.items() if name != "quantizer"}
-    loss, outputs = task.loss(params, batch, jax.random.key(2), {})
+    loss, outputs = jax.jit(task.loss)(params, batch, jax.random.key(2), {})
     assert loss == outputs["flow_loss"] > 0
     assert "code_counts" not in outputs
     assert not {"codebook_usage", "codebook_perplexity"} & set(task.metrics())
@@ -76,8 +76,8 @@ def test_model_without_a_codebook_trains_on_its_flow_alone(params, batch):
 
 def test_bfloat16_compute_stays_close_and_returns_float32(task, params, batch):
     half = DarTokenizerTask(CONFIG, TokenizerLossConfig(), Compute(dtype="bfloat16"))
-    loss, _ = task.loss(params, batch, jax.random.key(2), {})
-    half_loss, _ = half.loss(params, batch, jax.random.key(2), {})
+    loss, _ = jax.jit(task.loss)(params, batch, jax.random.key(2), {})
+    half_loss, _ = jax.jit(half.loss)(params, batch, jax.random.key(2), {})
     assert half_loss.dtype == jnp.float32
     assert half_loss == pytest.approx(float(loss), rel=0.05)
 

@@ -145,7 +145,11 @@ def moments_of(task, batch):
     return {"moments": moments, "label": batch["label"]}
 
 
-@pytest.mark.parametrize("config", [MODEL, MRAR], ids=["one step", "references"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(MODEL, marks=pytest.mark.slow), MRAR],
+    ids=["one step", "references"],
+)
 def test_cached_moments_give_the_loss_of_their_pixels(make_task, config):
     task = make_task(config)
     params, batch = random_params(jax.eval_shape(task.init, jax.random.key(0))), pixels_of(config)

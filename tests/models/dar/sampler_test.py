@@ -18,7 +18,10 @@ from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines.dar import TokenizerPipeline
 from tests.golden import fixtures, models
 
-FOLDERS = ("dar/tokenizer_tiny", "dar/tokenizer_multihead")
+FOLDERS = (
+    "dar/tokenizer_tiny",
+    pytest.param("dar/tokenizer_multihead", marks=pytest.mark.slow),
+)
 SOLVERS = {"adams2": "adams_bashforth2", "euler": "euler"}
 ROUNDING = 1e-4  # the same sum in programs that XLA compiles differently; images reach 8
 

@@ -73,7 +73,7 @@ def test_take_gathers_all_rows_of_a_candidate():
     assert taken[:, 0].tolist() == [4, 5, 0, 1, 0, 1, 8, 9, 8, 9, 10, 11]
 
 
-@pytest.mark.parametrize("lookahead", [0, 4])
+@pytest.mark.parametrize("lookahead", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_group_is_the_best_continuation_of_those_before(dar, lookahead):
     """The gathered caches continue a prefix as running it anew does."""
     search_options = Search("groups", 2, "likelihood")

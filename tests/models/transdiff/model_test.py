@@ -1,6 +1,7 @@
 """TransDiff's sizes, masks, prefixes, cached keys and values; and what it refuses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +46,27 @@ def model_and_params(config):
     return model, jax.device_put(random_params(model.abstract_params()))
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def condition_of(model, params, labels, references=None):
+    return model.bind(params).condition(labels, references)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "copies"))
+def velocity_of(model, params, x, t, condition, copies=None):
+    module = model.bind(params)
+    mask = None if copies is None else module.prefix_mask(copies)
+    return module.decoder.velocity(x, t, module.decoder.keys_values(condition), mask)
+
+
 def test_cached_keys_and_values_equal_recomputed_ones():
     model, params = model_and_params(TINY)
-    bound = model.bind(params)
     rngs = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(rngs[0], (2, 4, 4, 2))
     t = jnp.array([0.2, 0.7])
-    condition = bound.condition(jnp.array([0, 3]))
-    velocity = bound.decoder.velocity(x, t, bound.decoder.keys_values(condition))
+    condition = condition_of(model, params, jnp.array([0, 3]))
+    velocity = velocity_of(model, params, x, t, condition)
 
-    decoder = bound.decoder
+    decoder = model.bind(params).decoder
     tokens, (time, modulation) = decoder.embed(x), decoder.embed_time(1 - t)
     context = decoder.condition_projection(condition)
     apart = FunctionalModel(TransDiff, TINY).unstacked()
@@ -67,30 +79,28 @@ def test_cached_keys_and_values_equal_recomputed_ones():
 
 def test_condition_of_fewer_references_is_a_prefix():
     model, params = model_and_params(TINY)
-    bound = model.bind(params)
     references = jax.random.normal(jax.random.key(1), (2, 3, 4, 4, 2))
     labels = jnp.array([0, 2])
-    whole = bound.condition(labels, references)
+    whole = condition_of(model, params, labels, references)
     assert whole.shape == (2, 16, 16)
     for count in range(3):
-        part = bound.condition(labels, references[:, :count])
+        part = condition_of(model, params, labels, references[:, :count])
         np.testing.assert_allclose(part, whole[:, : 4 * (count + 1)], atol=ROUNDING)
 
 
 def test_images_trained_at_once_equal_images_one_by_one():
     model, params = model_and_params(TINY)
-    bound = model.bind(params)
     copies, rngs = 3, jax.random.split(jax.random.key(2), 3)
-    condition = bound.condition(jnp.array([1, 2]), jax.random.normal(rngs[0], (2, 3, 4, 4, 2)))
+    references = jax.random.normal(rngs[0], (2, 3, 4, 4, 2))
+    condition = condition_of(model, params, jnp.array([1, 2]), references)
     x = jax.random.normal(rngs[1], (2, 4, copies, 4, 4, 2))
     t = jax.random.uniform(rngs[2], (2, 4, copies))
-    caches, mask = bound.decoder.keys_values(condition), bound.prefix_mask(copies)
     rows = x.reshape(-1, 4, 4, 2)
-    together = bound.decoder.velocity(rows, t.reshape(-1), caches, mask).reshape(x.shape)
+    together = velocity_of(model, params, rows, t.reshape(-1), condition, copies).reshape(x.shape)
     for image in range(4):
-        caches = bound.decoder.keys_values(condition[:, : 4 * (image + 1)])
+        prefix = condition[:, : 4 * (image + 1)]
         for copy in range(copies):
-            alone = bound.decoder.velocity(x[:, image, copy], t[:, image, copy], caches)
+            alone = velocity_of(model, params, x[:, image, copy], t[:, image, copy], prefix)
             np.testing.assert_allclose(together[:, image, copy], alone, atol=ROUNDING)
 
 
@@ -107,9 +117,9 @@ def test_dropout_needs_a_key_and_changes_the_output():
 
 def test_untrained_model_predicts_zero():
     model = FunctionalModel(TransDiff, TINY)
-    bound = model.bind(model.init(jax.random.key(0)))
-    caches = bound.decoder.keys_values(bound.condition(jnp.array([0])))
-    velocity = bound.decoder.velocity(jnp.ones((1, 4, 4, 2)), jnp.array([0.5]), caches)
+    params = model.init(jax.random.key(0))
+    condition = condition_of(model, params, jnp.array([0]))
+    velocity = velocity_of(model, params, jnp.ones((1, 4, 4, 2)), jnp.array([0.5]), condition)
     np.testing.assert_array_equal(velocity, 0)
 
 
