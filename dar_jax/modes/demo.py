@@ -1,5 +1,6 @@
 """`--mode=demo`: a page on which images grow while their tokens are generated."""
 
+import math
 import os
 
 import jax
@@ -7,7 +8,6 @@ from absl import logging
 
 from dar_jax.config import Config
 from dar_jax.demo.batch import BatchGenerator
-from dar_jax.demo.queue import RequestQueue
 from dar_jax.generation.batches import load, model_path, takes_texts
 from dar_jax.kinds.loading import open_model
 
@@ -26,6 +26,7 @@ def demo(config: Config, workdir: str) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         from dar_jax.demo.page import Page
+        from dar_jax.serving.engine import Engine
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--mode=demo needs {error.name}, which is not installed; "
@@ -45,10 +46,11 @@ def demo(config: Config, workdir: str) -> None:
         generator.compile_seconds,
         generator.batch_size,
     )
-    requests = RequestQueue(generator.stream, settings.max_requests)
-    page = Page(generator, requests, settings.max_upload_bytes)
+    engine = Engine(generator, max_waiting=settings.max_requests, ttl=math.inf)
+    page = Page(generator, engine, settings.max_upload_bytes)
+    engine.start()
     try:
-        page.launch(settings.host, settings.port)
+        page.launch(settings.host, settings.port, settings.max_requests)
         page.blocks.block_thread()
     finally:
-        requests.close()
+        engine.close()

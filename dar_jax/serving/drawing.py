@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -41,12 +41,20 @@ class Request:
     known: Float[np.ndarray, "H W 3"] | None = None
     mask: Bool[np.ndarray, "H W"] | None = None
 
+    @property
+    def count(self) -> int:
+        """Images, each of which takes a lane."""
+        return len(self.labels)
+
 
 @dataclasses.dataclass(eq=False)
 class ImageInWork:
-    """Image `index` of a request, after `group` groups; `ticket` is the engine's own."""
+    """Image `index` of a request, after `group` groups; `ticket` is the engine's own.
 
-    request: Request
+    What is asked for is of the batch's own kind; it has a `count` and `preview_groups`.
+    """
+
+    request: Any
     index: int
     ticket: Any = None
     group: int = 0
@@ -76,6 +84,22 @@ class Drawn(NamedTuple):
     previews: Any
     tokens: Any
     row: int
+
+
+@runtime_checkable
+class Batch(Protocol):
+    """What an engine draws with, in lanes 0 .. size - 1; see `LaneBatch`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def warm_up(self) -> None: ...
+    def reset(self) -> None: ...
+    def draw(self, active: Mapping[int, ImageInWork]) -> list[Drawn]: ...
+    def fetch(self, drawn: Drawn) -> Any: ...
 
 
 class LaneBatch:

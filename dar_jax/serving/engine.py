@@ -15,7 +15,7 @@ from typing import Any
 from absl import logging
 
 from dar_jax.serving.config import MEGABYTE, OWNERS_SHARE
-from dar_jax.serving.drawing import Drawn, ImageInWork, LaneBatch, Piece, Request
+from dar_jax.serving.drawing import Batch, Drawn, ImageInWork, Piece
 from dar_jax.serving.errors import ApiError
 from dar_jax.serving.metrics import Metrics
 
@@ -35,12 +35,12 @@ class Ticket:
         has_preview: whether something has been handed out.
     """
 
-    def __init__(self, owner: str, request: Request, tell: Callable[[Any], None]):
+    def __init__(self, owner: str, request: Any, tell: Callable[[Any], None]):
         self.owner = owner
         self.request = request
         self.tell = tell
         self.submitted = time.monotonic()
-        self.missing = len(request.labels)
+        self.missing = request.count
         self.has_preview = False
 
 
@@ -54,13 +54,13 @@ class Engine:
     """
 
     def __init__(
-        self, batch: LaneBatch, *, max_waiting: int, ttl: float, metrics: Metrics | None = None
+        self, batch: Batch, *, max_waiting: int, ttl: float, metrics: Metrics | None = None
     ):
         """Prepare; nothing is compiled before `start`.
 
         Args:
             batch: draws.
-            max_waiting: most images that wait, 2 or more.
+            max_waiting: most images that wait.
             ttl: seconds after which a request is given up.
             metrics: of the service.
         """
@@ -96,7 +96,7 @@ class Engine:
         """Begin to compile, and then to draw, in a thread."""
         self._thread.start()
 
-    def submit(self, owner: str, request: Request, tell: Callable[[Any], Any]) -> Ticket:
+    def submit(self, owner: str, request: Any, tell: Callable[[Any], Any]) -> Ticket:
         """Take a request; its pieces go to `tell`, see `Ticket`.
 
         Raises:
@@ -108,11 +108,11 @@ class Engine:
                 why = SHUTTING_DOWN if self._draining else "the server is not ready: try again"
                 raise ApiError(503, why, code="not_ready")
             waiting, own = self._num_waiting(), len(self._waiting.get(owner, ()))
-            of_owner = self._max_waiting // OWNERS_SHARE
+            of_owner = max(1, self._max_waiting // OWNERS_SHARE)
             if ticket.missing > min(self._max_waiting - waiting, of_owner - own):
                 raise ApiError(
                     429,
-                    f"the queue takes no {ticket.missing} images more of yours: {waiting} wait, "
+                    f"the queue takes no {ticket.missing} more of yours: {waiting} wait, "
                     f"{own} of them your own; try again in a while",
                     code="queue_full",
                 )
@@ -127,6 +127,11 @@ class Engine:
         with self._changed:
             if ticket in self._open:
                 self._end(ticket, "cancelled", None)
+
+    def num_before(self, ticket: Ticket) -> int:
+        """Count the requests that came before this one and are not done."""
+        with self._changed:
+            return sum(other.submitted < ticket.submitted for other in self._open)
 
     def drain(self) -> None:
         """Take no more requests; those that are open go on."""

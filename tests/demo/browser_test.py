@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import math
 import os
 import pathlib
 import re
@@ -23,7 +24,6 @@ from PIL import Image
 from configs import mnist
 from dar_jax.config import build as read_config
 from dar_jax.demo.batch import MEGABYTE, BatchGenerator
-from dar_jax.demo.queue import RequestQueue
 from dar_jax.generation import batches
 from tests import tiny_model
 
@@ -61,13 +61,15 @@ class Paused(BatchGenerator):
     num_made = 0
     held = threading.Lock()
 
-    def stream(self, request):
+    def draw(self, active):
         with self.held:
             pass
-        for preview in super().stream(request):
-            self.num_made += 1
-            yield preview
-            time.sleep(PAUSE_S)
+        self.num_made += 1
+        return super().draw(active)
+
+    def fetch(self, drawn):
+        time.sleep(PAUSE_S)
+        return super().fetch(drawn)
 
 
 def free_port():
@@ -94,15 +96,17 @@ def generator(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(generator):
     from dar_jax.demo import page
+    from dar_jax.serving.engine import Engine
 
     # Checking its types wraps it, and gradio would no longer see that it is a generator.
     page.Page._generate = inspect.unwrap(page.Page._generate)
-    requests = RequestQueue(generator.stream, max_requests=16)
-    page = page.Page(generator, requests, max_upload_bytes=10 * MEGABYTE)
-    page.launch("127.0.0.1", free_port())
+    engine = Engine(generator, max_waiting=16, ttl=math.inf)
+    engine.start()
+    page = page.Page(generator, engine, max_upload_bytes=10 * MEGABYTE)
+    page.launch("127.0.0.1", free_port(), max_requests=16)
     yield page.blocks.local_url
     page.blocks.close()
-    requests.close()
+    engine.close()
 
 
 @pytest.fixture(scope="module")
