@@ -1,7 +1,9 @@
 """`--mode=serve`: an HTTP API, OpenAI's for images, whose previews are streamed."""
 
+import importlib
 import pathlib
 import socket
+from typing import Any
 
 import jax
 from absl import logging
@@ -12,6 +14,8 @@ from dar_jax.pipelines.dar import DarPipeline
 from dar_jax.serving.config import ServeConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+NEEDED = ("python_multipart", "prometheus_client", "starlette", "uvicorn")
+"""The first is of forms, which else fail when one comes."""
 
 
 def serve(config: Config, workdir: str) -> None:
@@ -24,36 +28,50 @@ def serve(config: Config, workdir: str) -> None:
     settings = config.serve
     if jax.process_count() > 1:
         raise ValueError(f"--mode=serve is for one process, there are {jax.process_count()}")
-    try:
-        import python_multipart  # noqa: F401 - of forms, which else fail when the first one comes
+    for package in NEEDED:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--mode=serve needs {error.name}, which is not installed; "
+                "run pip install 'dar-jax[serve]'"
+            ) from error
+    from dar_jax.serving.app import make_app
+    from dar_jax.serving.server import Server
 
-        from dar_jax.serving import app
-        from dar_jax.serving.drawing import LaneBatch
-        from dar_jax.serving.engine import Engine
-        from dar_jax.serving.inputs import Offer
-        from dar_jax.serving.keys import ApiKeys
-        from dar_jax.serving.server import Server
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--mode=serve needs {error.name}, which is not installed; "
-            "run pip install 'dar-jax[serve]'"
-        ) from error
-    keys = ApiKeys.read(settings.api_key_file)
     with _bound(settings) as listener:
-        pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
-        if not isinstance(pipeline, DarPipeline):
-            raise ValueError("--mode=serve is for models of tokens; --mode=demo shows others")
-        sampling = config.sample.sampling(pipeline.sampling)
-        batch = LaneBatch(pipeline, sampling, settings.batch_size)
-        engine = Engine(batch, max_waiting=settings.max_waiting, ttl=settings.ttl)
-        name = _name(model_path(config.sample, workdir))
-        previews = batch.drawing.preview_groups[:-1]
-        offer = Offer.of(pipeline, sampling, name, previews, settings.max_images)
-        server = Server(app.make_app(app.Service(engine, offer, settings, keys)), engine, settings)
+        service = make_service(config, workdir)
+        server = Server(make_app(service), service.engine, settings)
         logging.info("http://%s:%d, ready when /health says so", settings.host, settings.port)
         server.run(sockets=[listener])
-    if engine.failure is not None:
-        raise engine.failure
+    if service.engine.failure is not None:
+        raise service.engine.failure
+
+
+def make_service(config: Config, workdir: str) -> Any:
+    """Load the model, and return what the routes work with: a `serving.app.Service`.
+
+    Raises:
+        ValueError: the model or the file of keys cannot be used.
+    """
+    from dar_jax.serving.app import Service
+    from dar_jax.serving.drawing import LaneBatch
+    from dar_jax.serving.engine import Engine
+    from dar_jax.serving.inputs import Offer
+    from dar_jax.serving.keys import ApiKeys
+
+    settings = config.serve
+    keys = ApiKeys.read(settings.api_key_file)
+    pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
+    if not isinstance(pipeline, DarPipeline):
+        raise ValueError("--mode=serve is for models of tokens; --mode=demo shows others")
+    sampling = config.sample.sampling(pipeline.sampling)
+    batch = LaneBatch(pipeline, sampling, settings.batch_size)
+    engine = Engine(batch, max_waiting=settings.max_waiting, ttl=settings.ttl)
+    name = _name(model_path(config.sample, workdir))
+    previews = batch.drawing.preview_groups[:-1]
+    offer = Offer.of(pipeline, sampling, name, previews, settings.max_images)
+    return Service(engine, offer, settings, keys)
 
 
 def _bound(settings: ServeConfig) -> socket.socket:

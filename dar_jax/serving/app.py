@@ -115,7 +115,7 @@ async def generate(request: Request) -> Response:
     owner, service = _owner(request), _service(request)
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "expected Content-Type: application/json")
-    async with _arriving(request, min(JSON_BYTES, service.config.max_body_bytes)) as bounded:
+    async with arriving(request, min(JSON_BYTES, service.config.max_body_bytes)) as bounded:
         try:
             fields = await bounded.json()
         except (ValueError, RecursionError) as error:
@@ -128,7 +128,7 @@ async def edit(request: Request) -> Response:
     owner, service = _owner(request), _service(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "expected Content-Type: multipart/form-data")
-    async with _arriving(request, service.config.max_body_bytes) as bounded:
+    async with arriving(request, service.config.max_body_bytes) as bounded:
         form = await bounded.form(max_fields=MAX_FIELDS, max_files=MAX_FILES)
     try:
         fields, (image, mask) = _split(form)
@@ -248,7 +248,7 @@ def _owner(request: Request) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _arriving(request: Request, limit: int) -> AsyncIterator[Request]:
+async def arriving(request: Request, limit: int) -> AsyncIterator[Request]:
     """Give the request with a body that is bounded, to so many bytes and in time."""
     too_large = ApiError(413, f"the body is larger than {limit / MEGABYTE:g} MB")
     declared = request.headers.get("content-length", "0")
