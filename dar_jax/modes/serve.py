@@ -1,5 +1,6 @@
 """`--mode=serve`: an HTTP API, OpenAI's for images, whose previews are streamed."""
 
+import dataclasses
 import importlib
 import pathlib
 import socket
@@ -9,13 +10,16 @@ import jax
 from absl import logging
 
 from dar_jax.config import Config
-from dar_jax.generation.batches import load, model_path
+from dar_jax.generation.batches import load, model_path, takes_texts
+from dar_jax.kinds.loading import open_model
 from dar_jax.pipelines.dar import DarPipeline
 from dar_jax.serving.config import ServeConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 NEEDED = ("python_multipart", "prometheus_client", "starlette", "uvicorn")
 """The first is of forms, which else fail when one comes."""
+PROMPT = "a red apple"
+"""For models of captions to compile with."""
 
 
 def serve(config: Config, workdir: str) -> None:
@@ -59,18 +63,24 @@ def make_service(config: Config, workdir: str) -> Any:
     from dar_jax.serving.engine import Engine
     from dar_jax.serving.inputs import Offer
     from dar_jax.serving.keys import ApiKeys
+    from dar_jax.serving.streams import ImageBatch
 
     settings = config.serve
     keys = ApiKeys.read(settings.api_key_file)
-    pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
-    if not isinstance(pipeline, DarPipeline):
-        raise ValueError("--mode=serve is for models of tokens; --mode=demo shows others")
-    sampling = config.sample.sampling(pipeline.sampling)
-    batch = LaneBatch(pipeline, sampling, settings.batch_size)
+    sample, path = config.sample, model_path(config.sample, workdir)
+    if texts := takes_texts(open_model(path).architecture):
+        sample = dataclasses.replace(sample, prompts=sample.prompts or PROMPT)
+    pipeline = load(sample, workdir, compute=config.compute, mesh=config.mesh)
+    sampling, architecture = sample.sampling(pipeline.sampling), pipeline.prior.config
+    if isinstance(pipeline, DarPipeline) and not texts and not architecture.max_guidance:
+        batch = LaneBatch(pipeline, sampling, settings.batch_size)
+        previews = batch.drawing.preview_groups[:-1]
+    else:
+        logging.info("Images of this kind of model are drawn one after the other")
+        batch = ImageBatch(pipeline, sampling, PROMPT if texts else 0)
+        previews = batch.steps[:-1]
     engine = Engine(batch, max_waiting=settings.max_waiting, ttl=settings.ttl)
-    name = _name(model_path(config.sample, workdir))
-    previews = batch.drawing.preview_groups[:-1]
-    offer = Offer.of(pipeline, sampling, name, previews, settings.max_images)
+    offer = Offer.of(pipeline, sampling, _name(path), previews, settings.max_images)
     return Service(engine, offer, settings, keys)
 
 

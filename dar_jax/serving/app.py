@@ -126,6 +126,8 @@ async def generate(request: Request) -> Response:
 async def edit(request: Request) -> Response:
     """Draw again what is transparent of a picture."""
     owner, service = _owner(request), _service(request)
+    if not service.offer.edits:
+        raise ApiError(400, f"{service.offer.model!r} makes images and edits none")
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "expected Content-Type: multipart/form-data")
     async with arriving(request, service.config.max_body_bytes) as bounded:

@@ -26,7 +26,7 @@ class Request:
     """Images that somebody asks for.
 
     Attributes:
-        labels: class of every image.
+        labels: class of every image, or a text if the model takes captions.
         seed: image i depends on it, i and its label and options only; below 2^31.
         sampling: of which guidance and temperature count; the rest is the server's.
         preview_groups: numbers of groups after which previews are handed out.
@@ -34,9 +34,9 @@ class Request:
         mask: see `known`.
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[int | str, ...]
     seed: int
-    sampling: DarSampling
+    sampling: Any
     preview_groups: frozenset[int] = frozenset()
     known: Float[np.ndarray, "H W 3"] | None = None
     mask: Bool[np.ndarray, "H W"] | None = None

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dar_jax.common.checks import MAX_SEED
-from dar_jax.models.dar.options import DarSampling
-from dar_jax.pipelines.base import class_index
-from dar_jax.pipelines.dar import DarPipeline
+from dar_jax.generation.batches import takes_texts
+from dar_jax.pipelines.base import Pipeline, class_index
 from dar_jax.serving.drawing import Request
 from dar_jax.serving.errors import ApiError
 from dar_jax.serving.pictures import BEST, FORMATS, Kept, Output
 
 MAX_GUIDANCE, MAX_TEMPERATURE = 20.0, 2.0
+MAX_PROMPT = 1000
+"""Letters of a text."""
 RESPONSE_FORMAT = "b64_json"
 AUTO = "auto"
 ONLY_AUTO = ("quality", "background", "moderation")
@@ -38,13 +39,15 @@ class Offer:
     Attributes:
         model: its name.
         class_names: of the classes that have a name.
-        num_classes: they are numbered from 0.
+        num_classes: they are numbered from 0; without any, prompts are texts.
         size: side of the images that are given out, in pixels.
         image_size: side of the images that the model works on.
-        num_tokens: of an image.
+        num_tokens: of an image; 0 if the model has none.
         previews: numbers of groups after which there is a preview that is not the image.
         sampling: how images are drawn where a request does not say it.
         max_images: of a request.
+        architecture: of the model, which options have to suit.
+        edits: whether parts of images can be kept.
     """
 
     model: str
@@ -54,14 +57,16 @@ class Offer:
     image_size: int
     num_tokens: int
     previews: tuple[int, ...]
-    sampling: DarSampling
+    sampling: Any
     max_images: int
+    architecture: Any = None
+    edits: bool = True
 
     @classmethod
     def of(
         cls,
-        pipeline: DarPipeline,
-        sampling: DarSampling,
+        pipeline: Pipeline,
+        sampling: Any,
         model: str,
         previews: tuple[int, ...],
         max_images: int,
@@ -70,13 +75,15 @@ class Offer:
         return cls(
             model=model,
             class_names=pipeline.class_names,
-            num_classes=pipeline.num_classes,
+            num_classes=0 if takes_texts(pipeline.prior.config) else pipeline.num_classes,
             size=pipeline.output_size,
             image_size=pipeline.image_size,
             num_tokens=pipeline.num_tokens,
             previews=previews,
             sampling=sampling,
             max_images=max_images,
+            architecture=pipeline.prior.config,
+            edits=pipeline.keeps_tokens,
         )
 
 
@@ -121,9 +128,9 @@ def read(fields: Any, offer: Offer, kept: Kept | None = None) -> Wanted:
     num_partial = _integer(fields, "partial_images", 0, len(offer.previews), default=0)
     count = _integer(fields, "n", 1, offer.max_images, default=1)
     request = Request(
-        labels=(_label(fields, offer),) * count,
+        labels=((_label if offer.num_classes else _text)(fields, offer),) * count,
         seed=_integer(fields, "seed", 0, MAX_SEED, default=secrets.randbelow(MAX_SEED + 1)),
-        sampling=_sampling(fields, offer.sampling),
+        sampling=_sampling(fields, offer),
         preview_groups=spread(offer.previews, num_partial),
         **({} if kept is None else kept._asdict()),
     )
@@ -159,6 +166,15 @@ def _check_names(fields: Mapping[str, Any], offer: Offer) -> None:
             raise _wrong(name, fields[name], " or ".join(known))
 
 
+def _text(fields: Mapping[str, Any], offer: Offer) -> str:
+    """Return the text that the prompt is."""
+    prompt = fields.get("prompt")
+    text = " ".join(prompt.split()) if isinstance(prompt, str) else ""
+    if not 1 <= len(text) <= MAX_PROMPT:
+        raise _wrong("prompt", prompt, f"a text of at most {MAX_PROMPT} letters")
+    return text
+
+
 def _label(fields: Mapping[str, Any], offer: Offer) -> int:
     """Return the class that the prompt names, or that has its number."""
     prompt = fields.get("prompt")
@@ -175,8 +191,10 @@ def _label(fields: Mapping[str, Any], offer: Offer) -> int:
         raise ApiError(400, str(error), param="prompt", code="unknown_class") from error
 
 
-def _sampling(fields: Mapping[str, Any], sampling: DarSampling) -> DarSampling:
+def _sampling(fields: Mapping[str, Any], offer: Offer) -> Any:
     changes: dict[str, Any] = {}
+    if "temperature" in fields and not hasattr(offer.sampling, "temperature"):
+        raise _wrong("temperature", fields["temperature"], "none, which is for models of tokens")
     if "guidance" in fields:
         scales = fields["guidance"]
         scales = scales if isinstance(scales, list) else [scales]
@@ -189,7 +207,13 @@ def _sampling(fields: Mapping[str, Any], sampling: DarSampling) -> DarSampling:
         expected = f"a number in 0..{MAX_TEMPERATURE:g}"
         value = _number("temperature", fields["temperature"], 0, MAX_TEMPERATURE, expected)
         changes["temperature"] = value
-    return dataclasses.replace(sampling, **changes)
+    sampling = dataclasses.replace(offer.sampling, **changes)
+    if offer.architecture is not None:
+        try:
+            sampling.check(offer.architecture)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="guidance") from error
+    return sampling
 
 
 def _output(fields: Mapping[str, Any]) -> Output:
