@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dar_jax.kinds.loading import from_pretrained
-    from dar_jax.models.dar.options import DarSampling, Search
+    from dar_jax.models.dar.options import DarSampling
     from dar_jax.models.transdiff.options import TransDiffSampling
     from dar_jax.nn.compute import Compute
     from dar_jax.pipelines.dar import DarPipeline
     from dar_jax.pipelines.transdiff import TransDiffPipeline
+    from dar_jax.sampling.search import Search
 
     __version__: str
 
@@ -31,7 +32,7 @@ _MODULES = {
     "Compute": "nn.compute",
     "DarPipeline": "pipelines.dar",
     "DarSampling": "models.dar.options",
-    "Search": "models.dar.options",
+    "Search": "sampling.search",
     "TransDiffPipeline": "pipelines.transdiff",
     "TransDiffSampling": "models.transdiff.options",
     "from_pretrained": "kinds.loading",

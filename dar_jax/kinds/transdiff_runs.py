@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dar_jax.common.flops import flops
 from dar_jax.common.tree import flatten, tree_bytes
 from dar_jax.common.typing import Array, Params, PRNGKeys
+from dar_jax.flow import solvers
 from dar_jax.models.kl_vae import KlVae
 from dar_jax.models.transdiff import sampler
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
@@ -116,16 +117,15 @@ class TransDiffRuns(Runs):
             for step_pass in self.passes
         ]
 
-    def denoise(self, caches: Sequence[KVCache], scale: float) -> list[sampler.LatentPreview]:
+    def denoise(self, caches: Sequence[KVCache], scale: float) -> list[Array]:
         """All steps of all passes."""
-        prior, solver = self.pipeline.prior, self.guided(scale)
-        model, params = prior.model, prior.sampling_params
+        prior, solver, start = self.pipeline.prior, self.guided(scale), solvers.start(self.noise)
+        fixed, part = (prior.model, prior.sampling_params), (0, solver.num_steps)
         return [
-            progress
+            sampler.denoise(
+                *fixed, cache, start, self.rngs, solver, step_pass=step_pass, part=part
+            )[1]
             for step_pass, cache in enumerate(caches)
-            for progress in sampler.denoise(
-                model, params, cache, self.noise, self.rngs, solver, step_pass=step_pass
-            )
         ]
 
     def decode(self) -> Array:

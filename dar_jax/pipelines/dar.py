@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from dar_jax.common import digests
 from dar_jax.common.checks import check_microbatch, check_range, check_shape
 from dar_jax.common.image import as_image
 from dar_jax.common.pictures import Images
@@ -38,8 +37,6 @@ from dar_jax.pipelines.dar_inputs import (
 from dar_jax.pipelines.dar_likelihood import LikelihoodPipeline
 from dar_jax.pipelines.dar_prompts import encode_texts
 from dar_jax.pipelines.options import takes_options
-
-REWARD = "content of search.reward"
 
 
 @jax.tree_util.register_dataclass
@@ -280,8 +277,7 @@ class DarPipeline(LikelihoodPipeline):
         return self.tokenizer.config.num_tokens
 
     def settings(self, sampling: DarSampling) -> dict[str, Any]:
-        search, values = sampling.search, super().settings(sampling)
-        return {**values, REWARD: digests.of_file(search.reward)} if search.by_file else values
+        return {**super().settings(sampling), **sampling.search.content()}
 
     @takes_options(DarSampling)
     def stream(

@@ -1,7 +1,8 @@
 """TransDiff: class labels to latents, and through the VAE to images."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from dar_jax.common.checks import check_labels, check_microbatch, check_shape
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
-from dar_jax.models.transdiff import sampler
+from dar_jax.models.transdiff import sampler, search
 from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.pipelines.base import (
@@ -23,6 +24,8 @@ from dar_jax.pipelines.base import (
 )
 from dar_jax.pipelines.kl_vae import KlVaePipeline
 from dar_jax.pipelines.options import takes_options
+from dar_jax.sampling.rewards import load_reward
+from dar_jax.sampling.search import candidate_keys, survivors
 
 
 class LatentPipeline(ModelPipeline[TransDiff]):
@@ -55,6 +58,8 @@ class LatentPipeline(ModelPipeline[TransDiff]):
             ValueError: an argument out of range, noise of another shape, or neither it nor `rng`.
         """
         sampling = dataclasses.replace(sampling, **options)
+        if sampling.search.method:
+            raise ValueError("search needs the pictures of an autoencoder: use TransDiffPipeline")
         config, size, num_steps = self.config, len(labels), sampling.num_steps
         latent = (size, config.latent_size, config.latent_size, config.channels)
         if noise is None or step_noise is None:
@@ -76,7 +81,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         sampling: TransDiffSampling,
         *,
         stops: Sequence[int] = (),
-    ) -> Iterator[sampler.LatentPreview]:
+    ) -> Generator[sampler.LatentPreview, Array | None, None]:
         """Check the labels, then run `models.transdiff.sampler.run`.
 
         Raises:
@@ -141,6 +146,18 @@ class TransDiffPipeline(Pipeline):
     def image_size(self) -> int:
         return self.prior.config.latent_size * self.vae.config.stride
 
+    def settings(self, sampling: TransDiffSampling) -> dict[str, Any]:
+        return {**super().settings(sampling), **sampling.search.content()}
+
+    def log_likelihood(self, *inputs: Any, **options: Any) -> NoReturn:
+        """Raise ValueError: there is none."""
+        raise ValueError(
+            "TransDiff draws latents by diffusion: images have no likelihood and no posterior over "
+            "classes; use a D-AR model"
+        )
+
+    class_log_likelihoods = classify = log_likelihood
+
     @takes_options(TransDiffSampling)
     def stream(
         self,
@@ -164,7 +181,7 @@ class TransDiffPipeline(Pipeline):
             rng: key or seed; image i depends on `fold_in(rng, first_index + i)` and its label only.
             sampling: how they are drawn, instead of as the model is best used.
             preview_every: steps between two previews; None is a quarter of a one-step model's, and
-                the passes of an MRAR model.
+                the passes of an MRAR model. A search shows what it judges, and takes None.
             previews: False leaves all but the image out.
             microbatch: images that the autoencoder sees at a time, a divisor of B.
             first_index: of the first image, where a large set is made in batches.
@@ -175,18 +192,41 @@ class TransDiffPipeline(Pipeline):
         """
         config = self.prior.config
         how = dataclasses.replace(sampling or self.sampling, **options)
-        num_steps = how.num_steps
+        num_steps, method = how.num_steps, how.search.method
         classes = check_labels(self.class_indices(labels), config.num_classes)
-        if preview_every is None:
-            preview_every = sampler.steps_per_preview(config, num_steps)
-        if preview_every < 1:
-            raise ValueError(f"preview_every={preview_every} must be at least 1")
+        if preview_every is not None and (preview_every < 1 or method):
+            least = f"None, with search.method={method!r}" if method else "at least 1"
+            raise ValueError(f"preview_every={preview_every} must be {least}")
+        how.check(config)
         microbatch = check_microbatch(microbatch, len(classes))
         rngs = self.prior.put(image_keys(require_rng(rng), len(classes), first_index))
-        stops = range(preview_every, num_steps, preview_every) if previews else ()
+        if method:
+            kept = self._search(np.asarray(classes), rngs, how, microbatch=microbatch)
+            return kept if previews else map(last_of, (kept,))
+        every = preview_every or sampler.steps_per_preview(config, num_steps)
+        stops = range(every, num_steps, every) if previews else ()
         noise = sampler.initial_noise(rngs, config)
         run = self.prior.run(classes, noise, rngs, how, stops=stops)
         return self._decode(run, num_steps, previews=previews, microbatch=microbatch)
+
+    def _search(
+        self, classes: np.ndarray, rngs: Array, how: TransDiffSampling, *, microbatch: int | None
+    ) -> Generator[TransDiffPreview, None, None]:
+        """Return the previews of what is kept, with "end" and "smc" the image only."""
+        config, num = self.prior.config, how.search.num
+        judge, classes = load_reward(how.search.reward), np.repeat(classes, num)
+        own, labels = self.prior.put((candidate_keys(rngs, num), classes))
+        noise, stops = sampler.initial_noise(own, config), search.stops(how, config)
+        run = self.prior.run(classes, noise, own, how, stops=stops)
+        previews = how.search.method != "end"
+        drawn = self._decode(run, how.num_steps, previews=previews, microbatch=microbatch)
+        return survivors(
+            drawn,
+            lambda preview: judge(preview.images, labels),
+            how.search,
+            rngs,
+            num_groups=search.num_judged(how, config),
+        )
 
     @takes_options(TransDiffSampling, like=stream, without=["previews", "preview_every"])
     def generate(self, labels: Labels, **options: Any) -> GeneratedLatents:
@@ -206,17 +246,22 @@ class TransDiffPipeline(Pipeline):
 
     def _decode(
         self,
-        run: Iterator[sampler.LatentPreview],
+        run: Generator[sampler.LatentPreview, Array | None, None],
         num_steps: int,
         *,
         previews: bool,
         microbatch: int | None,
-    ) -> Iterator[TransDiffPreview]:
-        total = num_steps * self.prior.config.num_references
-        for progress in run:
-            step = progress.step_pass * num_steps + progress.step
+    ) -> Generator[TransDiffPreview, Array | None, None]:
+        """Decode latents; what is sent back is sent on."""
+        total, parents = num_steps * self.prior.config.num_references, None
+        while True:
+            try:
+                progress = run.send(parents)
+            except StopIteration:
+                return
+            step, parents = progress.step_pass * num_steps + progress.step, None
             if previews or step == total:
                 images = sampler.decode(
                     self.vae.model, self.vae.params, progress.latents, microbatch=microbatch
                 )
-                yield TransDiffPreview(step, images, progress.latents)
+                parents = yield TransDiffPreview(step, images, progress.latents)

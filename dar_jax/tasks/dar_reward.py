@@ -22,8 +22,9 @@ from clu import metrics
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
 from dar_jax.models.dar import sampler, search
 from dar_jax.models.dar.decoding import decoding_params
-from dar_jax.models.dar.options import TOKEN_REWARDS, DarSampling
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.sampling.rewards import load_reward
+from dar_jax.sampling.search import TOKEN_REWARDS
 from dar_jax.tasks.dar_from_prior import TRAINED, FromPriorTask
 
 MIN_DEVIATION = 1e-4

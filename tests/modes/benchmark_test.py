@@ -29,12 +29,12 @@ FIELDS = {
     *("phase", "batch_size", "guidance_scale", "seconds", "bound_seconds", "images_per_second"),
     *("bound_images_per_second", "fraction_of_bound", "device", "platform", "cpu_count", "jax"),
     *("dtype", "weights", "repeats", "bandwidth", "product_bandwidth", "matmul_flops", "solver"),
-    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim", "bandwidth_warning"),
+    *("decode_dtype", "decode_matmul_flops", "num_steps", "dim", "bandwidth_warning", "search"),
 }
 """Names in every line, whatever is timed."""
 DAR_FIELDS = {
     *("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "num_layers"),
-    *("lookahead", "search"),
+    "lookahead",
 }
 TRANSDIFF_FIELDS = {
     *("guidance_times", "drift_scale", "noise_scale", "encoder_depth", "decoder_depth"),

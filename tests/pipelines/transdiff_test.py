@@ -139,6 +139,10 @@ MISTAKES = {
     "scales of no use": (dict(solver="euler", noise_scale=0.9), "takes no drift_scale=1.0"),
     "steps": (dict(num_steps=0), "num_steps=0 must be in 1..10000"),
     "times": (dict(guidance_times=(0.8, 0.2)), "guidance_times=(0.8, 0.2) must be"),
+    "reward of tokens": (
+        dict(search=dict(method="end", num=2)),
+        "has no likelihood of tokens: name",
+    ),
     "option of D-AR": (dict(top_k=5), "config.sample.top_k=5 is not an option"),
     "prefix": (dict(prefix_image="test:0"), "need a model of tokens"),
 }

@@ -9,10 +9,11 @@ import pytest
 from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.lanes import Drawing
 from dar_jax.models.dar.llama import Llama
-from dar_jax.models.dar.options import DarSampling, Search
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.sampling.search import Search
 from dar_jax.serving.drawing import ImageInWork, LaneBatch, Request
 from tests import tiny_model
 

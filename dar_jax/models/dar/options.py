@@ -18,7 +18,7 @@ from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.target import traced_devices
 from dar_jax.sampling.logits import SamplingConfig, guidance_schedule
-from dar_jax.sampling.rewards import load_reward
+from dar_jax.sampling.search import Search
 
 Positions = tuple[int, ...] | Sequence[int] | int | None
 """Likewise; a number k stands for (0, k + 1), as the reference counts."""
@@ -26,10 +26,6 @@ AUTO = -1
 AUTO_WINDOW, AUTO_BATCH_SIZE = 8, 4
 """A batch takes as many calls as its slowest image, and few are left to save beyond. On CPUs a call
 takes longer with every token that it draws, and there is nothing to gain."""
-
-SEARCHES = ("groups", "end", "smc")
-TOKEN_REWARDS = ("likelihood", "classifier")
-"""Rewards that look at tokens; any other looks at previews."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,45 +50,6 @@ class FlowSampling:
 
     def check(self, config: TokenizerConfig) -> None:
         """Raise ValueError unless these options suit the architecture; all of them do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """How candidates of an image are drawn, and one of them kept; see `models.dar.search`.
-
-    Attributes:
-        method: "groups": after every group of tokens the best candidate goes on, `num` times;
-            "end": the best of whole images; "smc": after every group candidates are drawn anew
-            with probabilities that grow with their reward; empty: no search.
-        num: candidates of an image.
-        reward: "classifier": log-posterior of the label by the prior itself, which costs a pass per
-            class; "likelihood": log p(tokens | label) - log p(tokens), two passes; or a Python
-            file with `reward(images, labels) -> [B]` of previews in [-1, 1], which JAX can trace.
-        temperature: of "smc": nats of log-probability that a reward is worth, less when colder.
-    """
-
-    method: str = ""
-    num: int = 1
-    reward: str = "classifier"
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        if self.method not in ("", *SEARCHES):
-            raise ValueError(f"search.method={self.method!r} must be one of {', '.join(SEARCHES)}")
-        check_number("search.num", self.num, numbers.Integral)
-        check_number("search.temperature", self.temperature)
-        if self.num < 1 or (self.num > 1) != bool(self.method):
-            raise ValueError(
-                f"search.method={self.method!r} and search.num={self.num} need each other: a "
-                "method, and 2 candidates or more"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"search.temperature={self.temperature} must be above 0")
-
-    @property
-    def by_file(self) -> bool:
-        """Whether the reward is a file of the user's."""
-        return bool(self.method) and self.reward not in TOKEN_REWARDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +129,7 @@ class DarSampling(FlowSampling):
             )
         if not self.search.method:
             return
-        if self.search.by_file:
-            load_reward(self.search.reward)
+        self.search.check_file()
         if self.temperature == 0:
             raise ValueError("temperature=0 draws equal candidates: search needs a higher one")
         if self.search.reward == "classifier" and config.caption_dim is not None:

@@ -1,23 +1,14 @@
-"""Search: every image has n candidates, and a reward says after each group which of them go on.
+"""Search for D-AR: candidates are judged after every group of tokens; see `sampling.search`.
 
 A prefix of tokens is a whole preview (D-AR section 3.4), so candidates can be judged long before
-they are images. With r_g the reward after group g of G:
-
-    groups   the candidate of greatest r_g goes on, n times: best of n in every group
-    end      the candidate of greatest r_G: best of n
-    smc      sequential Monte Carlo: n candidates are drawn, with replacement, with probabilities
-             proportional to exp((g r_g - (g - 1) r_{g-1}) / (G temperature)); after the last group
-             they are draws from p(tokens) exp(r_G / temperature), n growing, and one is taken
-
-Candidate 0 draws as without search; the others differ in their tokens, not in the noise of the flow
-decoder. Caches, tokens and flow states are gathered by index on the device, and nothing waits.
+they are images. They differ in their tokens, not in the noise of the flow decoder.
 
 Cost of an image: n times the tokens that the prior decodes. "likelihood" adds two teacher-forced
 passes over the tokens so far for each candidate and group, "classifier" one per class, and the flow
 runs once; for a reward of previews it runs n times. See `calls`.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -25,20 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.common.batches import one_ahead
-from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
+from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.likelihood import class_log_likelihoods, token_log_likelihood
 from dar_jax.models.dar.llama import Llama, LlamaConfig
-from dar_jax.models.dar.options import TOKEN_REWARDS, DarSampling, Search
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.sampling import autoregressive
 from dar_jax.sampling.rewards import load_reward
-
-CANDIDATE_STREAM = 2**30
-"""Folded into an image's key, with c added, for candidate c > 0; tokens fold in less."""
-RESAMPLING_STREAM = 2**30 + 2**29
-"""Likewise, with the group added, for drawing candidates anew."""
+from dar_jax.sampling.search import TOKEN_REWARDS, candidate_keys, survivors
 
 
 class Calls(NamedTuple):
@@ -125,74 +111,6 @@ def stream(
 def _num_previews(config: TokenizerConfig) -> int:
     """Groups after which there is an image."""
     return sum(known >= config.window for known in sampler.group_boundaries(config))
-
-
-def candidate_keys(rngs: PRNGKeys, num: int) -> Array:
-    """Keys [B * num] of all candidates, those of an image side by side."""
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    others = jax.vmap(fold, (0, None))(rngs, CANDIDATE_STREAM + jnp.arange(1, num))
-    return jnp.concatenate([rngs[:, None], others], axis=1).reshape(-1)
-
-
-def survivors(
-    drawn: Generator[Any, Array | None, None],
-    reward: Callable[[Any], Float[Array, " R"]],
-    search: Search,
-    rngs: PRNGKeys,
-    *,
-    num_groups: int,
-) -> Generator[Any, Any, None]:
-    """Judge what is drawn after every group, send back who goes on, and yield whom is kept.
-
-    Args:
-        drawn: yields trees of rows [B * num, ...] and takes indices [B, num]; see
-            `autoregressive.take`.
-        reward: of such rows.
-        search: how.
-        rngs: one key per image.
-        num_groups: how often `drawn` yields.
-    """
-    before, parents = None, None
-    for group in range(1, num_groups + 1):
-        item = drawn.send(parents)
-        parents = None
-        if search.method == "end" and group < num_groups:
-            continue
-        rewards = reward(item).reshape(len(rngs), search.num)
-        if search.method == "smc":
-            old = jnp.zeros_like(rewards) if before is None else before
-            parents = _resample(
-                rngs, (group * rewards - (group - 1) * old) / num_groups / search.temperature, group
-            )
-            before = jnp.take_along_axis(rewards, parents, axis=1)
-            if group < num_groups:
-                continue
-        else:
-            best = jnp.argmax(rewards, axis=1)[:, None]
-            parents = jnp.broadcast_to(best, rewards.shape)
-        yield _first(item, parents)
-
-
-@jax.jit
-def _resample(rngs: PRNGKeys, logits: Float[Array, "B n"], group: Array | int) -> Array:
-    """Draw n candidates of every image with replacement."""
-
-    def draw(rng: Array, logits: Array) -> Array:
-        rng = jax.random.fold_in(rng, RESAMPLING_STREAM + group)
-        return jax.random.categorical(rng, logits, shape=logits.shape)
-
-    return jax.vmap(draw)(rngs, logits)
-
-
-def _first(item: Any, parents: Int[Array, "B n"]) -> Any:
-    """The rows [B, ...] of the candidates that became number 0."""
-
-    def gather(rows: Any) -> Any:
-        if not isinstance(rows, jax.Array):
-            return rows  # numbers of steps and tokens
-        return autoregressive.take(rows, parents)[:: parents.shape[1]]
-
-    return jax.tree.map(gather, item)
 
 
 def token_reward(

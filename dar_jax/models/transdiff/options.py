@@ -13,6 +13,7 @@ from dar_jax.flow import solvers
 from dar_jax.flow.guidance import ALWAYS
 from dar_jax.flow.times import check_num_steps, shifted_grid, stochastic_grid
 from dar_jax.models.transdiff.model import TransDiffConfig
+from dar_jax.sampling.search import Search
 
 SOLVERS = (solvers.EULER_MARUYAMA, *solvers.SOLVERS)
 
@@ -28,6 +29,8 @@ class TransDiffSampling:
         solver: "euler_maruyama", "euler" or "adams_bashforth2".
         drift_scale: of the steps of Euler-Maruyama but the last (`scale_0` of the reference).
         noise_scale: of the steps of Euler-Maruyama (`scale_1` of the reference).
+        search: draw several candidates and keep the best, e.g.
+            `dar_jax.Search("groups", num=2, reward="reward.py")`.
     """
 
     num_steps: int = 100
@@ -36,6 +39,7 @@ class TransDiffSampling:
     solver: str = solvers.EULER_MARUYAMA
     drift_scale: float = 1.0
     noise_scale: float = 1.0
+    search: Search = Search()
 
     def __post_init__(self):
         scales = read_numbers("guidance_scale", self.guidance_scale)
@@ -91,7 +95,7 @@ class TransDiffSampling:
         return (times[0], times[1]) if times else ALWAYS
 
     def check(self, config: TransDiffConfig) -> None:
-        """Raise ValueError unless there is one guidance scale, or one for every pass."""
+        """Raise ValueError unless these options suit a model of this architecture."""
         given, passes = (
             len(read_numbers("guidance_scale", self.guidance_scale)),
             config.num_references,
@@ -100,4 +104,19 @@ class TransDiffSampling:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be one scale"
                 + (f" or {passes}, one for each pass" if passes > 1 else "")
+            )
+        if not self.search.method:
+            return
+        if not self.search.by_file:
+            raise ValueError(
+                f"search.reward={self.search.reward!r} judges tokens, and TransDiff has no "
+                "likelihood of tokens: name a Python file with reward(images, labels) -> [B]"
+            )
+        self.search.check_file()
+        is_stochastic = self.solver == solvers.EULER_MARUYAMA and self.noise_scale > 0
+        if self.search.method != "end" and not (is_stochastic and self.num_steps > 1):
+            raise ValueError(
+                f"solver={self.solver!r} with noise_scale={self.noise_scale} and num_steps="
+                f"{self.num_steps} draws nothing on the way, so that candidates that go on stay "
+                "equal: use search.method='end'"
             )

@@ -10,8 +10,9 @@ and noise; see `flow.guidance`.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import einops
@@ -26,6 +27,7 @@ from dar_jax.models.transdiff.model import TransDiff, TransDiffConfig
 from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.attention import KVCache
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.sampling import autoregressive
 
 INITIAL_STREAM, STEP_STREAM = 0, 1
 """Folded into an image's key for its initial noise and for that of its steps."""
@@ -88,8 +90,11 @@ def run(
     config: TransDiffSampling,
     *,
     stops: Sequence[int] = (),
-) -> Iterator[LatentPreview]:
+) -> Generator[LatentPreview, Int[Array, "images n"] | None, None]:
     """Yield the latents at the steps `stops` of every pass and at its end.
+
+    What is sent back, if anything, says which rows go on, each with the step noise of its place;
+    see `autoregressive.take`.
 
     Args:
         model: the model.
@@ -100,47 +105,57 @@ def run(
         config: the solver's.
         stops: increasing numbers of steps after which latents are looked at.
     """
-    references = noise[:, None][:, :0]
+    references, num_steps = noise[:, None][:, :0], config.num_steps
+    ends = (0, *(stop for stop in stops if 0 < stop < num_steps), num_steps)
     for step_pass in range(model.config.num_references):
         guided = config.scale_of(step_pass) != 1
         caches = condition_caches(model, params, labels, references, guided=guided)
-        for progress in denoise(
-            model, params, caches, noise, step_noise, config, step_pass=step_pass, stops=stops
-        ):
-            yield progress
-        references = jnp.concatenate([references, progress.latents[:, None]], axis=1)
+        state, latents = solvers.start(noise), noise
+        for part in itertools.pairwise(ends):
+            state, latents = denoise(
+                model, params, caches, state, step_noise, config, step_pass=step_pass, part=part
+            )
+            parents = yield LatentPreview(step_pass, part[1], latents)
+            if parents is None:
+                continue
+            # Passes start from one noise, which stays with its references.
+            rows = (noise, references, state, latents)
+            noise, references, state, latents = autoregressive.take(rows, parents)
+            if part[1] < num_steps:
+                caches = jax.vmap(autoregressive.take, (0, None))(caches, parents)
+        references = jnp.concatenate([references, latents[:, None]], axis=1)
 
 
 def denoise(
     model: FunctionalModel[TransDiff],
     params: Params,
     caches: KVCache,
-    noise: Float[Array, "B h w C"],
+    state: solvers.SolverState,
     step_noise: PRNGKeys | Float[Array, "passes steps B h w C"],
     config: TransDiffSampling,
     *,
-    step_pass: int = 0,
-    stops: Sequence[int] = (),
-) -> Iterator[LatentPreview]:
-    """Yield the latents of one pass, whose condition has these keys and values; see `run`."""
-    times, coefficients = config.grid, config.coefficients
-    ends = (*(stop for stop in stops if 0 < stop < config.num_steps), config.num_steps)
+    step_pass: int,
+    part: tuple[int, int],
+) -> tuple[solvers.SolverState, Float[Array, "B h w C"]]:
+    """Take the steps of a part of a pass, whose condition has these keys and values; see `run`.
+
+    Returns:
+        The state, and the latents that the last velocity points to: of the last step, its result.
+    """
+    start, stop = part
     scale = config.scale_of(step_pass)
-    state, start = solvers.start(noise), 0
-    for stop in ends:
-        state, latents = advance(
-            model,
-            params,
-            caches,
-            state,
-            times[start : stop + 1],
-            coefficients.select(slice(start, stop)),
-            _noise_of(step_noise, step_pass, start, config),
-            scale=None if scale == 1 else scale,
-            interval=config.guided_times,
-        )
-        start = stop
-        yield LatentPreview(step_pass, stop, state.x if stop == config.num_steps else latents)
+    state, latents = advance(
+        model,
+        params,
+        caches,
+        state,
+        config.grid[start : stop + 1],
+        config.coefficients.select(slice(start, stop)),
+        _noise_of(step_noise, step_pass, start, config),
+        scale=None if scale == 1 else scale,
+        interval=config.guided_times,
+    )
+    return state, state.x if stop == config.num_steps else latents
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "microbatch"))

@@ -10,14 +10,16 @@ import pytest
 
 from configs import common
 from dar_jax.config import build as read_config
-from dar_jax.models.dar import sampler, search
+from dar_jax.models.dar import sampler
+from dar_jax.models.dar import search as dar_search
 from dar_jax.models.dar.llama import LlamaConfig
-from dar_jax.models.dar.options import DarSampling, Search
+from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.pipelines.base import image_keys
-from dar_jax.pipelines.dar import REWARD, DarPipeline, PriorPipeline, TokenizerPipeline
-from dar_jax.sampling import autoregressive
+from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
+from dar_jax.sampling import autoregressive, search
 from dar_jax.sampling.rewards import load_reward
+from dar_jax.sampling.search import REWARD, Search
 from tests.golden import models
 
 ROUNDING = 1e-4  # one compiled step at a time against a compiled loop
@@ -82,7 +84,7 @@ def test_every_group_is_the_best_continuation_of_those_before(dar, lookahead):
     prior, params = dar.prior.model.unstacked(), dar.prior.sampling_params
     flow = (dar.tokenizer.model, dar.tokenizer.params)
     scorer, labels = (dar.prior.model, dar.prior.params), jnp.asarray(LABELS)
-    found = list(search.stream(prior, params, *flow, labels, rngs, options, scorer=scorer))
+    found = list(dar_search.stream(prior, params, *flow, labels, rngs, options, scorer=scorer))
     tokens = np.asarray(found[-1].indices)
     assert [preview.num_tokens for preview in found] == list(GROUPS)
     keys = search.candidate_keys(rngs, 2).reshape(-1, 2)
@@ -93,7 +95,7 @@ def test_every_group_is_the_best_continuation_of_those_before(dar, lookahead):
             draw = functools.partial(sampler.generate_indices, prior, params, jnp.asarray(LABELS))
             groups = draw(keys[:, candidate], options, prefix=prefix, boundaries=(stop,))
             continued.append(next(groups))
-        reward = search.token_reward("likelihood", *scorer, labels)
+        reward = dar_search.token_reward("likelihood", *scorer, labels)
         best = np.argmax([reward(each) for each in continued], axis=0)
         expected = [continued[chosen][image] for image, chosen in enumerate(best)]
         np.testing.assert_array_equal(tokens[:, :stop], expected)
@@ -133,7 +135,7 @@ def test_reward_is_known_by_the_content_of_its_file(dar, tmp_path):
 def test_calls_are_counted():
     prior = LlamaConfig(num_tokens=16, num_classes=10)
     tokenizer = TokenizerConfig(num_tokens=16, num_groups=4, num_steps=8, max_tokens=16)
-    count = functools.partial(search.calls, prior=prior, tokenizer=tokenizer)
+    count = functools.partial(dar_search.calls, prior=prior, tokenizer=tokenizer)
     assert count(DarSampling()) == (16, 0, 8)
     assert count(DarSampling(guidance_scale=2.0)) == (32, 0, 8)
     assert count(DarSampling(search=Search("groups", 3))) == (48, 3 * 10 * 40, 8)
