@@ -138,7 +138,7 @@ def _opened(
     evaluation = TrainEvaluation(config, workdir) if config.train.evaluate_every else None
     directory = open_workdir(workdir)
     with exclusive(directory):
-        made = _made_from(config, iterator.source)
+        made = _made_from(config, task, iterator.source)
         yield (
             Run(
                 task=task,
@@ -157,11 +157,12 @@ def _opened(
         )
 
 
-def _made_from(config: Config, source: sources.Source) -> dict[str, Any]:
-    """Fingerprints of models and data, which one process takes for all."""
+def _made_from(config: Config, task: Task, source: sources.Source) -> dict[str, Any]:
+    """Fingerprints of models, files and data, which one process takes for all."""
     made = {}
     if jax.process_index() == 0:
-        made = origin.made_from(config.companions, source, config.data.num_threads)
+        threads = config.data.num_threads
+        made = origin.made_from(config.companions, task.files(), source, threads)
     return json.loads(distributed.gather_texts(json.dumps(made))[0])
 
 

@@ -123,6 +123,10 @@ class Task(Protocol):
         """Why the loss may be below zero; "" if it may not."""
         ...
 
+    def files(self) -> dict[str, str]:
+        """Paths of files that the loss follows, by key: a run is bound to their contents."""
+        ...
+
     def adapters(self) -> dict[str, Adapter]:
         """How parameters of another architecture of this kind are made to fit, by name.
 
@@ -154,6 +158,9 @@ class ModelTask:
 
     def model_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model.config)
+
+    def files(self) -> dict[str, str]:
+        return {}
 
     def adapters(self) -> dict[str, Adapter]:
         return {}

@@ -143,6 +143,10 @@ class DarRewardTask(FromPriorTask):
         names = ("reward", "divergence", "diversity")
         return {name: metrics.Average.from_output(name) for name in names}
 
+    def files(self) -> dict[str, str]:
+        name = self.config.reward
+        return {} if name in TOKEN_REWARDS else {"loss.reward": name}
+
     @property
     def why_negative(self) -> str:
         return "it is an advantage over other samples, whose mean is zero, times log-probabilities"

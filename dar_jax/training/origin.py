@@ -1,8 +1,9 @@
 """What a run is made from, and what of it may change while the run goes on.
 
 A checkpoint holds the configuration that it is bound to and, as `made_from`, fingerprints: of the
-models that the run needs, of its data, and the names of its classes. What differs when the run goes
-on is refused, unless `train.allow_change` names it; it is then recorded in `WORKDIR/history.jsonl`.
+models and files that the run needs, of its data, and the names of its classes. What differs when
+the run goes on is refused, unless `train.allow_change` names it; it is then recorded in
+`WORKDIR/history.jsonl`.
 """
 
 import datetime
@@ -19,7 +20,7 @@ from dar_jax.data import identity
 from dar_jax.data.base import Source
 
 MADE_FROM = "made_from"
-CLASSES, DATA = "classes", "data"
+CLASSES, DATA, FILES = "classes", "data", "files"
 TIMES = "data.times"
 """A change of which is told and nothing more: files that were copied have new times."""
 HISTORY_NAME = "history.jsonl"
@@ -33,20 +34,25 @@ MAX_SHOWN = 60
 """Characters of a value that are shown."""
 
 
-def made_from(companions: Mapping[str, str], source: Source, num_threads: int) -> dict[str, Any]:
+def made_from(
+    companions: Mapping[str, str], files: Mapping[str, str], source: Source, num_threads: int
+) -> dict[str, Any]:
     """Fingerprints of what a run is made from, as JSON types.
 
     Args:
         companions: paths of model directories, by the name of their key in the configuration.
+        files: paths of files, likewise.
         source: what is trained on.
         num_threads: readers.
 
     Raises:
         ValueError: a model directory cannot be read.
+        OSError: a file cannot be read.
     """
     models = {n: model_dir.fingerprint(model_dir.locate(path)) for n, path in companions.items()}
+    contents = {name: digests.of_file(path) for name, path in files.items()}
     data = identity.identify(source, num_threads)
-    return {**models, CLASSES: list(source.class_names), DATA: data}
+    return {**models, CLASSES: list(source.class_names), DATA: data, FILES: contents}
 
 
 def find_changes(
@@ -54,8 +60,8 @@ def find_changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Compare what a checkpoint is bound to with what a run asks for: old and new values by key.
 
-    A model that is known by its fingerprint may lie anywhere. What a checkpoint that is older than
-    the fingerprints was made from is not known, and no change.
+    A model or file that is known by its fingerprint may lie anywhere. What a checkpoint that is
+    older than the fingerprints was made from is not known, and no change.
 
     Args:
         saved: of the checkpoint, as JSON types.
@@ -72,6 +78,9 @@ def find_changes(
             old[name], new[name] = old_made[name], new_made[name]
     old_flat, new_flat = _flatten(old), _flatten(new)
     known = _flatten(defaults)
+    old_files, new_files = old_made.get(FILES, {}), new_made.get(FILES, {})
+    for name in old_files.keys() & new_files.keys():
+        old_flat[name], new_flat[name] = old_files[name], new_files[name]
     if old_made and new_made:
         old_flat |= _flatten({DATA: old_made[DATA], CLASSES: old_made[CLASSES]})
         new_flat |= _flatten({DATA: new_made[DATA], CLASSES: new_made[CLASSES]})

@@ -101,6 +101,10 @@ def test_pictures_are_judged_by_a_file(tmp_path):
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.05
     assert curve[-1]["train/divergence"] > 0
     assert from_pretrained(tmp_path / "run").prior.config.num_classes == 10
+    (tmp_path / "bright.py").write_text(BRIGHT.replace("images.", "-images."))
+    with pytest.raises(ValueError, match=r"another loss.reward \([0-9a-f]{12}, now ") as caught:
+        train.train_and_evaluate(rewarded(**{**changes, "train.steps": 14}), str(tmp_path / "run"))
+    assert "allow_change" not in str(caught.value)
 
 
 REFUSED = {

@@ -15,12 +15,14 @@ MADE = {
     "tokenizer": A,
     "classes": ["cat", "dog"],
     "data": {"pictures": 9, "names": A, "contents": A, "times": A},
+    "files": {"loss.reward": A},
 }
 BOUND = {
     "task": "dar_prior",
     "seed": 0,
     "tokenizer": "one/model",
     "model": {"dim": 8},
+    "loss": {"reward": "one.py"},
     "data": {"batch_size": 4, "flip": True},
     "optimizer": {"learning_rate": 1e-3, "decay_end": 0, "name": "adamw", "ema_decay": 0.9},
     "made_from": MADE,
@@ -82,6 +84,7 @@ def test_change_is_refused_unless_it_is_allowed(name, caplog):
     [
         ({**BOUND, "model": {"dim": 16}}, "model.dim=8"),
         ({**BOUND, "seed": 1}, "seed=0"),
+        (changed(files={"loss.reward": B}), "another loss.reward (aaaaaaaaaaaa, now bbbb"),
         (changed(classes=["cat"]), "2 classes, where the data have 1"),
         ({**BOUND, "optimizer": {**BOUND["optimizer"], "name": "muon"}}, "optimizer.name="),
         ({**BOUND, "optimizer": {**BOUND["optimizer"], "ema_decay": 0.0}}, "optimizer.ema_decay="),
@@ -93,8 +96,9 @@ def test_what_leaves_no_way_to_go_on_cannot_be_allowed(wanted, text):
     assert text in str(caught.value) and "allow_change" not in str(caught.value)
 
 
-def test_model_may_lie_elsewhere():
-    assert check({**BOUND, "tokenizer": "moved/model"}) == {}
+def test_model_or_file_may_lie_elsewhere():
+    moved = {"tokenizer": "moved/model", "loss": {"reward": "moved.py"}}
+    assert check({**BOUND, **moved}) == {}
 
 
 def test_new_times_of_files_are_told_and_no_more(caplog):
