@@ -124,7 +124,10 @@ class Task(Protocol):
         ...
 
     def files(self) -> dict[str, str]:
-        """Paths of files that the loss follows, by key: a run is bound to their contents."""
+        """Paths of files and model directories that only the loss needs, by key.
+
+        A run is bound to their contents.
+        """
         ...
 
     def adapters(self) -> dict[str, Adapter]:

@@ -141,6 +141,9 @@ class DarTokenizerTask(ModelTask):
     def frozen(self) -> Params:
         return self.nets.frozen()
 
+    def files(self) -> dict[str, str]:
+        return self.nets.files()
+
     def abstract_frozen(self) -> Params:
         return self.nets.abstract_frozen()
 

@@ -85,6 +85,9 @@ class KlVaeTask(ModelTask):
     def frozen(self) -> Params:
         return self.nets.frozen()
 
+    def files(self) -> dict[str, str]:
+        return self.nets.files()
+
     def abstract_frozen(self) -> Params:
         return self.nets.abstract_frozen()
 

@@ -118,6 +118,11 @@ class LossNets:
         nets = {"lpips": self.lpips, "dinov2": self.dinov2}
         return {name: net.abstract_params() for name, net in nets.items() if net is not None}
 
+    def files(self) -> dict[str, str]:
+        """Paths of the networks; see `Task.files`."""
+        paths = {name: getattr(self._config, name) for name in self.abstract_frozen()}
+        return {f"loss.{name}": path for name, path in paths.items() if path}
+
     def init_discriminator(self, rng: PRNGKeyArray) -> Params:
         assert self.discriminator is not None
         return self.discriminator.init(rng)

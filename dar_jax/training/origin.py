@@ -9,6 +9,7 @@ the run goes on is refused, unless `train.allow_change` names it; it is then rec
 import datetime
 import difflib
 import json
+import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def made_from(
 
     Args:
         companions: paths of model directories, by the name of their key in the configuration.
-        files: paths of files, likewise.
+        files: paths of other model directories, and of files, likewise.
         source: what is trained on.
         num_threads: readers.
 
@@ -50,9 +51,21 @@ def made_from(
         OSError: a file cannot be read.
     """
     models = {n: model_dir.fingerprint(model_dir.locate(path)) for n, path in companions.items()}
-    contents = {name: digests.of_file(path) for name, path in files.items()}
+    contents = {name: content_of(path) for name, path in files.items()}
     data = identity.identify(source, num_threads)
     return {**models, CLASSES: list(source.class_names), DATA: data, FILES: contents}
+
+
+def content_of(path: str) -> str:
+    """Fingerprint of a file or model directory.
+
+    Raises:
+        ValueError: the model directory cannot be read.
+        OSError: the file cannot.
+    """
+    if pathlib.Path(path).is_file():
+        return digests.of_file(path)
+    return model_dir.fingerprint(model_dir.locate(path))
 
 
 def find_changes(

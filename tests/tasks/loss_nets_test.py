@@ -218,6 +218,14 @@ def test_alignment_refuses_a_model_whose_features_do_not_fit(change, message):
         DarTokenizerTask(config, TokenizerLossConfig(alignment_weight=0.5), Compute())
 
 
+def test_run_is_bound_to_the_networks_that_its_loss_needs():
+    weights = dict(perceptual_weight=0.5, alignment_weight=0.5, dinov2="runs/dinov2")
+    assert make_task(**weights).files() == {"loss.dinov2": "runs/dinov2"}
+    assert make_task(dinov2="runs/dinov2", lpips="runs/lpips").files() == {}
+    task = make_task(perceptual_weight=0.5, lpips="runs/lpips")
+    assert task.files() == {"loss.lpips": "runs/lpips"}
+
+
 def test_negative_weight_is_refused():
     with pytest.raises(ValueError, match="perceptual_weight=-0.5 must not be negative"):
         TokenizerLossConfig(perceptual_weight=-0.5)

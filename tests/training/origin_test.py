@@ -101,6 +101,16 @@ def test_model_or_file_may_lie_elsewhere():
     assert check({**BOUND, **moved}) == {}
 
 
+def test_file_and_model_directory_are_known_by_their_contents(tmp_path):
+    reward, copy = tmp_path / "reward.py", tmp_path / "copy.py"
+    reward.write_text("1")
+    copy.write_text("1")
+    shipped = origin.content_of("package://mnist/tokenizer")
+    assert origin.content_of(str(reward)) == origin.content_of(str(copy)) != shipped
+    copy.write_text("2")
+    assert origin.content_of(str(reward)) != origin.content_of(str(copy))
+
+
 def test_new_times_of_files_are_told_and_no_more(caplog):
     with warnings(caplog) as told:
         assert check(data(times=B)) == {"data.times": (A, B)}
