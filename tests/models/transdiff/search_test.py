@@ -26,7 +26,7 @@ REWARDS = {
     "bright": "def reward(images, labels):\n    return images.mean(axis=(1, 2, 3))\n",
     "equal": "def reward(images, labels):\n    return 0.0 * labels\n",
     "total": "def reward(images, labels):\n    return images.sum()\n",
-    "broken": "def reward(images, labels):\n    return images @ labels\n",
+    "broken": "def reward(images, labels):\n    raise KeyError('cat')\n",
 }
 
 
@@ -115,7 +115,7 @@ def test_eight_devices_find_what_one_finds(load, directory, method):
     split = from_pretrained(directory / "mrar", mesh=mesh)
     options = dict(rng=0, search=searching(directory, method, 2), **OPTIONS)
     images = split.generate(LABELS, **options).images
-    assert len(images.sharding.device_set) == 8 and not images.sharding.is_fully_replicated
+    assert len(images.sharding.device_set) == 8
     np.testing.assert_allclose(images, load("mrar").generate(LABELS, **options).images, atol=1e-3)
 
 
@@ -158,7 +158,7 @@ MISTAKES = {
     "one number": (dict(reward="total"), "returns () for images (4, 8, 8, 3), and not one number"),
     "fails": (
         dict(reward="broken"),
-        "broken.py fails: TypeError: dot_general requires contracting",
+        "broken.py fails: KeyError: 'cat'",
     ),
 }
 
