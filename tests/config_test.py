@@ -130,6 +130,8 @@ def test_value_of_another_type_is_refused(path, value, message):
     ("path", "value", "message"),
     [
         ("optimizer.learning_rate", float("nan"), r"expected a finite number, got nan"),
+        ("optimizer.learning_rate", 1e39, r"expected a number within \+-3.4e\+38, got 1e\+39"),
+        ("optimizer.learning_rate", 10**400, r"learning_rate: expected float, got 1000"),
         ("sample.temperature", float("nan"), r"expected a finite number, got nan"),
         ("sample.guidance_scale", float("inf"), r"expected a finite number, got inf"),
         ("sample.guidance_scale", (1.0, float("inf")), r"expected a finite number, got inf"),

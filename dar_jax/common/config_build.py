@@ -19,6 +19,8 @@ MAY_BE_ZERO = (
 )
 MAX_INT = 2**32
 """No setting is as large, and some libraries stop at 32 bits, in silence or with a traceback."""
+MAX_FLOAT = 3.4e38
+"""More is infinite in float32."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -126,7 +128,7 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected a list, got {value!r}")
         element = typing.get_args(annotation)[0]
         return tuple(read_value(element, item, where) for item in value)
-    if annotation is float and type(value) is int:
+    if annotation is float and type(value) is int and abs(value) <= MAX_FLOAT:
         return float(value)
     if annotation in (bool, int, float, str) and type(value) is not annotation:
         raise ValueError(f"{where}: expected {annotation.__name__}, got {value!r}")
@@ -134,4 +136,6 @@ def read_value(annotation: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: expected an int of at most 32 bits, got {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: expected a finite number, got {value!r}")
+    if isinstance(value, float) and abs(value) > MAX_FLOAT:
+        raise ValueError(f"{where}: expected a number within +-{MAX_FLOAT}, got {value!r}")
     return value
