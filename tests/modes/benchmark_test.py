@@ -180,7 +180,7 @@ def test_parts_of_transdiff_are_what_sampling_runs(drawn):
     first = denoising.run()[0]
     rng = jax.random.key(SEED)
     expected = pipeline.stream([0, 1], rng=rng, sampling=sampling, guidance_scale=2.0)
-    np.testing.assert_allclose(first.latents, next(expected).latents, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first, next(expected).latents, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("without_drawing")
