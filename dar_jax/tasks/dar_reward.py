@@ -6,6 +6,7 @@ after each group of tokens, since each prefix has a picture (D-AR section 3.4): 
 z_g = (r_g - mean of r_g) / deviation of r_g                   over the samples of the label
 advantage A of the tokens of group g = mean of z_g .. z_G      what they may have changed; or z_G
 loss = mean of -A log p(token) + kl_weight KL(prior || reference)
+A = 0 for a whole batch whose mean KL is above max_divergence: its step leads back, and no further
 
 A step learns from samples of the very parameters that it changes, once, so that the ratio that PPO
 and GRPO clip is 1. The divergence is the exact one over the vocabulary, of every drawn token.
@@ -20,6 +21,7 @@ import numpy as np
 from clu import metrics
 
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
+from dar_jax.flow.times import check_num_steps
 from dar_jax.models.dar import sampler, search
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.options import DarSampling
@@ -41,6 +43,8 @@ class RewardConfig:
         group_size: samples of every label of a batch.
         dense: rewards of all groups of tokens count, not only that of the image.
         kl_weight: of the divergence from the reference, per nat and token.
+        max_divergence: nats a token from the reference that are not exceeded by more than a few
+            steps go, since batches beyond are not rewarded; 0 is no limit.
         num_steps: denoising steps of the pictures that a file judges; 0 takes the model's.
     """
 
@@ -48,13 +52,20 @@ class RewardConfig:
     group_size: int = 8
     dense: bool = True
     kl_weight: float = 0.05
+    max_divergence: float = 0.0
     num_steps: int = 0
 
     def __post_init__(self):
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} must be at least 2: samples to compare")
+        check_num_steps(self.num_steps, least=0)
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight={self.kl_weight} must be at least 0")
+        if self.max_divergence < 0 or (self.max_divergence and not self.kl_weight):
+            raise ValueError(
+                f"max_divergence={self.max_divergence} must be at least 0 (0 is no limit), and "
+                f"needs a kl_weight={self.kl_weight} above 0 to return"
+            )
 
 
 class DarRewardTask(FromPriorTask):
@@ -88,6 +99,8 @@ class DarRewardTask(FromPriorTask):
         log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
         drawn = jnp.take_along_axis(log_p, indices[..., None], axis=-1)[..., 0]
         divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        limit = self.config.max_divergence or jnp.inf
+        advantages = jnp.where(divergence.mean() > limit, 0.0, advantages)
         loss = -jnp.mean(advantages * drawn) + self.config.kl_weight * divergence.mean()
         own = indices.reshape(-1, size, config.num_tokens)
         differs = own[:, :, None] != own[:, None]  # each sample from itself nowhere

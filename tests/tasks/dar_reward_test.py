@@ -74,6 +74,39 @@ def test_first_step_diverges_from_nothing_and_changes_what_is_likely():
         np.testing.assert_allclose(own, other, atol=ROUNDING * float(jnp.abs(other).max() + 1e-6))
 
 
+def test_batch_too_far_from_the_reference_only_leads_back():
+    """The gradient is that of the divergence; with a limit above it, it is not."""
+    batch, rng = {"label": jnp.array([3, 1])}, jax.random.key(0)
+    model, reference = models.prior("dar/gpt_tiny")
+    params = jax.tree.map(lambda leaf: 1.5 * leaf, reference)
+    grads, divergence = {}, None
+    for limit in (1e-3, 1e3):
+        task = task_of(group_size=4, reward="likelihood", max_divergence=limit)
+        gradient = jax.grad(task.loss, has_aux=True)
+        grads[limit], outputs = gradient(params, batch, rng, task.frozen())
+        divergence = float(outputs["divergence"].mean())
+    assert 1e-3 < divergence < 1e3
+    indices, _ = task._rollout(params, batch["label"].repeat(4), rng, task.frozen())
+
+    def expected(params):
+        of = [
+            model.bind(p).logits(batch["label"].repeat(4), indices[:, :-1])
+            for p in (params, reference)
+        ]
+        log_p, log_q = map(jax.nn.log_softmax, of)
+        return task.config.kl_weight * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    def assert_equal(own, other):
+        scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(other))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=ROUNDING * scale), own, other
+        )
+
+    assert_equal(grads[1e-3], jax.grad(expected)(params))
+    with pytest.raises(AssertionError):
+        assert_equal(grads[1e3], grads[1e-3])
+
+
 def rewarded(**changes):
     config = mnist.get_config("dar_reward")
     config.train.update(steps=2, log_every=1, image_every=0)
@@ -110,6 +143,11 @@ def test_pictures_are_judged_by_a_file(tmp_path):
 REFUSED = {
     "group_size=1 must be at least 2": {"loss.group_size": 1},
     "kl_weight=-1.0 must be at least 0": {"loss.kl_weight": -1.0},
+    "num_steps=-1 must be in 1..10000": {"loss.num_steps": -1},
+    "max_divergence=0.5 must be .* needs a kl_weight=0.0 above 0": {
+        "loss.max_divergence": 0.5,
+        "loss.kl_weight": 0.0,
+    },
     "'nowhere.py' is neither likelihood, classifier nor a file": {"loss.reward": "nowhere.py"},
     "vocab_size=300, but the tokenizer": {"model.vocab_size": 300},
 }
