@@ -136,7 +136,7 @@ def build(config: ConfigDict) -> Config:
     """
     values = config.to_dict()
     storage.check_config(values, ROOT)
-    task = values.pop("task", "")
+    task = config_build.read_value(str, values.pop("task", ""), f"{ROOT}.task")
     blocks: dict[str, Any] = {}
     companions = {}
     if task:

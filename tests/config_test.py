@@ -114,6 +114,8 @@ def test_mistake_is_named_as_it_is_typed(name):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("task", {"dar": 1}, r"config\.task: expected str, got \{'dar': 1\}"),
+        ("task", 0, r"config\.task: expected str, got 0"),
         ("train.steps", "many", r"config\.train\.steps: expected int, got 'many'"),
         ("sample.temperature", "hot", r"config\.sample\.temperature: expected float, got 'hot'"),
         ("sample.labels", 3, r"config\.sample\.labels: expected a list, got 3"),

@@ -31,6 +31,6 @@ def find_kind(name: str, where: str) -> Kind:
     Raises:
         ValueError: there is none.
     """
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{where}: unknown kind {name!r} must be one of {', '.join(KINDS)}")
     return KINDS[name]
