@@ -9,9 +9,9 @@ last; a file that grows is written anew with each line; and only one can create 
 Requests that fail are tried again, for minutes; credentials are those of `gcloud auth
 application-default login` or of the machine. Of s3:// Orbax cannot write checkpoints: mount it.
 
-Local only is what libraries open by its local path: data and caches of it (grain, ArrayRecord, tar,
-TFDS), pictures and references to compare with, official checkpoints, compiled programs, and what
-comes with the package.
+Data are read through a local copy (`data.mirror`). Local only is what libraries open by its local
+path: caches that are being written (ArrayRecord), pictures and references to compare with, official
+checkpoints, compiled programs, and what comes with the package.
 """
 
 import functools
@@ -41,6 +41,8 @@ MODEL_KEYS = (
     *("benchmark.model", "evaluate.weights", "loss.dinov2", "loss.lpips"),
 )
 """Keys of a configuration that name a model directory."""
+DATA_KEY = "data.path"
+"""Key of the data, which are read through a local copy (`data.mirror`)."""
 MOUNTS = {"gs": "gcsfuse BUCKET DIR", "s3": "mount-s3 BUCKET DIR"}
 """Commands that show a bucket as a folder."""
 NUM_THREADS = 8
@@ -96,8 +98,9 @@ def check_config(values: Mapping[str, Any], prefix: str) -> None:
     models = [f"{prefix}.{key}" for key in MODEL_KEYS]
     if values.get("convert", {}).get("to") == "torch":
         models.append(f"{prefix}.convert.source")
+    readable = (*models, f"{prefix}.{DATA_KEY}")
     for name, text in _texts(values, prefix):
-        known = (*ELSEWHERE, *BUCKETS) if name in models else ELSEWHERE
+        known = (*ELSEWHERE, *BUCKETS) if name in readable else ELSEWHERE
         check_path(text, f"--{name}", known=known)
 
 
@@ -270,6 +273,40 @@ def entries(directory: Path) -> list[Path]:
         return [*directory.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def objects(path: Path | str) -> dict[str, tuple[int, int]]:
+    """Address of all objects of a bucket at a path and below -> size, and seconds since 1970.
+
+    Raises:
+        OSError: they cannot be listed.
+    """
+    system = _connect()
+    system.patience = 0.0  # at the beginning nothing is lost
+    try:
+        found = system.find(str(path), detail=True)
+    finally:
+        del system.patience
+    scheme = str(path).partition("//")[0]
+    return {
+        f"{scheme}//{name}": (about["size"], int(about["mtime"].timestamp()))
+        for name, about in found.items()
+    }
+
+
+def download_object(address: str, size: int, target: pathlib.Path) -> None:
+    """Copy an object of that many bytes to a local file.
+
+    Raises:
+        OSError: it cannot be read, or has another size.
+    """
+    with open(target, "wb") as file:
+        for start in range(0, size, CHUNK_BYTES):
+            end = min(start + CHUNK_BYTES, size)
+            file.write(_connect().cat_file(address, start=start, end=end))
+        found = file.tell()
+    if found != size:
+        raise OSError(f"{found:,} bytes, not {size:,}: it was changed, or cut short")
 
 
 def files_below(directory: Path) -> list[Path]:

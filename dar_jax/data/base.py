@@ -23,7 +23,7 @@ MAX_READERS = 1_024
 MAX_JSON_BYTES = 2**28
 """Largest file that describes data; a larger one is something else."""
 
-READING_KEYS = ("path", "num_threads", "num_workers", "max_corrupt_fraction")
+READING_KEYS = ("path", "cache_dir", "num_threads", "num_workers", "max_corrupt_fraction")
 """Keys of `DataConfig` that say how the data are read, not which they are."""
 
 
@@ -36,6 +36,7 @@ class DataConfig:
             "mnist", "emoji" or "synthetic".
         path: directory of the data; for tfds its data_dir, "" being tfds's own; for tars also one
             tar, or many by braces, "set-{000000..000146}.tar"; for emoji the npm package's file.
+        cache_dir: where what `path` names in a bucket is copied to, see `data.mirror`.
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.
         captions: train on captions, see `captions`, and only on pictures that have one. In tars,
@@ -62,6 +63,7 @@ class DataConfig:
 
     source: str = "mnist"
     path: str = ""
+    cache_dir: str = "~/.cache/dar_jax/data"
     classes: str = ""
     captions: bool = False
     test_fraction: float = 0.02

@@ -15,13 +15,13 @@ tokens, of which the pipeline draws one.
 """
 
 import dataclasses
-import os
 import struct
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.typing import Any, Bool, Float, Int
 from dar_jax.data import encoded
 from dar_jax.data.base import DataConfig, existing_directory
@@ -150,7 +150,7 @@ def text_digest(directory: str) -> str:
     Raises:
         ValueError: it is incomplete or broken.
     """
-    if not os.path.isdir(directory):
+    if not storage.entries(storage.to_path(directory)):
         return ""
     return (encoded.read_contents(directory, FORM).get(CAPTIONS) or {}).get(DIGEST, "")
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 
 from dar_jax.common.files import read_regular
+from dar_jax.data import mirror
 from dar_jax.data.base import (
     DataConfig,
     EncodedSource,
@@ -48,11 +49,11 @@ class FolderSource(EncodedSource):
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return printable(str(self.path(index)))
+        return printable(str(self.root / self.paths[index]))
 
     def path(self, index: int) -> pathlib.Path:
-        """Return the file of a picture."""
-        return self.root / self.paths[index]
+        """Return the file of a picture, see `mirror.fetch`."""
+        return mirror.fetch(self.root / self.paths[index])
 
     def fetch(self, index: int) -> tuple[bytes, int]:
         return read_regular(self.path(index), MAX_FILE_BYTES), self.labels[index]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dar_jax.common.typing import Int
+from dar_jax.data import mirror
 from dar_jax.data.base import EncodedSource, Source
 from dar_jax.data.decode import UnreadablePictureError
 from dar_jax.data.folder import FolderSource
@@ -94,10 +95,9 @@ def fingerprint(
 def stamp_of(path: str, name: str) -> Stamp:
     """Return the stamp of a file; of one that is gone the name alone."""
     try:
-        status = os.stat(path)
+        return Stamp(name, *mirror.status(path))
     except OSError:
         return Stamp(name, -1, 0)
-    return Stamp(name, status.st_size, status.st_mtime_ns)
 
 
 def _drain(names: Any, times: Any, lines: list[str], stamped: list[int]) -> None:

@@ -28,7 +28,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jax.experimental import multihost_utils
 
-from dar_jax.common import digests
+from dar_jax.common import digests, storage
 from dar_jax.common.files import parse_json, read_regular, replacing, write_json
 from dar_jax.common.typing import Any
 from dar_jax.data.base import MAX_JSON_BYTES, SPLITS
@@ -279,7 +279,7 @@ def read_sidecar(
     Raises:
         ValueError: it is missing, incomplete or of another kind, or a key is missing or wrong.
     """
-    path = pathlib.Path(directory) / SIDECAR_NAME
+    path = storage.to_path(directory) / SIDECAR_NAME
     sidecar = _read_json(path)
     if sidecar.get("kind") != kind:
         raise ValueError(f"{directory} holds {sidecar.get('kind')!r}, expected {kind!r}")
@@ -340,7 +340,7 @@ def count_records(path: pathlib.Path) -> int:
     return count
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: storage.Path) -> dict[str, Any]:
     try:
         sidecar = parse_json(read_regular(path, MAX_JSON_BYTES))
     except (OSError, ValueError) as error:

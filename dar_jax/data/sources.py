@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from dar_jax.data import mirror
 from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source
 from dar_jax.data.captions import with_captions
 from dar_jax.data.codes import CODES, load_codes
@@ -51,7 +52,7 @@ def load_source(config: DataConfig, split: str) -> Source:
         raise ValueError(f"unknown source {config.source!r}; available: {names}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
-    source = load(config, split)
+    source = load(mirror.local(config), split)
     if config.captions and config.source != CODES:
         source = with_captions(source)
     if not len(source):

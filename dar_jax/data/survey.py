@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from dar_jax.common import storage
+from dar_jax.data import mirror
 from dar_jax.data.base import DataConfig, EncodedSource, Source
 from dar_jax.data.decode import PLUGIN_SUFFIXES, UnreadablePictureError, check_header
 from dar_jax.data.folder import find_parts
@@ -81,10 +82,14 @@ def warn_of_few(count: int) -> None:
 
 def check_apart(config: DataConfig, workdir: str) -> None:
     """Raise ValueError if what a run writes would be taken for its data."""
-    if config.source != "folder" or not config.path or storage.is_remote(storage.to_path(workdir)):
+    if config.source != "folder" or not config.path:
         return
-    root, own = pathlib.Path(config.path).resolve(), pathlib.Path(workdir).resolve()
-    splits = find_parts(root)
+    root, own = storage.to_path(config.path), storage.to_path(workdir)
+    if storage.is_remote(root) != storage.is_remote(own):
+        return
+    if not storage.is_remote(root):
+        root, own = root.resolve(), own.resolve()
+    splits = find_parts(pathlib.Path(mirror.local(config).path))
     parts = [root] if splits is None else [root / name for name in splits[:2] if name]
     path = next((part for part in parts if own.is_relative_to(part)), None)
     if path is not None and not any(map(is_hidden, own.relative_to(path).parts)):

@@ -71,11 +71,12 @@ def test_address_of_a_bucket_that_cannot_be_used_is_refused(address, message, mo
         storage.to_path(address, "--workdir")
 
 
-def test_models_may_lie_in_a_bucket_and_data_has_to_be_mounted(monkeypatch):
+def test_models_and_data_may_lie_in_a_bucket_and_what_is_compared_has_to_be_mounted(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: name)
     values = {"tokenizer": "gs://bucket/tokenizer", "train": {"init_from": "gs://bucket/run"}}
+    values["data"] = {"path": "gs://bucket/data"}
     storage.check_config(values, "config")
-    for block, key in (("data", "path"), ("evaluate", "reference"), ("convert", "source")):
+    for block, key in (("data", "classes"), ("evaluate", "reference"), ("convert", "source")):
         with pytest.raises(ValueError, match=r"mount the bucket \(gcsfuse BUCKET DIR\)"):
             storage.check_config({block: {key: "gs://bucket/x"}}, "config")
     storage.check_config({"convert": {"source": "gs://bucket/x", "to": "torch"}}, "config")
