@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -275,23 +275,28 @@ def entries(directory: Path) -> list[Path]:
         return []
 
 
-def objects(path: Path | str) -> dict[str, tuple[int, int]]:
-    """Address of all objects of a bucket at a path and below -> size, and seconds since 1970.
+def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
+    """Objects at each address and below: address -> size, and seconds since 1970.
 
     Raises:
         OSError: they cannot be listed.
     """
+
+    def listed(address: str) -> dict[str, tuple[int, int]]:
+        found = system.find(address, detail=True)
+        scheme = address.partition("//")[0]
+        return {
+            f"{scheme}//{name}": (about["size"], int(about["mtime"].timestamp()))
+            for name, about in found.items()
+        }
+
     system = _connect()
     system.patience = 0.0  # at the beginning nothing is lost
     try:
-        found = system.find(str(path), detail=True)
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            return list(pool.map(listed, addresses))
     finally:
         del system.patience
-    scheme = str(path).partition("//")[0]
-    return {
-        f"{scheme}//{name}": (about["size"], int(about["mtime"].timestamp()))
-        for name, about in found.items()
-    }
 
 
 def download_object(address: str, size: int, target: pathlib.Path) -> None:

@@ -117,8 +117,7 @@ def _path_of(cache_dir: str, address: str) -> pathlib.Path:
 def _copy(addresses: tuple[str, ...], cache_dir: str, later: tuple[str, ...]) -> None:
     """Bring the copy of addresses to what there is in the bucket now."""
     try:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            found = list(pool.map(storage.objects, addresses))
+        found = storage.objects(addresses)
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         reason = "there is no such bucket" if is_missing else " ".join(str(error).split())
