@@ -29,7 +29,7 @@ from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.models.text.encoder import TextEncoder
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.parallel.workdir import open_local_workdir
+from dar_jax.parallel.workdir import open_workdir
 
 CROPS_PER_DEVICE = 64
 """Encoded at a time; their distances to 16,384 codes take 1 GB."""
@@ -83,7 +83,7 @@ def write_codes(
     held_out = dataclasses.replace(data, crop="center", flip=False)
     write_encoded(
         data,
-        open_local_workdir(workdir),
+        open_workdir(workdir),
         contents,
         form=FORM,
         sources=sources,

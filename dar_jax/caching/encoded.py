@@ -1,7 +1,7 @@
 """Writing a data set as what a frozen model makes of its pictures, for `--mode=cache`.
 
-Training pictures are encoded in all views that training may have of them. Every process encodes its
-own shards, each batch split over its devices.
+Training pictures are encoded in all views that training may have of them. Every process encodes
+shards that nobody else has, each batch split over its devices.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import grain
 import jax
 import numpy as np
 
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.common.batches import pad
 from dar_jax.common.checks import check_finite
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Array, Params, UInt8
-from dar_jax.data import shards
+from dar_jax.data import shard_writing
 from dar_jax.data.base import DataConfig, Source
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError
 from dar_jax.data.encoded import Form
@@ -110,7 +110,7 @@ class FrozenEncoder:
 
 def write_encoded(
     data: DataConfig,
-    directory: pathlib.Path,
+    directory: storage.Path,
     contents: Mapping[str, Any],
     *,
     form: Form,
@@ -165,7 +165,7 @@ def write_encoded(
             packed += len(group)
             yield from pack(group)
 
-    shards.write_splits(directory, contents, records)
+    shard_writing.write_splits(directory, contents, records)
 
 
 def _by_picture(group: Encoded, encoded: Array) -> Encoded:

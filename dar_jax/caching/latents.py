@@ -21,7 +21,7 @@ from dar_jax.kinds.loading import open_model
 from dar_jax.models.kl_vae import KlVae
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.parallel.workdir import open_local_workdir
+from dar_jax.parallel.workdir import open_workdir
 
 PIXELS_PER_DEVICE = 16 * 256**2
 """Encoded at a time; the released encoder's largest activation then takes 0.5 GB."""
@@ -49,7 +49,7 @@ def write_latents(data: DataConfig, vae: str, workdir: str, *, pictures_per_shar
     views = Views(2, functools.partial(both_ways, size=data.image_size))
     write_encoded(
         data,
-        open_local_workdir(workdir),
+        open_workdir(workdir),
         {
             FORM.model: model_dir.fingerprint(directory),
             "shape": [*grid, 2 * config.latent_channels],

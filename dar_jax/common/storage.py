@@ -10,10 +10,11 @@ Requests that fail are tried again, for minutes; credentials are those of `gclou
 application-default login` or of the machine. Of s3:// Orbax cannot write checkpoints: mount it.
 
 Data are read through a local copy (`data.mirror`). Local only is what libraries open by its local
-path: caches that are being written (ArrayRecord), pictures and references to compare with, official
-checkpoints, compiled programs, and what comes with the package.
+path: pictures and references to compare with, official checkpoints, compiled programs, and what
+comes with the package.
 """
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -242,6 +243,17 @@ def download(source: Path, names: list[str], target: pathlib.Path) -> None:
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         list(pool.map(copy, names))
+
+
+@contextlib.contextmanager
+def as_local(path: Path) -> Iterator[pathlib.Path]:
+    """Give a local file, for a while: a copy of one in a bucket."""
+    if isinstance(path, pathlib.Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        download(path.parent, [path.name], pathlib.Path(folder))
+        yield pathlib.Path(folder, path.name)
 
 
 class Copies:

@@ -5,13 +5,13 @@ million small ones are slow to list and to read.
 """
 
 import dataclasses
-import pathlib
 import struct
 from collections.abc import Iterator, Mapping
 
 import grain
 
-from dar_jax.data import shards
+from dar_jax.common import storage
+from dar_jax.data import shard_writing, shards
 from dar_jax.data.base import DataConfig, EncodedSource, Source, existing_directory
 from dar_jax.data.decode import CorruptTally, UnreadablePictureError, decode, encode_png
 from dar_jax.data.transforms import center_crop
@@ -62,7 +62,7 @@ def load_records(config: DataConfig, split: str) -> RecordSource:
 
 def write_images(
     config: DataConfig,
-    directory: pathlib.Path,
+    directory: storage.Path,
     *,
     sources: Mapping[str, Source],
     image_size: int,
@@ -97,7 +97,7 @@ def write_images(
         source, tally = sources[split], tallies[split]
         return _records(source, pictures, config, image_size=image_size, tally=tally)
 
-    shards.write_splits(directory, contents, records)
+    shard_writing.write_splits(directory, contents, records)
 
 
 def _records(

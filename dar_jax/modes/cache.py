@@ -21,7 +21,7 @@ from dar_jax.data import records, references
 from dar_jax.data.sources import SPLITS, load_source
 from dar_jax.kinds.dar_prior import TOKENIZER, check_captions
 from dar_jax.kinds.transdiff import VAE
-from dar_jax.parallel.workdir import open_local_workdir
+from dar_jax.parallel.workdir import open_workdir
 from dar_jax.pipelines.dar_prompts import open_encoder_of
 
 INDEX_NAME = "references.jsonl"
@@ -47,7 +47,7 @@ def _cache_images(config: Config, workdir: str) -> None:
     sources = {split: load_source(data, split) for split in SPLITS}
     records.write_images(
         data,
-        open_local_workdir(workdir),
+        open_workdir(workdir),
         sources=sources,
         image_size=config.cache.image_size,
         pictures_per_shard=config.cache.pictures_per_shard,
@@ -77,7 +77,7 @@ def _cache_references(config: Config, workdir: str) -> None:
     labels = references.labels_of(source)
     size = max(config.data.num_references, references.GROUP_SIZE)
     groups = references.make_groups(labels, source.class_names, size, seed=config.seed)
-    path = open_local_workdir(workdir) / INDEX_NAME
+    path = open_workdir(workdir) / INDEX_NAME
     if jax.process_index() == 0:
         with replacing(path) as temporary, temporary.open("w") as file:
             file.writelines(references.lines_of(source, groups))

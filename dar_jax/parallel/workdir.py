@@ -29,21 +29,15 @@ def open_workdir(workdir: str) -> storage.Path:
     """
     path = storage.to_path(workdir, "workdir")
     if isinstance(path, pathlib.Path):
-        return open_local_workdir(workdir)
+        return _open_local(workdir)
     storage.check_writable(path)
     distributed.check_shared(path)
     return path
 
 
-def open_local_workdir(workdir: str) -> pathlib.Path:
-    """As `open_workdir`, of what is written and read by libraries that take local paths only.
-
-    Raises:
-        ValueError: see `open_workdir`; or it is in a bucket.
-    """
+def _open_local(workdir: str) -> pathlib.Path:
     if not workdir:
         raise ValueError("workdir is empty; name a directory with --workdir=DIR")
-    storage.check_path(workdir, "workdir")
     path = pathlib.Path(workdir).absolute()
     try:
         str(path).encode()  # the storage of checkpoints takes nothing else

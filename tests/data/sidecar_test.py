@@ -2,16 +2,23 @@
 
 import json
 import os
+import pathlib
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from dar_jax.data import codes, encoded, latents, records, shards
+from dar_jax.common import storage
+from dar_jax.data import codes, encoded, latents, records, shard_writing, shards
 from dar_jax.data.sources import DataConfig, load_source
 from tests.damage import DAMAGES, damage, outcome, warnings
 from tests.data import tiny_sets
 from tests.data.small_files import open_split, refusal
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONTENTS = {
     "class_names": ["a", "b"],
     "pictures": {"train": 4, "test": 2},
@@ -57,7 +64,7 @@ def cache(request, tmp_path_factory):
             for index in pictures:
                 yield form.pack(np.full((2, *shape), index), index % 2)
 
-        shards.write_splits(root, {"kind": form.kind, **CONTENTS, **more}, make)
+        shard_writing.write_splits(root, {"kind": form.kind, **CONTENTS, **more}, make)
     return request.param, root, json.loads((root / shards.SIDECAR_NAME).read_text())
 
 
@@ -113,7 +120,7 @@ def test_cache_without_its_mark_of_completion_is_not_taken_for_complete(cache):
     path = root / shards.SIDECAR_NAME
     contents = {k: v for k, v in sidecar.items() if k not in ("complete", "counts")}
     path.write_text(json.dumps({**contents, "complete": "yes"}))
-    assert shards.begin(root, contents) is None
+    assert not shard_writing.begin(root, contents)
     path.write_text(json.dumps(sidecar))
 
 
@@ -150,7 +157,7 @@ def write_codes(root):
             yield codes.FORM.pack(np.full((2, 4), index), index % 2)
 
     contents = {"kind": codes.FORM.kind, **CONTENTS, **FORMS["codes"][1]}
-    shards.write_splits(root, contents, make)
+    shard_writing.write_splits(root, contents, make)
     return written
 
 
@@ -181,7 +188,7 @@ def test_shard_that_is_damaged_before_the_end_is_written_again(tmp_path, monkeyp
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "finish", stop)
+        patch.setattr(shard_writing, "finish", stop)
         with pytest.raises(OSError, match="killed"):
             write_codes(tmp_path)
     damage(tmp_path / "train-00001-of-00002.array_record", how)
@@ -195,3 +202,59 @@ def test_cache_that_is_older_than_digests_gets_them(tmp_path):
     path.write_text(json.dumps({k: v for k, v in sidecar.items() if k != "digests"}))
     assert write_codes(tmp_path) == []
     assert json.loads(path.read_text())["digests"] == sidecar["digests"]
+
+
+WRITE_CODES = """
+import sys, time
+from dar_jax.common import storage
+from tests.data import sidecar_test
+sidecar_test.write_slowly(storage.to_path(sys.argv[1]))
+"""
+MANY = {**CONTENTS, "pictures": {"train": 24, "test": 6}, "pictures_per_shard": 2}
+
+
+def write_slowly(root, seconds=0.1):
+    """As `write_codes`, many shards, each of which takes a while."""
+    written = []
+
+    def make(split, pictures):
+        written.append((split, pictures.start))
+        for index in pictures:
+            time.sleep(seconds)
+            yield codes.FORM.pack(np.full((2, 4), index), index % 2)
+
+    contents = {"kind": codes.FORM.kind, **MANY, **FORMS["codes"][1]}
+    shard_writing.write_splits(root, contents, make)
+    return written
+
+
+@pytest.fixture(params=["local", "bucket"])
+def directory(request, tmp_path):
+    if request.param == "local":
+        return tmp_path / "cache"
+    return request.getfixturevalue("in_bucket")
+
+
+def test_processes_share_a_cache_and_do_what_a_killed_one_had_begun(directory, tmp_path):
+    storage.make_directory(directory)
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    write_slowly(expected, seconds=0)
+    command = [sys.executable, "-c", WRITE_CODES, str(directory)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not [path for path in storage.entries(directory) if path.suffix == ".array_record"]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    with ThreadPoolExecutor(1) as pool:
+        own = pool.submit(write_slowly, directory)
+        while len(storage.entries(directory)) < MANY["pictures"]["train"] / 2:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        written = own.result()
+    assert 0 < len(written) < 15
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in storage.entries(directory)) == names
+    for name in names:
+        assert (directory / name).read_bytes() == (expected / name).read_bytes()
+    assert write_slowly(directory) == []
