@@ -9,7 +9,7 @@
 # SHARE=10.0.0.2:/runs mounts that NFS export as runs/ on every host, for a --workdir=runs/NAME.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/common.sh
+source launch/common.sh && source launch/wheel.sh
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE"; }
 on() { tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2"; }
 follow() { on 0 'tail -n +1 -F dar_jax/train.log'; }
