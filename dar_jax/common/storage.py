@@ -288,7 +288,7 @@ def entries(directory: Path) -> list[Path]:
 
 
 def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
-    """Objects at each address and below: address -> size, and seconds since 1970.
+    """Objects at each address and below: address -> size, and milliseconds since 1970.
 
     Raises:
         OSError: they cannot be listed.
@@ -298,7 +298,7 @@ def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
         found = system.find(address, detail=True)
         scheme = address.partition("//")[0]
         return {
-            f"{scheme}//{name}": (about["size"], int(about["mtime"].timestamp()))
+            f"{scheme}//{name}": (about["size"], round(about["mtime"].timestamp() * 1000))
             for name, about in found.items()
         }
 

@@ -39,10 +39,15 @@ READ_LATER = {"folder": picture_suffixes, "latent_folder": lambda: (".npz",)}
 
 
 class State(NamedTuple):
-    """What tells one version of a file from another: bytes, and seconds since 1970."""
+    """What tells one version of a file from another: bytes, and milliseconds since 1970."""
 
     size: int
     time: int
+
+    @property
+    def times(self) -> tuple[int, int]:
+        """Of the last access and change, in ns."""
+        return self.time * 10**6, self.time * 10**6
 
 
 def local(config: DataConfig) -> DataConfig:
@@ -71,7 +76,7 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
     address = _address(path)
     if address:
         try:
-            _fetch(path, address, State(*_state(path)))
+            _fetch(path, address, _state(path))
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -88,8 +93,8 @@ def status(path: str | os.PathLike) -> tuple[int, int]:
         OSError: there is none.
     """
     if _address(path):
-        size, seconds = _state(path)
-        return size, seconds * 10**9
+        state = _state(path)
+        return state.size, state.times[1]
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
@@ -106,7 +111,7 @@ def _address(path: str | os.PathLike) -> str:
 def _state(path: str | os.PathLike) -> State:
     found = os.lstat(path)
     size = int(os.readlink(path).rpartition("#")[2]) if _address(path) else found.st_size
-    return State(size, int(found.st_mtime))
+    return State(size, found.st_mtime_ns // 10**6)
 
 
 def _path_of(cache_dir: str, address: str) -> pathlib.Path:
@@ -143,7 +148,10 @@ def _copy(addresses: tuple[str, ...], cache_dir: str, later: tuple[str, ...]) ->
 
 
 def _bring_up_to_date(
-    places: Collection[pathlib.Path], wanted: Mapping[str, State], cache_dir: str, later: tuple
+    places: Collection[pathlib.Path],
+    wanted: Mapping[str, State],
+    cache_dir: str,
+    later: tuple[str, ...],
 ) -> None:
     root = _path_of(cache_dir, "gs://")
     root.mkdir(parents=True, exist_ok=True)
@@ -174,11 +182,13 @@ def _bring_up_to_date(
 
 def _delete_others(place: pathlib.Path, paths: Mapping[pathlib.Path, str]) -> None:
     sweep(place)
-    for folder, _, names in os.walk(place):
+    for folder, _, names in os.walk(place, topdown=False):
         for name in names:
             path = pathlib.Path(folder, name)
             if path not in paths and not name.startswith("."):  # which others may be writing
                 path.unlink(missing_ok=True)
+        if not os.listdir(folder):  # it would be taken for a class
+            os.rmdir(folder)
 
 
 def _is_current(path: pathlib.Path, state: State) -> bool:
@@ -201,13 +211,13 @@ def _check_room(size: int, root: pathlib.Path, cache_dir: str) -> None:
 def _link(path: pathlib.Path, address: str, state: State) -> None:
     with replacing(path) as temporary:
         temporary.symlink_to(f"{address}#{state.size}")
-        os.utime(temporary, (state.time, state.time), follow_symlinks=False)
+        os.utime(temporary, ns=state.times, follow_symlinks=False)
 
 
 def _fetch(path: pathlib.Path, address: str, state: State) -> None:
     with replacing(path) as temporary:
         storage.download_object(address, state.size, temporary)
-        os.utime(temporary, (state.time, state.time))
+        os.utime(temporary, ns=state.times)
 
 
 def _fetch_all(wanted: Mapping[pathlib.Path, tuple[str, State]], root: pathlib.Path) -> None:

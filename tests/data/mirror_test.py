@@ -105,6 +105,16 @@ def test_copy_follows_the_bucket(tmp_path, in_bucket, copied):
     assert (root / "set-000001.tar").read_bytes() == path.read_bytes()
 
 
+def test_class_that_is_gone_from_the_bucket_is_none_here(tmp_path, in_bucket):
+    _, bucket = configs("folder", tmp_path, in_bucket)
+    root = pathlib.Path(mirror.local(bucket).path)
+    assert sorted(path.name for path in root.iterdir()) == ["ant", "bee", "cat"]
+    storage.delete_tree(in_bucket / "cat")
+    mirror._copy.cache_clear()
+    mirror.local(bucket)
+    assert sorted(path.name for path in root.iterdir()) == ["ant", "bee"]
+
+
 def test_tars_by_braces_and_one_data_set_of_many(tmp_path, in_bucket, copied):
     _, bucket = configs("tars", tmp_path, in_bucket)
     braces = dataclasses.replace(bucket, path=f"{in_bucket}/set-{{000000..000001}}.tar")
