@@ -20,8 +20,9 @@ from dar_jax.common.typing import Int, UInt8
 from dar_jax.data.decode import UnreadablePictureError, decode
 from dar_jax.data.transforms import center_crop
 from dar_jax.demo.config import MEGABYTE
-from dar_jax.generation.batches import whole_batch
+from dar_jax.generation.batches import read_prompts, takes_texts, whole_batch
 from dar_jax.generation.config import SampleConfig
+from dar_jax.generation.image_set import label_array
 from dar_jax.pipelines.base import Pipeline
 from dar_jax.sampling.logits import MIN_LINEAR_START
 from dar_jax.serving.drawing import Drawn, ImageInWork
@@ -30,6 +31,10 @@ from dar_jax.serving.streams import StreamBatch
 MAX_GUIDANCE = 20.0
 MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**31 - 1
+PROMPT = "a red apple"
+"""That the page begins with, where none is set."""
+MAX_PROMPT = 1000
+"""Characters of a prompt, of which models take some dozens of words."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Formats of uploaded pictures; some of the others that Pillow knows start programs."""
 MAX_PIXELS = 50_000_000
@@ -41,7 +46,7 @@ class Request:
     """What somebody asks for.
 
     Attributes:
-        labels: a class for every image.
+        labels: a class for every image, or a text if the model takes captions.
         guidance_scale: at the first and at the last token; a single one if there are no tokens.
         temperature: divides the logits; 0 is greedy.
         seed: image i depends on it, on i and on its label.
@@ -49,7 +54,7 @@ class Request:
         num_kept: how many of them.
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[int, ...] | tuple[str, ...]
     guidance_scale: tuple[float, ...]
     temperature: float
     seed: int
@@ -85,6 +90,7 @@ class BatchGenerator(StreamBatch):
     Attributes:
         pipeline: the models.
         batch_size: most images of a request.
+        prompts: to begin with; none if requests are of classes, not of texts.
         sampling: how images are drawn where requests do not say it.
         kept_choices: numbers of tokens of a layout that can be kept; none if the model has no
             tokens.
@@ -101,6 +107,8 @@ class BatchGenerator(StreamBatch):
         super().__init__()
         self.pipeline = pipeline
         self.batch_size = whole_batch(pipeline, batch_size)
+        texts = takes_texts(pipeline.prior.config)
+        self.prompts = read_prompts(settings.prompts) if texts else ()
         self.sampling = settings.sampling(pipeline.sampling)
         self._seed = settings.seed
         self.num_tokens = pipeline.num_tokens
@@ -117,7 +125,7 @@ class BatchGenerator(StreamBatch):
     def warm_up(self) -> None:
         """Compile nothing: that is done."""
 
-    def default_request(self, labels: tuple[int, ...]) -> Request:
+    def default_request(self, labels: tuple[int, ...] | tuple[str, ...]) -> Request:
         """Return what the settings ask for."""
         scales = self.sampling.guidance_scale
         # One scale for all passes: that of the last one, which makes the image.
@@ -126,7 +134,7 @@ class BatchGenerator(StreamBatch):
         return Request(labels, tuple(scales), temperature, self._seed)
 
     def _compile(self) -> int:
-        request = self.default_request((0,))
+        request = self.default_request(self.prompts[:1] or (0,))
         *_, last = self.stream(request)
         size = self.pipeline.image_size
         layout = np.zeros((size, size, 3), np.uint8)
@@ -140,14 +148,20 @@ class BatchGenerator(StreamBatch):
 
     def check(self, request: Request) -> None:
         """Raise ValueError unless the request can be answered."""
+        verb, nouns = ("write", "prompts") if self.prompts else ("choose", "classes")
         if not request.labels:
-            raise ValueError("choose at least one class")
+            raise ValueError(f"there are no {nouns}: {verb} one at least")
         if len(request.labels) > self.batch_size:
             raise ValueError(
                 f"{len(request.labels)} images are asked for, at most {self.batch_size} are made "
-                "at a time: choose fewer classes or fewer images of each"
+                f"at a time: {verb} fewer {nouns} or fewer images of each"
             )
-        check_range("class", request.labels, self.pipeline.num_classes)
+        if self.prompts:
+            longest = max(len(str(text)) for text in request.labels)
+            if longest > MAX_PROMPT:
+                raise ValueError(f"a prompt of {longest} characters: write {MAX_PROMPT} at most")
+        else:
+            check_range("class", request.labels, self.pipeline.num_classes)
         for name, values, least, most in (
             ("guidance", request.guidance_scale, 1, MAX_GUIDANCE),
             ("temperature", (request.temperature,), 0, MAX_TEMPERATURE),
@@ -169,7 +183,7 @@ class BatchGenerator(StreamBatch):
         request: Request = image.request
         self.check(request)
         self._started = time.monotonic()
-        labels = pad(np.asarray(request.labels, np.int32), self.batch_size)
+        labels = pad(label_array(request.labels), self.batch_size)
         rng = jax.random.key(request.seed)
         return self.pipeline.stream(labels, rng=rng, **self._options(request))
 

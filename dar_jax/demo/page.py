@@ -3,6 +3,7 @@
 Nothing is reported or fetched: no analytics, the system's own fonts.
 """
 
+import functools
 import queue
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -33,8 +34,8 @@ GALLERY_SIZE = 48
 LAYOUT_PART = 1 / 16
 """Of the tokens, which as a layout leaves the class to be seen."""
 LAYOUT_INFO = (
-    "Few keep where things are and leave the rest to the class; the more are kept, the more the "
-    "images are the picture itself, whatever their class."
+    "Few keep where things are and leave the rest to the class or prompt; the more are kept, the "
+    "more the images are the picture itself, whatever is asked for."
 )
 SHOW_RESULT = """() => {
   const result = document.querySelector('#status'), top = result.getBoundingClientRect().top;
@@ -52,6 +53,8 @@ PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
 """Events are the page's own."""
 
 History = list[tuple[UInt8[np.ndarray, "H W 3"], str]]
+Drawn = Sequence[int] | str
+"""Classes, or prompts as somebody wrote them."""
 
 
 class Page:
@@ -67,7 +70,8 @@ class Page:
         self._max_upload_bytes = max_upload_bytes
         pipeline = generator.pipeline
         self._size = pipeline.image_size
-        self._names = tuple(class_name(pipeline, n) for n in range(pipeline.num_classes))
+        self._num_classes = pipeline.num_classes
+        self._name = functools.partial(class_name, pipeline)
         self._style = ["pixelated"] if self._size < SMALL_IMAGE else []
         unit = "token" if generator.num_tokens else "step"
         title = f"Images that grow {unit} by {unit}"
@@ -112,7 +116,8 @@ class Page:
             logging.warning("host=%s: everybody who can reach this computer can use the demo", host)
 
     def _description(self) -> str:
-        sizes = f"{len(self._names)} classes, {self._size} x {self._size} pixels"
+        what = "Prompts" if self._generator.prompts else f"{self._num_classes} classes"
+        sizes = f"{what}, {self._size} x {self._size} pixels"
         if not self._generator.num_tokens:
             return f"{sizes}, {self._generator.num_steps} steps of diffusion."
         return (
@@ -122,17 +127,21 @@ class Page:
 
     def _add_inputs(self) -> None:
         most = self._generator.batch_size
-        shown = min(DEFAULT_CLASSES, len(self._names), most)
+        prompts = self._generator.prompts[:most]
+        shown = len(prompts) or min(DEFAULT_CLASSES, self._num_classes, most)
         defaults = self._generator.default_request(tuple(range(shown)))
-        self._classes = gr.Dropdown(
-            [(name, label) for label, name in enumerate(self._names)],
-            value=list(defaults.labels),
-            multiselect=True,
-            max_choices=most,
-            label="Classes",
-        )
+        if prompts:
+            self._drawn = gr.Textbox("\n".join(prompts), lines=3, label="Prompts, one a line")
+        else:
+            self._drawn = gr.Dropdown(
+                [(self._name(label), label) for label in range(self._num_classes)],
+                value=list(defaults.labels),
+                multiselect=True,
+                max_choices=most,
+                label="Classes",
+            )
         self._per_class = gr.Slider(
-            1, value=most // shown, step=1, label="Images of each class", **self._counts(shown)
+            1, value=most // shown, step=1, label="Images of each", **self._counts(shown)
         )
         with gr.Row():
             self._go = gr.Button("Generate", variant="primary", min_width=140)
@@ -196,7 +205,7 @@ class Page:
         self._go.click(
             self._generate,
             [
-                *(self._classes, self._per_class, self._first, self._last, self._temperature),
+                *(self._drawn, self._per_class, self._first, self._last, self._temperature),
                 *(self._seed, self._drawn_seed, self._keep_seed),
                 *(self._layout, self._num_kept, self._history),
             ],
@@ -207,18 +216,18 @@ class Page:
             concurrency_limit=None,  # the engine has its own
             **PRIVATE,
         )
-        counts = [self._classes, self._per_class]
-        self._classes.change(self._limit_per_class, counts, self._per_class, queue=False, **PRIVATE)
+        counts = [self._drawn, self._per_class]
+        self._drawn.change(self._limit_per_class, counts, self._per_class, queue=False, **PRIVATE)
         self._stop.click(self._cancel, queue=False, **PRIVATE)
         self.blocks.unload(self._cancel)
 
-    def _counts(self, num_classes: int) -> dict[str, Any]:
-        """Let no more images of so many classes be asked for than are made at a time."""
-        most = self._generator.batch_size // max(1, num_classes)
+    def _counts(self, number: int) -> dict[str, Any]:
+        """Let no more images of so many labels be asked for than are made at a time."""
+        most = self._generator.batch_size // max(1, number)
         return dict(maximum=max(2, most), visible=most > 1)  # 1 is no choice
 
-    def _limit_per_class(self, classes: Sequence[int], per_class: int) -> gr.Slider:
-        limits = self._counts(len(classes))
+    def _limit_per_class(self, drawn: Drawn, per_class: int) -> gr.Slider:
+        limits = self._counts(len(_one_by_one(drawn)))
         return gr.Slider(
             value=min(per_class, limits["maximum"] if limits["visible"] else 1), **limits
         )
@@ -231,7 +240,7 @@ class Page:
 
     def _generate(
         self,
-        classes: Sequence[int],
+        drawn: Drawn,
         per_class: int,
         first: float | int,
         last: float | int,
@@ -245,7 +254,7 @@ class Page:
         http: gr.Request,
     ) -> Iterator[dict]:
         """Yield what changes on the page while a request waits and is served."""
-        labels = tuple(label for label in classes for _ in range(per_class))
+        labels = tuple(label for label in _one_by_one(drawn) for _ in range(per_class))
         try:
             if seed is None:
                 raise ValueError("the seed must be a whole number")
@@ -261,7 +270,7 @@ class Page:
         except (ValueError, ApiError) as error:
             yield {self._status: html.problem(str(error))}
             return
-        names = [self._names[label] for label in labels]
+        names = [*map(self._name, labels)]
         yield {
             self._go: gr.Button(interactive=False),
             self._stop: gr.Button(interactive=True),
@@ -346,6 +355,13 @@ def _file(images: Iterable[tuple[UInt8[np.ndarray, "H W 3"], str]], history: His
     new = [*images]
     drawn = {pixels.tobytes() for pixels, _ in new}
     return [*new, *(one for one in history if one[0].tobytes() not in drawn)][:GALLERY_SIZE]
+
+
+def _one_by_one(drawn: Drawn) -> Sequence[int] | Sequence[str]:
+    """Return the classes as they are, of a text the lines that are not blank."""
+    if isinstance(drawn, str):
+        return [*filter(None, (" ".join(line.split()) for line in drawn.split("\n")))]
+    return drawn
 
 
 def _describe(ahead: int) -> str:

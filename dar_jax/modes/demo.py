@@ -1,5 +1,6 @@
 """`--mode=demo`: a page on which images grow while their tokens are generated."""
 
+import dataclasses
 import math
 import os
 
@@ -7,7 +8,7 @@ import jax
 from absl import logging
 
 from dar_jax.config import Config
-from dar_jax.demo.batch import BatchGenerator
+from dar_jax.demo.batch import PROMPT, BatchGenerator
 from dar_jax.generation.batches import load, model_path, takes_texts
 from dar_jax.kinds.loading import open_model
 
@@ -32,15 +33,12 @@ def demo(config: Config, workdir: str) -> None:
             f"--mode=demo needs {error.name}, which is not installed; "
             "run pip install 'dar-jax[demo]'"
         ) from error
-    path = model_path(config.sample, workdir)
-    if takes_texts(open_model(path).architecture):
-        raise ValueError(
-            f"{path} draws captions, and the page has classes only: use --mode=sample "
-            "--config.sample.prompts='a red apple'"
-        )
-    pipeline = load(config.sample, workdir, compute=config.compute, mesh=config.mesh)
+    sampling = config.sample
+    if takes_texts(open_model(model_path(sampling, workdir)).architecture):
+        sampling = dataclasses.replace(sampling, prompts=sampling.prompts or PROMPT)
+    pipeline = load(sampling, workdir, compute=config.compute, mesh=config.mesh)
     logging.info("Compiling all that a request may need, which takes a minute or more")
-    generator = BatchGenerator(pipeline, config.sample, settings.batch_size)
+    generator = BatchGenerator(pipeline, sampling, settings.batch_size)
     logging.info(
         "Compiled in %.1f s for batches of %d images; no request compiles anything",
         generator.compile_seconds,

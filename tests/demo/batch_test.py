@@ -131,7 +131,7 @@ def test_layout_keeps_its_first_tokens(generator, layout):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": ()}, "choose at least one class"),
+        ({"labels": ()}, "there are no classes: choose one at least"),
         ({"labels": (0,) * 9}, "9 images are asked for, at most 8"),
         ({"labels": (0, 10)}, "10 is out of range, expected 0..9"),
         ({"guidance_scale": (0.5, 2.0)}, "guidance 0.5, 2 must be between 1 and 20"),
