@@ -39,8 +39,8 @@ class DataConfig:
         cache_dir: where what `path` names in a bucket is copied to, see `data.mirror`.
         classes: JSON file with the classes in the order of their labels: a list of their names in
             the data, or an object that maps these to names for people. "": all, sorted.
-        captions: train on captions, see `captions`, and only on pictures that have one. In tars,
-            labels do not matter then.
+        captions: train on captions, see `captions`, and only on pictures that have one. In tars
+            and TFDS, labels do not matter then.
         test_fraction: part held out of every class, where the data have no held-out part, see
             `names`.
         image_size: height and width of a training example, in pixels.

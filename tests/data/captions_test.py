@@ -1,9 +1,11 @@
-"""Captions of folders and tars: where they stand, several a picture, none, and what is none."""
+"""Captions of folders, tars and TFDS: where they stand, several, none, and what is no caption."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from dar_jax.data.sources import DataConfig, load_source
 from tests.data.tiny_sets import to_png, write_tar
@@ -27,16 +29,16 @@ def captions(path, source="folder", **options):
     """Captions of all pictures by their names, from both splits."""
     found = {}
     for split in ("train", "test"):
-        config = DataConfig(source=source, path=str(path), captions=True, **options)
+        config = DataConfig(source=source, path=str(path), **{"captions": True, **options})
         opened = load_source(config, split)
         for index in range(len(opened)):
             found[opened.name(index).rpartition("/")[2].rpartition(":")[2]] = opened.captions[index]
     return found
 
 
-def refusal(path, source="folder"):
+def refusal(path, source="folder", **options):
     with pytest.raises(ValueError, match=r"\w") as caught:
-        captions(path, source)
+        captions(path, source, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -164,5 +166,70 @@ def test_binary_junk_in_a_tar_is_one_line(tmp_path):
 
 
 def test_sources_without_captions_are_refused():
-    with pytest.raises(ValueError, match="captions=True needs data.source=folder or tar"):
+    message = "captions=True needs data.source=folder, tar, tfds:NAME or"
+    with pytest.raises(ValueError, match=message):
         load_source(DataConfig(source="mnist", captions=True), "train")
+
+
+class TinyCoco(tfds.core.GeneratorBasedBuilder):
+    """Captions as `coco_captions` has them, and no labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    COLUMN, OF = "captions", tfds.features.Sequence({"text": np.str_, "id": np.int64})
+    TEXTS = (["ein Äpfel", " a red apple "], [""], [], *([f"number {n}"] for n in range(3, 6)))
+
+    def _info(self):
+        boxes = tfds.features.Sequence({"bbox": tfds.features.BBoxFeature()})
+        columns = {"image": tfds.features.Image(shape=(None, None, 3)), "objects": boxes}
+        features = tfds.features.FeaturesDict({**columns, self.COLUMN: self.OF})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples(), "val": self._generate_examples()}
+
+    def value(self, texts):
+        return [{"text": text, "id": number} for number, text in enumerate(texts)]
+
+    def _generate_examples(self):
+        for number, texts in enumerate(self.TEXTS):
+            columns = {self.COLUMN: self.value(texts), "objects": []}
+            yield number, {"image": io.BytesIO(PICTURE), **columns}
+
+
+class TinyLaion(TinyCoco):
+    """A caption as a text."""
+
+    COLUMN, OF = "caption", tfds.features.Text()
+
+    def value(self, texts):
+        return "".join(texts)
+
+
+class TinySilence(TinyLaion):
+    """No column with texts."""
+
+    COLUMN = "title"
+
+
+@pytest.mark.parametrize(
+    ("builder", "first"),
+    [(TinyCoco, ("ein Äpfel", "a red apple")), (TinyLaion, ("ein Äpfel a red apple",))],
+)
+def test_column_of_tfds_has_captions(builder, first, tmp_path, caplog):
+    builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    with caplog.at_level("WARNING"):
+        found = captions(tmp_path, f"tfds:{builder.name}")
+    texts = [first, *((f"number {n}",) for n in range(3, 6))]
+    assert sorted(found.values()) == sorted(2 * texts)  # of both splits
+    assert "Left out 2 of 6 pictures" in caplog.text
+    config = DataConfig(source=f"tfds:{builder.name}", path=str(tmp_path), captions=True)
+    source = load_source(config, "test")
+    assert (len(source), source.class_names) == (4, ("captioned",))
+    assert source[3]["pixels"].shape == (8, 8, 3) and source[3]["label"] == 0
+    assert "no features 'image' and 'label'" in refusal(tmp_path, config.source, captions=False)
+
+
+def test_tfds_without_a_column_of_texts_is_one_line(tmp_path):
+    TinySilence(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    line = refusal(tmp_path, "tfds:tiny_silence")
+    assert "record 0 has none of captions, caption, text, prompt; it has image" in line

@@ -1,5 +1,6 @@
 """Emoji: classes, the held-out part, the background, and files that are refused."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -48,6 +49,15 @@ def test_held_out_emoji_are_of_all_classes_and_seen_in_other_tones(config):
     assert set(map(concept, hands)) <= set(map(concept, names_of(train)))
     again = load_source(config, "test")
     np.testing.assert_array_equal(test.pixels, again.pixels)
+
+
+def test_captions_are_names_with_the_tone(config):
+    captions = load_source(dataclasses.replace(config, captions=True), "train").captions
+    found = dict(zip(names_of(load_source(config, "train")), captions, strict=True))
+    expected = {"1f44b-1f3fb": "waving hand sign: light skin tone", "1f623": "persevering face"}
+    for name, text in expected.items():
+        assert found.get(name, (text,)) == (text,)
+    assert expected.keys() & found.keys()
 
 
 def test_flags_small_subgroups_and_unknown_names_are_left_out(config, tmp_path):
