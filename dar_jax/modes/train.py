@@ -127,7 +127,8 @@ def _opened(
     origin.check_keys(config.train.allowed, config.bound())
     part = sharding.batch_part(mesh)
     iterator = pipeline.train_iterator(config.data, config.seed, part)
-    sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
+    if not config.data.captions:  # where classes do not matter
+        sources.check_num_classes(task.model_config().get("num_classes"), iterator.source)
     survey.check_apart(config.data, workdir)
     logging.info("Data: %s", survey.check(config.data, iterator.source))
     abstract = state_lib.abstract_state(task, config.optimizer, mesh)

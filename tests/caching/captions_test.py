@@ -15,7 +15,7 @@ from dar_jax.data import codes, pipeline, shards
 from dar_jax.data.sources import load_source
 from dar_jax.kinds.loading import build_task
 from dar_jax.models.text.encoder import open_encoder
-from dar_jax.modes import cache
+from dar_jax.modes import cache, train
 from tests import tiny_text
 from tests.caching import codes_test
 
@@ -138,6 +138,16 @@ def test_task_trains_on_captions_and_knows_their_encoder(config, whole, encoder)
     assert np.isfinite(value) and set(outputs) == {"token_accuracy"}
     (panel,) = task.pictures(params, batch, jax.random.key(0), task.frozen()).values()
     assert len(panel.cells) == len(panel.labels) == 8 and panel.draw(["x"]).any()
+
+
+@pytest.mark.slow
+def test_classes_of_captioned_pictures_do_not_matter(config, whole, tmp_path):
+    assert len(load_source(data_of(from_codes(config, whole)), "train").class_names) == 2
+    assert config.model.num_classes == 1
+    config = from_codes(config, whole)
+    config.train.update(steps=2, image_every=0)
+    train.train(read_config(config), str(tmp_path))
+    assert (tmp_path / "model" / "config.json").exists()
 
 
 MISTAKES = {
