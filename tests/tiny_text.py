@@ -37,6 +37,25 @@ T5 = {
 }
 
 
+TOWER = {
+    "hidden_size": DIM,
+    "intermediate_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+}
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 7,
+    "text_config": {
+        **TOWER,
+        "max_position_embeddings": 77,
+        "vocab_size": len(VOCAB),
+        "eos_token_id": VOCAB.index("[SEP]"),
+    },
+    "vision_config": {**TOWER, "hidden_act": "gelu", "image_size": 16, "patch_size": 8},
+}
+
+
 def bert_shapes():
     """Shape of every tensor that is read, by name."""
     norm = {"weight": (DIM,), "bias": (DIM,)}
@@ -78,6 +97,33 @@ def t5_shapes():
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
+def clip_shapes():
+    """Likewise."""
+    norm, square = {"weight": (DIM,), "bias": (DIM,)}, {"weight": (DIM, DIM), "bias": (DIM,)}
+    shapes = {
+        "text_model.embeddings.token_embedding.weight": (len(VOCAB), DIM),
+        "text_model.embeddings.position_embedding.weight": (77, DIM),
+        "vision_model.embeddings.class_embedding": (DIM,),
+        "vision_model.embeddings.patch_embedding.weight": (DIM, 3, 8, 8),
+        "vision_model.embeddings.position_embedding.weight": (5, DIM),
+        "text_projection.weight": (CLIP["projection_dim"], DIM),
+        "visual_projection.weight": (CLIP["projection_dim"], DIM),
+    }
+    parts = {
+        "text_model.final_layer_norm": norm,
+        "vision_model.pre_layrnorm": norm,  # so it is written
+        "vision_model.post_layernorm": norm,
+    }
+    for tower in ("text_model", "vision_model"):
+        for layer in range(LAYERS):
+            where = f"{tower}.encoder.layers.{layer}"
+            parts |= {f"{where}.self_attn.{n}_proj": square for n in ("q", "k", "v", "out")}
+            parts |= {f"{where}.layer_norm{number}": norm for number in (1, 2)}
+            parts[f"{where}.mlp.fc1"] = {"weight": (HIDDEN, DIM), "bias": (HIDDEN,)}
+            parts[f"{where}.mlp.fc2"] = {"weight": (DIM, HIDDEN), "bias": (DIM,)}
+    return shapes | {f"{part}.{n}": shape for part, of in parts.items() for n, shape in of.items()}
+
+
 def weights(shapes, seed=0):
     """Draw float32 arrays."""
     rng = np.random.default_rng(seed)
@@ -88,7 +134,7 @@ def save(directory: pathlib.Path, config=BERT, seed=0) -> pathlib.Path:
     """Write an encoder whose tokens are words, and return its directory."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = bert_shapes() if config["model_type"] == "bert" else t5_shapes()
+    shapes = {"bert": bert_shapes, "clip": clip_shapes, "t5": t5_shapes}[config["model_type"]]()
     safetensors.numpy.save_file(weights(shapes, seed), directory / "model.safetensors")
     tokenizer = {
         "version": "1.0",

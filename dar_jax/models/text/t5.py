@@ -8,6 +8,7 @@ its scores. Weights keep their names, e.g. `encoder.block.0.layer.0.SelfAttentio
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 
 import einops
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.common.typing import Any, Array, Bool, Float, Int
+from dar_jax.models.text.layers import Weights, attention, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,13 @@ class T5:
             config.get("relative_attention_max_distance", 128),
         )
 
+    @staticmethod
+    def sizes_of(config: Mapping[str, Any]) -> tuple[int, int]:
+        """Width of the features, and most tokens, which positions do not limit."""
+        return config["d_model"], sys.maxsize
+
     def __call__(
-        self, weights: Mapping[str, Array], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+        self, weights: Weights, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
     ) -> Float[Array, "B T F"]:
         """Return the last hidden states.
 
@@ -66,30 +73,25 @@ class T5:
             square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
             return x * jax.lax.rsqrt(square + self.epsilon) * weights[f"{name}.weight"]
 
-        def linear(x: Array, name: str) -> Array:
-            return x @ weights[f"{name}.weight"].T
-
         x = weights["shared.weight"][tokens]
         table = weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
         bias = einops.rearrange(table[self.buckets(tokens.shape[1])], "n m h -> h n m")
         for layer in range(self.num_layers):
             where = f"encoder.block.{layer}.layer"
             y = norm(x, f"{where}.0.layer_norm")
-            q, k, v = (
-                einops.rearrange(
-                    linear(y, f"{where}.0.SelfAttention.{name}"),
-                    "b t (h d) -> b h t d",
-                    h=self.num_heads,
-                )
-                for name in "qkv"
+            names = [f"{where}.0.SelfAttention.{name}" for name in "qkvo"]
+            x += attention(
+                weights,
+                names,
+                y,
+                num_heads=self.num_heads,
+                allowed=mask[:, None, None],
+                scale=1.0,
+                bias=bias,
             )
-            scores = q @ k.swapaxes(-1, -2) + bias
-            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-            out = einops.rearrange(jax.nn.softmax(scores, -1) @ v, "b h t d -> b t (h d)")
-            x += linear(out, f"{where}.0.SelfAttention.o")
             y, dense = norm(x, f"{where}.1.layer_norm"), f"{where}.1.DenseReluDense"
-            gate = jax.nn.gelu(linear(y, f"{dense}.wi_0"), approximate=True)
-            x += linear(gate * linear(y, f"{dense}.wi_1"), f"{dense}.wo")
+            gate = jax.nn.gelu(linear(weights, f"{dense}.wi_0", y), approximate=True)
+            x += linear(weights, f"{dense}.wo", gate * linear(weights, f"{dense}.wi_1", y))
         return norm(x, "encoder.final_layer_norm")
 
     def buckets(self, length: int) -> Int[np.ndarray, "T T"]:
