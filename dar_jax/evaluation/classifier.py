@@ -9,9 +9,17 @@ REGULARISATION = 10.0
 
 
 class Classifier:
-    """Support vector machine with a Gaussian kernel on the grey values of small images."""
+    """Support vector machine with a Gaussian kernel on the grey values of small images, or on
+    their colours.
+    """
 
-    def __init__(self, pixels: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"]):
+    def __init__(
+        self,
+        pixels: UInt8[np.ndarray, "N H W 3"],
+        labels: Int[np.ndarray, " N"],
+        *,
+        colour: bool = False,
+    ):
         """Fit to labelled images.
 
         Raises:
@@ -28,11 +36,12 @@ class Classifier:
             raise ValueError(
                 "this evaluation needs scikit-learn; run pip install 'dar-jax[quickstart]'"
             ) from error
-        self._svm = SVC(C=REGULARISATION).fit(_features(pixels), labels)
+        self._colour = colour
+        self._svm = SVC(C=REGULARISATION).fit(self._features(pixels), labels)
 
     def predict(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> Int[np.ndarray, " N"]:
         """Name the class of every image."""
-        return self._svm.predict(_features(pixels))
+        return self._svm.predict(self._features(pixels))
 
     def accuracy(
         self, pixels: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"]
@@ -40,6 +49,6 @@ class Classifier:
         """Share of images whose class is named right."""
         return float(np.mean(self.predict(pixels) == labels))
 
-
-def _features(pixels: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
-    return pixels.mean(axis=-1).reshape(len(pixels), -1) / 255.0
+    def _features(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+        values = pixels if self._colour else pixels.mean(axis=-1)
+        return values.reshape(len(pixels), -1) / 255.0

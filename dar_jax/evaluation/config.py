@@ -43,6 +43,10 @@ class EvaluateConfig:
         lpips: network of LPIPS: "alexnet", "vgg16", or "": none.
         classifier: judge class consistency by scikit-learn's classifier of the training images;
             for small images.
+        clip: score generated images by their prompts, see `evaluation.clip_score`: directory or
+            address of a CLIP in the hub's form, such as hf://openai/clip-vit-large-patch14; "": no.
+        attributes: ask whether generated images show what their prompts say, such as
+            "gender=man|woman", see `evaluation.attributes`; for small images.
         guidance_scales: for "guidance": values of `sample.guidance_scale`.
     """
 
@@ -57,6 +61,8 @@ class EvaluateConfig:
     batch_size: int = 64
     lpips: str = "alexnet"
     classifier: bool = False
+    clip: str = ""
+    attributes: str = ""
     guidance_scales: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
@@ -87,8 +93,15 @@ class EvaluateConfig:
             raise ValueError("evaluators=guidance and guidance_scales need each other")
         if self.images and self.names != ("generation",):
             raise ValueError(f"images={self.images!r} needs evaluators='generation'")
-        if not self.features and self.generates and (self.images or not self.classifier):
+        judges = not self.images and (self.classifier or self.clip or self.attributes)
+        if not self.features and self.generates and not judges:
             raise ValueError("features='' leaves nothing to measure; use inception or vgg16")
+        for name, value in (("clip", self.clip), ("attributes", self.attributes)):
+            if value and (self.images or not self.generates):
+                raise ValueError(
+                    f"{name}={value!r} judges what a model draws for prompts: use "
+                    "evaluators='generation', and no images"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

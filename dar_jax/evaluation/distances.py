@@ -28,7 +28,7 @@ from absl import logging
 from dar_jax.common.typing import Float
 from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.evaluation.feature_store import FeatureStore
-from dar_jax.evaluation.features import INCEPTION, FeatureExtractor, metric_name
+from dar_jax.evaluation.features import INCEPTION, Extractor, metric_name
 from dar_jax.evaluation.frechet import frechet_distance
 from dar_jax.evaluation.image_sources import Images, SplitImages, check_size
 from dar_jax.evaluation.inception_score import SPLITS as SPLITS_OF_SCORE
@@ -174,7 +174,7 @@ def distance(features: Float[np.ndarray, "N D"], real: Gaussian) -> float:
     return frechet_distance(Moments.of(features).gaussian(), real)
 
 
-def warn_of_few(extractor: FeatureExtractor, count: int, floor: str) -> None:
+def warn_of_few(extractor: Extractor, count: int, floor: str) -> None:
     """Warn if there are fewer images than features.
 
     Args:

@@ -18,7 +18,7 @@ from dar_jax.common import digests, model_dir, storage
 from dar_jax.common.checks import check_finite
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Float, UInt8
-from dar_jax.evaluation.features import FeatureExtractor
+from dar_jax.evaluation.features import Extractor
 from dar_jax.evaluation.image_sources import Images
 from dar_jax.generation.resumable_arrays import Pieces
 
@@ -37,7 +37,7 @@ class FeatureStore:
     """
 
     directory: storage.Path
-    extractor: FeatureExtractor
+    extractor: Extractor
     weights: str = ""
 
     def features(self, images: Images) -> dict[str, Float[np.ndarray, "N _"]]:

@@ -12,7 +12,8 @@ Each process computes on the devices of its own sharding; moments of several pro
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,19 @@ def metric_name(metric: str, extractor: str) -> str:
     if extractor == INCEPTION:
         return metric
     return f"{DISTANCE_NAMES.get(metric, metric)}_{extractor}"
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """A network that computes features, see `FeatureExtractor`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def dims(self) -> Mapping[str, int]: ...
+    def features(self, pixels: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
 class FeatureExtractor:

@@ -172,6 +172,17 @@ class SplitImages:
         """Classes of all images."""
         return np.array([self._picture(position)["label"] for position in range(len(self))])
 
+    def captions(self) -> list[str]:
+        """First captions of all pictures.
+
+        Raises:
+            ValueError: the data have none, see `DataConfig.captions`.
+        """
+        found = getattr(self._source, "captions", ())
+        if not found:
+            raise ValueError("config.data.captions=False, but captions are needed here; set it")
+        return [found[int(index)][0] for index in self._order]
+
     @functools.cached_property
     def _tally(self) -> CorruptTally:
         return evaluation_tally(self.config)

@@ -23,7 +23,7 @@ import numpy as np
 from dar_jax.common.checks import check_finite
 from dar_jax.common.files import write_npz
 from dar_jax.common.typing import Float
-from dar_jax.evaluation.features import FeatureExtractor
+from dar_jax.evaluation.features import Extractor
 from dar_jax.evaluation.moments import Gaussian, Moments
 from dar_jax.evaluation.npz_images import ARRAY
 
@@ -59,7 +59,7 @@ class ReferenceStatistics:
         return cls(**gaussians, features=features["pool"])
 
     @classmethod
-    def load(cls, path: str | os.PathLike, extractor: FeatureExtractor) -> "ReferenceStatistics":
+    def load(cls, path: str | os.PathLike, extractor: Extractor) -> "ReferenceStatistics":
         """Read what a file knows, see the module; of its images nothing is computed.
 
         Args:
@@ -132,7 +132,7 @@ def _gaussian(
     path: str | os.PathLike,
     arrays: Mapping[str, np.ndarray],
     kind: str,
-    extractor: FeatureExtractor,
+    extractor: Extractor,
 ) -> Gaussian | None:
     names = GAUSSIANS[kind]
     present = [name for name in names if name in arrays]
@@ -151,7 +151,7 @@ def _gaussian(
 
 
 def _features(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], extractor: FeatureExtractor
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], extractor: Extractor
 ) -> Float[np.ndarray, "N D"] | None:
     if FEATURES not in arrays:
         return None

@@ -161,12 +161,13 @@ def drawn_of(
 
 
 def read_prompts(prompts: str) -> tuple[str, ...]:
-    """Return the texts between semicolons, or the lines of a file, without those that are empty.
+    """Return the lines of a text or of a file, of one line the texts between semicolons; none is
+    empty.
 
     Raises:
         ValueError: there are none, or the file is no text.
     """
-    parts = prompts.split(";")
+    parts = prompts.split("\n" if "\n" in prompts else ";")
     if os.path.isfile(prompts):
         try:
             parts = read_regular(prompts, MAX_PROMPTS_BYTES).decode("utf-8-sig").split("\n")

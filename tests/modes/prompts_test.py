@@ -1,7 +1,8 @@
-"""Prompts to pictures: by the command and in Python, in sets that resume, and what is refused."""
+"""Prompts to pictures: by the command and in Python, in sets that resume, judged, and refused."""
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -10,11 +11,14 @@ from PIL import Image
 
 import dar_jax
 from configs import common
+from dar_jax.common.image import to_pixels
 from dar_jax.config import build as read_config
+from dar_jax.evaluation.clip_score import ClipScore
 from dar_jax.generation import batches
 from dar_jax.generation.batches import read_prompts
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.models.text.encoder import open_encoder
+from dar_jax.modes.evaluate import evaluate
 from dar_jax.modes.sample import sample
 from tests import tiny_model, tiny_text
 
@@ -150,6 +154,46 @@ def test_what_is_no_prompt_is_one_line(run, settings, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def judge(model, tmp_path):
+    """Evaluate with a CLIP; return what is written."""
+
+    def judge(clip=tiny_text.CLIP, **settings):
+        weights = str(tiny_text.save(tmp_path / clip["model_type"], clip, seed=3))
+        config = common.base()
+        config.data.update(source="synthetic", image_size=32)
+        config.sample.update({"model": str(model), "prompts": "; ".join(PROMPTS), **settings})
+        config.evaluate.update(clip=weights, features="", lpips="", num_images=8)
+        evaluate(read_config(config), str(tmp_path / "run"))
+        return json.loads((tmp_path / "run/evaluation.json").read_text())
+
+    return judge
+
+
+def test_clip_scores_what_is_drawn_for_prompts(judge, dar, tmp_path):
+    found = judge()
+    judged = ClipScore(str(tmp_path / "clip"), tmp_path)
+    drawn = dar.generate([PROMPTS[i % 3] for i in range(8)], rng=0)
+    pixels = judged.features(to_pixels(np.asarray(drawn.images)))["embedding"]
+    texts = judged.embed_texts(PROMPTS)
+    pixels, texts = (each / np.linalg.norm(each, axis=1)[:, None] for each in (pixels, texts))
+    cosines = pixels @ texts.T
+    own = [cosines[i, i % 3] for i in range(8)]
+    expected = 100 * np.mean(own)
+    assert min(own) > 0  # what is less than nothing would count as nothing
+    np.testing.assert_allclose(found["generation/clip_score"], expected, atol=100 * SAME)
+    right = [cosines[i].argmax() == i % 3 for i in range(8)]
+    assert found["generation/clip_retrieval"] == np.mean(right)
+
+
+def test_clip_needs_prompts_and_has_to_be_one(judge, tmp_path):
+    classes = str(tiny_model.save(tmp_path / "classes"))
+    with pytest.raises(ValueError, match="evaluate.clip judges prompts, but .* draws classes"):
+        judge(model=classes, prompts="")
+    with pytest.raises(ValueError, match="is a text encoder, but no CLIP"):
+        judge(clip=tiny_text.BERT | {"max_position_embeddings": 77})
+
+
 def test_model_of_classes_takes_no_prompts(run, tmp_path):
     classes = tiny_model.save(tmp_path)
     with pytest.raises(ValueError, match="but the model draws classes: use config.sample.labels"):
@@ -183,6 +227,7 @@ def test_texts_take_no_mask(dar):
 
 def test_prompts_are_read_from_text_or_file(tmp_path):
     assert read_prompts("a; b c ;;") == ("a", "b c")
+    assert read_prompts("a; b\n\n c \n") == ("a; b", "c")
     (tmp_path / "junk").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="cannot read config.sample.prompts="):
         read_prompts(str(tmp_path / "junk"))

@@ -18,7 +18,9 @@ from absl import logging
 from dar_jax.common import model_dir, storage
 from dar_jax.common.typing import Any
 from dar_jax.data.base import DataConfig
+from dar_jax.evaluation.attributes import AttributeJudges, read_attributes
 from dar_jax.evaluation.classifier import Classifier
+from dar_jax.evaluation.clip_score import ClipScore
 from dar_jax.evaluation.config import LIKELIHOOD, EvaluateConfig
 from dar_jax.evaluation.distances import Comparison
 from dar_jax.evaluation.feature_store import FeatureStore, digest
@@ -31,7 +33,7 @@ from dar_jax.evaluation.image_sources import (
     read_all,
 )
 from dar_jax.evaluation.perceptual import LpipsMetric
-from dar_jax.generation.batches import check, drawn_of, identity, load_model
+from dar_jax.generation.batches import check, drawn_of, identity, load_model, takes_texts
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
@@ -95,12 +97,15 @@ class Evaluation:
 
     Attributes:
         settings: what is measured.
-        sampling: how images are drawn.
+        sampling: how images are drawn; of the captions of held-out pictures, where a model takes
+            captions and no prompts are set.
         data: of the held-out images.
         directory: for what is made.
         store: of features of reconstructions; None if there are no distances of theirs.
         classifier: of the training images, or None.
         lpips: or None.
+        clip: or None.
+        attributes: judges of what prompts say, or None.
     """
 
     def __init__(self, config: EvaluationBlocks, workdir: str):
@@ -123,11 +128,16 @@ class Evaluation:
                 self.data,
                 self.settings.num_reference,
             )
-        self.classifier = self.lpips = None
+        self.classifier = self.lpips = self.clip = None
         if self.settings.classifier and not self.settings.images:
             self.classifier = self._fit_classifier()
         if self.settings.lpips and "reconstruction" in self.settings.names:
             self.lpips = LpipsMetric(self.settings.lpips)
+        self.attributes = None
+        if attributes := read_attributes(self.settings.attributes):
+            self.attributes = AttributeJudges(attributes, self.data)
+        if self.settings.clip:
+            self.clip = ClipScore(self.settings.clip, self.directory)
 
     def _inception_input(self, published: str) -> str:
         """How images enter Inception; one way for other networks, which share their features."""
@@ -164,11 +174,20 @@ class Evaluation:
         Raises:
             ValueError: it cannot be read, or is not of the kind that the evaluators need.
         """
+        opened = open_model(path)
+        kind, texts = opened.kind, takes_texts(opened.architecture)
+        if self.settings.generates and texts and not self.sampling.prompts:
+            lines = [" ".join(text.split()) for text in SplitImages(self.data, "test").captions()]
+            self.sampling = dataclasses.replace(self.sampling, prompts="\n".join([*lines, ""]))
         if self.settings.generates:
             for scale in (None, *self.settings.guidance_scales):
                 sampling = self.with_scale(scale)
                 check(sampling, path, "use --config.evaluate.evaluators=reconstruction")
-        kind = open_model(path).kind
+        for name in ("clip", "attributes"):
+            if getattr(self, name) is not None and not texts:
+                raise ValueError(f"config.evaluate.{name} judges prompts, but {path} draws classes")
+        if self.classifier is not None and self.settings.generates and texts:
+            raise ValueError("evaluate.classifier judges classes, no captions: set it to False")
         if LIKELIHOOD in self.settings.names and not kind.has_likelihood:
             raise ValueError(
                 f"{path} holds {kind.noun}, which has no likelihood: leave {LIKELIHOOD!r} out of "
@@ -222,13 +241,16 @@ class Evaluation:
         return {} if self._comparison is None else self._comparison.metrics(images)
 
     def judge(self, images: GeneratedImages) -> Metrics:
-        """Compare generated images with the reference, and their classes with their labels."""
+        """Compare generated images with the reference, and with their labels or prompts."""
         metrics = self._compare(images)
         if self.classifier is not None:
             labels = images.pieces.labels_of(0, len(images))
-            if labels.dtype.kind == "U":
-                raise ValueError("evaluate.classifier judges classes, no captions: set it to False")
             metrics["accuracy"] = self.classifier.accuracy(read_all(images), labels)
+        if self.clip is not None:
+            metrics |= self.clip.metrics(images)
+        if self.attributes is not None:
+            prompts = images.pieces.labels_of(0, len(images)).tolist()
+            metrics |= self.attributes.metrics(read_all(images), prompts) | self.attributes.on_real
         return metrics
 
     def path(self, name: str, made_with: Mapping[str, Any]) -> storage.Path:
