@@ -5,6 +5,7 @@ import pytest
 
 from configs import (
     emoji,
+    emoji_text,
     image_folder,
     imagenet_dar,
     imagenet_kl_vae,
@@ -59,6 +60,7 @@ CONFIGS = {
         for part in ("tokenizer", "dar")
         for size in emoji.TOKENIZERS
     },
+    **{f"emoji_text:{n}": lambda n=n: emoji_text.get_config(n) for n in ("32", "64")},
     **{
         f"imagenet_transdiff:{n}": lambda n=n: imagenet_transdiff.get_config(n)
         for n in TRANSDIFF_PARAMETERS
