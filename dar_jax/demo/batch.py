@@ -54,7 +54,7 @@ class Request:
         num_kept: how many of them.
     """
 
-    labels: tuple[int, ...] | tuple[str, ...]
+    labels: tuple[int | str, ...]
     guidance_scale: tuple[float, ...]
     temperature: float
     seed: int

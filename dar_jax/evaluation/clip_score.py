@@ -56,7 +56,7 @@ class ClipScore:
         self.identity = f"{self.name}-{self._encoder.digest}"
         self._store = FeatureStore(directory, self)
 
-    @functools.cached_property
+    @property
     def dims(self) -> dict[str, int]:
         return {EMBEDDING: len(self._encoder.weights["visual_projection.weight"])}
 

@@ -109,6 +109,6 @@ class ImageSet(Pieces):
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error
 
 
-def label_array(labels: Sequence[int] | Sequence[str]) -> np.ndarray:
+def label_array(labels: Sequence[int | str]) -> np.ndarray:
     """Labels as int32, texts as they are."""
     return np.asarray(labels, str if isinstance(labels[0], str) else np.int32)

@@ -1,6 +1,7 @@
 """The demo of a model of captions: what somebody writes is text, whatever it looks like."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from configs import mnist
 from dar_jax.common import image as images
 from dar_jax.config import build as read_config
 from dar_jax.demo.batch import MAX_PROMPT, BatchGenerator, Request
-from dar_jax.demo.queue import RequestQueue
 from dar_jax.generation import batches
 from dar_jax.models.text.encoder import open_encoder
 from tests import tiny_model, tiny_text
@@ -58,10 +58,15 @@ def test_too_much_or_nothing_is_refused(generator, prompts, message):
 
 def test_page_has_a_box_and_shows_its_lines_as_text(generator):
     gr = pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'dar-jax[demo]'")
+    pytest.importorskip("prometheus_client", reason="and pip install prometheus_client")
     from dar_jax.demo.page import Page
+    from dar_jax.serving.engine import Engine
 
-    requests = RequestQueue(generator.stream, max_requests=2)
-    page = Page(generator, requests, max_upload_bytes=1)
+    engine = Engine(generator, max_waiting=2, ttl=math.inf)
+    engine.start()
+    while engine.status == "starting":
+        pass
+    page = Page(generator, engine, max_upload_bytes=1)
     (box,) = (part for part in page.blocks.blocks.values() if isinstance(part, gr.Textbox))
     assert (box.label, box.value) == ("Prompts, one a line", "a car\na blue car")
     http = gr.Request(session_hash="somebody")
@@ -69,7 +74,7 @@ def test_page_has_a_box_and_shows_its_lines_as_text(generator):
     try:
         changes = list(page._generate(written, 2, 2.0, 9.0, 1.0, 3, None, False, None, 0, [], http))
     finally:
-        requests.close()
+        engine.close()
     shown = [change[page._images] for change in changes if page._images in change]
     assert all("<script>" not in text and "&lt;script&gt;" in text for text in shown)
     assert shown[-1].count("<img") == 6

@@ -82,10 +82,10 @@ class Clip:
         defaults = {"image_size": 224, "patch_size": 32, "num_attention_heads": 12}
         vision = {**defaults, **vision}
         names = [field.name for field in dataclasses.fields(Tower)]
-        towers = [
+        text_tower, image_tower = (
             Tower(**{name: one[name] for name in names if name in one}) for one in (text, vision)
-        ]
-        return cls(*towers, vision["image_size"], vision["patch_size"])
+        )
+        return cls(text_tower, image_tower, vision["image_size"], vision["patch_size"])
 
     @staticmethod
     def sizes_of(config: Mapping[str, Any]) -> tuple[int, int]:
