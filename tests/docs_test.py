@@ -35,7 +35,7 @@ PATH = re.compile(r"(?<![\w./-])(?:configs|launch|dar_jax|tests)/[\w./*-]*")
 FILE_OF_DATA = re.compile(r"(?<![\w./*])[\w./*]+\.(?:npz|json|safetensors|py)")
 PLACEHOLDER = "NAME"
 HERE_DOCUMENT = re.compile(r" <<'END'\n.*?^END$", re.MULTILINE | re.DOTALL)
-PROGRAMS = ("bash", "curl", "dar-jax", "docker", "git", "pip", "python", "sbatch")
+PROGRAMS = ("bash", "curl", "dar-jax", "docker", "git", "pip", "python", "ray", "sbatch")
 BUILTINS = ("cd", "export")
 RECORDER = """#!/bin/sh
 { printf '%s\\t' "${0##*/}" "$@"; echo; } >> "$LOG"

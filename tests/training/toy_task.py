@@ -129,5 +129,8 @@ class ToyTask:
     def model_config(self) -> dict[str, int]:
         return {"image_size": self.image_size, "width": self.width}
 
+    def files(self):
+        return {}
+
     def adapters(self) -> dict[str, object]:
         return {}
