@@ -126,7 +126,8 @@ def test_reward_is_known_by_the_content_of_its_file(dar, tmp_path):
     for sign in ("", "-"):
         path.write_text(BRIGHT.replace("images.", f"{sign}images."))
         settings.append(dar.settings(sampling))
-        scores.append(float(load_reward(str(path))(jnp.ones((1, 4, 4, 3)), None)[0]))
+        reward = load_reward(str(path))
+        scores.append(float(reward(jnp.ones((1, 4, 4, 3)), jnp.zeros(1, jnp.int32))[0]))
     assert scores == [1.0, -1.0]
     assert [k for k, old in settings[0].items() if settings[1][k] != old] == [REWARD]
     assert REWARD not in dar.settings(DarSampling(search=Search("end", 2)))
