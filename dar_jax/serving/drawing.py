@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 
 from dar_jax.common.compiled import call, compile_once
@@ -16,9 +17,9 @@ from dar_jax.models.dar.sampler import Known
 from dar_jax.pipelines.dar import DarPipeline
 
 T = TypeVar("T")
-FLOW_PARTS = 4
-"""Denoising takes lanes in parts of one size, 1 / 4 of all: not all that are active have as many
-steps to take. Programs of another batch size round otherwise, so there is one of each kind."""
+PARTS = 2
+"""Lanes are drawn in parts of one size, half of all: few images pay for that many only. Programs of
+another batch size round otherwise, so there is one of each kind."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,7 +131,9 @@ class LaneBatch:
         self.drawing = lanes.Drawing(pipeline.prior.model.unstacked(), tokenizer.model, sampling)
         self.size = size
         self._params = pipeline.prior.sampling_params, tokenizer.sampling_params
-        self._part = -(-size // FLOW_PARTS)
+        self._part = -(-size // PARTS)
+        # Accelerators wait for the weights, which all lanes then share; CPUs for the products.
+        self._decoded = self._part if jax.default_backend() == "cpu" else size
         self._lanes: lanes.Lanes | None = None
 
     @property
@@ -165,10 +168,11 @@ class LaneBatch:
             begun = [image for _, image in new]
             begun += begun[-1:] * (self._part - len(begun))  # to the spare lane
             state = lanes.begin(state, at, self._asked(begun))
-        at = _padded([lane for lane, _ in images], self.size, self.size)
-        first = [image.group * self.drawing.group_size for _, image in images]
-        first = _padded(first, self.size, 0)
-        state = lanes.decode_group(self.drawing, self._params, state, at, first)
+        for part in _parts(images, self._decoded):
+            at = _padded([lane for lane, _ in part], self._decoded, self.size)
+            first = [image.group * self.drawing.group_size for _, image in part]
+            first = _padded(first, self._decoded, 0)
+            state = lanes.decode_group(self.drawing, self._params, state, at, first)
         ends = (0, *self.drawing.steps_after)
         pending = [
             (lane, image, range(ends[image.group], ends[image.group + 1])) for lane, image in images
@@ -176,18 +180,20 @@ class LaneBatch:
         for _, image in images:
             image.group += 1
         drawn = []
-        while pending := [(lane, image, steps) for lane, image, steps in pending if steps]:
-            for part in _parts(pending, self._part):
-                at = _padded([lane for lane, _, _ in part], self._part, self.size)
-                step = _padded([steps[0] for _, _, steps in part], self._part, 0)
-                flow = (self.drawing, self._params[1], state, at, step)
-                state, previews, tokens = lanes.flow_step(*flow)
-                drawn += [
-                    Drawn(image, image.group, previews, tokens, row)
-                    for row, (_, image, steps) in enumerate(part)
-                    if len(steps) == 1
-                ]
-            pending = [(lane, image, steps[1:]) for lane, image, steps in pending]
+        # Who has the most steps to take goes first, so that the last parts are full as well.
+        while pending := sorted((p for p in pending if p[2]), key=lambda p: -len(p[2])):
+            part = pending[: self._part]
+            at = _padded([lane for lane, _, _ in part], self._part, self.size)
+            step = _padded([steps[0] for _, _, steps in part], self._part, 0)
+            flow = (self.drawing, self._params[1], state, at, step)
+            state, previews, tokens = lanes.flow_step(*flow)
+            drawn += [
+                Drawn(image, image.group, previews, tokens, row)
+                for row, (_, image, steps) in enumerate(part)
+                if len(steps) == 1
+            ]
+            taken = [(lane, image, steps[1:]) for lane, image, steps in part]
+            pending = taken + pending[self._part :]
         self._lanes = state
         return drawn
 
@@ -208,9 +214,10 @@ class LaneBatch:
         state: Any = lanes.empty(self.drawing, self.size + 1)
         image = ImageInWork(Request((0,), 0, self.drawing.sampling), 0)
         at, zeros = np.full(self.size, self.size, np.int32), np.zeros(self.size, np.int32)
-        part = slice(self._part)
+        part, decoded = slice(self._part), slice(self._decoded)
         state = run(lanes.begin, state, at[part], self._asked([image] * self._part))
-        state = run(lanes.decode_group, self.drawing, self._params, state, at, zeros)
+        decode = (self.drawing, self._params, state, at[decoded], zeros[decoded])
+        state = run(lanes.decode_group, *decode)
         flow = (self.drawing, self._params[1], state, at[part], zeros[part])
         state, images, _ = run(lanes.flow_step, *flow)
         yield images

@@ -3,7 +3,8 @@
 Every turn decodes one group for all images that are under way, wherever each of them stands, and
 takes the denoising steps that the group completes. Between two turns images of new requests join,
 finished, cancelled and late ones leave. Owners take turns in joining, so that who asks for much
-waits for it. While the device is at a turn, the previews of the last one are handed out.
+waits for it. A turn is dispatched while the device is still at the one before, whose previews are
+handed out next: the device never waits for the host.
 """
 
 import collections
@@ -166,17 +167,18 @@ class Engine:
                 self._end(ticket, "shutdown", ApiError(503, SHUTTING_DOWN, code="not_ready"))
 
     def _turn(self, drawn: list[Drawn]) -> list[Drawn]:
-        """Wait for what the last turn drew, dispatch the next one, hand out what was drawn."""
+        """Dispatch a turn, wait for what the last one drew, and hand that out."""
+        following: list[Drawn] = []
         try:
+            self._wait(bool(drawn))
+            following = self._draw()
             pieces = [(one.image.ticket, self._fetch(one)) for one in drawn if self._is_wanted(one)]
-            self._wait(bool(pieces))
-            drawn = self._draw()
         except Exception as error:  # whatever happens in a turn, later requests are served
             logging.exception("A turn failed")
             reason = next(iter(str(error).splitlines()), "")
             failed = ApiError(500, f"drawing failed: {type(error).__name__}: {reason}")
             with self._changed:
-                images = [*self._active.values(), *(one.image for one in drawn)]
+                images = [*self._active.values(), *(one.image for one in (*drawn, *following))]
                 for ticket in {image.ticket for image in images} & self._open:
                     self._end(ticket, "failed", failed)
                 self._active.clear()
@@ -184,7 +186,7 @@ class Engine:
             return []
         for ticket, piece in pieces:
             self._hand_out(ticket, piece)
-        return drawn
+        return following
 
     def _is_wanted(self, drawn: Drawn) -> bool:
         is_last = drawn.group == self.batch.num_groups
