@@ -3,7 +3,14 @@
 import setuptools
 
 QUICKSTART = ["matplotlib", "mlxtend", "scikit-learn"]
-SERVE = ["prometheus_client", "python-multipart", "starlette", "uvicorn"]
+SERVE = [
+    "httptools",  # with uvloop, half of the time that uvicorn spends on a request
+    "prometheus_client",
+    "python-multipart",
+    "starlette",
+    "uvicorn",
+    "uvloop; sys_platform != 'win32'",
+]
 NOTEBOOK = ["ipykernel", "ipywidgets"]
 
 setuptools.setup(

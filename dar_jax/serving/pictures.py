@@ -40,7 +40,7 @@ class Kept(NamedTuple):
 def encode(pixels: UInt8[np.ndarray, "H W 3"], output: Output) -> str:
     """Return a file of the picture in base 64."""
     file = io.BytesIO()
-    options = {} if output.format == "png" else {"quality": output.quality}
+    options = {"compress_level": 1} if output.format == "png" else {"quality": output.quality}
     Image.fromarray(pixels).save(file, output.format, **options)
     return base64.b64encode(file.getvalue()).decode()
 
