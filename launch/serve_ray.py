@@ -23,37 +23,36 @@ from dar_jax.serving import remote
 DEVICES = {"TPU": {"resources": {"TPU": 1}}, "GPU": {"num_gpus": 1}, "CPU": {"num_cpus": 1}}
 
 
+@serve.deployment
 class Replica(remote.Replica):
     def __init__(self, config, workdir, _restart):
         keep_programs(config.compute.cache)
         super().__init__(api.make_app(service := make_service(config, workdir)), service.engine)
 
 
+@serve.deployment(max_ongoing_requests=10**4, ray_actor_options={"num_cpus": 0})
 class Front(remote.Front):
     def __init__(self, replicas, limit):
         super().__init__(replicas.options(stream=True).answer.remote, RayActorError, limit)
 
 
 def main(_):
-    config, workdir = build(flags.FLAGS.config), flags.FLAGS.workdir
-    ray.init(address="auto")
+    try:
+        config, workdir = build(flags.FLAGS.config), flags.FLAGS.workdir
+        ray.init(address="auto")
+    except (ValueError, ConnectionError) as error:
+        raise SystemExit(f"launch/serve_ray.py: {error}") from None
     resources, how = ray.cluster_resources(), config.serve
     device = next(name for name in DEVICES if name in resources)
-    replica = serve.deployment(Replica).options(
+    scale = dict(max_replicas=int(resources[device]), target_ongoing_requests=how.batch_size)
+    replica = Replica.options(
         ray_actor_options=DEVICES[device],
         max_ongoing_requests=how.max_waiting,
         graceful_shutdown_timeout_s=how.drain,
-        autoscaling_config=dict(
-            min_replicas=1,
-            max_replicas=int(resources[device]),
-            target_ongoing_requests=how.batch_size,
-        ),
-    )
-    front = serve.deployment(Front).options(
-        max_ongoing_requests=10**4, ray_actor_options={"num_cpus": 0}
+        autoscaling_config=scale,
     )
     serve.start(http_options=dict(host=how.host, port=how.port))
-    serve.run(front.bind(replica.bind(config, workdir, secrets.token_hex()), how.max_body_bytes))
+    serve.run(Front.bind(replica.bind(config, workdir, secrets.token_hex()), how.max_body_bytes))
 
 
 if __name__ == "__main__":
