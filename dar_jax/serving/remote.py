@@ -78,17 +78,18 @@ class Front:
         scope = {name: request.scope[name] for name in PASSED_ON if name in request.scope}
         for _ in range(ATTEMPTS):
             messages = self.ask(scope, body)
-            try:
-                start = await anext(messages)
+            try:  # until there is something to see of it, nobody notices another attempt
+                start, first = await anext(messages), await anext(messages)
             except self.lost:
                 continue
-            response = StreamingResponse(self._rest(messages), start["status"])
+            response = StreamingResponse(self._rest(first, messages), start["status"])
             response.raw_headers = start["headers"]
             return response
         raise LOST
 
-    async def _rest(self, messages: AsyncIterator[Message]) -> AsyncIterator[bytes]:
+    async def _rest(self, first: Message, messages: AsyncIterator[Message]) -> AsyncIterator[bytes]:
         """Yield the body; a stream that is cut off ends with an event that says so."""
+        yield first.get("body", b"")
         try:
             async for message in messages:
                 yield message.get("body", b"")

@@ -74,7 +74,10 @@ def test_what_replicas_answer_is_passed_on(front):
 def test_a_request_of_a_lost_replica_is_asked_of_another_once(front):
     wanted = {"prompt": "dog", "seed": 5, "n": 2}
     expected = front().post(ROUTE, json=wanted).json()["data"]
-    assert front(0).post(ROUTE, json=wanted).json()["data"] == expected
+    for after in (0, 1):  # messages: the second is the body
+        assert front(after).post(ROUTE, json=wanted).json()["data"] == expected
+    stream = {"prompt": "dog", "stream": True, "partial_images": 3}
+    assert len(kinds(front(1).post(ROUTE, json=stream))) == NUM_GROUPS
     response = front(0, 0).post(ROUTE, json=wanted)
     assert response.status_code == 503 and response.headers["Retry-After"]
     assert "ask again" in response.json()["error"]["message"]
