@@ -59,7 +59,7 @@ def make_service(config: Config, workdir: str) -> Any:
         ValueError: the model or the file of keys cannot be used.
     """
     from dar_jax.serving.app import Service
-    from dar_jax.serving.drawing import LaneBatch
+    from dar_jax.serving.drawing import lane_batch
     from dar_jax.serving.engine import Engine
     from dar_jax.serving.inputs import Offer
     from dar_jax.serving.keys import ApiKeys
@@ -73,7 +73,7 @@ def make_service(config: Config, workdir: str) -> Any:
     pipeline = load(sample, workdir, compute=config.compute, mesh=config.mesh)
     sampling, architecture = sample.sampling(pipeline.sampling), pipeline.prior.config
     if isinstance(pipeline, DarPipeline) and not texts and not architecture.max_guidance:
-        batch = LaneBatch(pipeline, sampling, settings.batch_size)
+        batch = lane_batch(pipeline, sampling, settings.batch_size)
         previews = batch.drawing.preview_groups[:-1]
     else:
         logging.info("Images of this kind of model are drawn one after the other")

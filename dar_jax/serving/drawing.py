@@ -1,6 +1,8 @@
 """Draws the images of many requests side by side, a group of tokens at a time, on one device."""
 
+import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -20,6 +22,8 @@ T = TypeVar("T")
 PARTS = 2
 """Lanes are drawn in parts of one size, half of all: few images pay for that many only. Programs of
 another batch size round otherwise, so there is one of each kind."""
+MIN_LANES = 8
+"""For each core of a CPU; with fewer the fixed costs of a program show."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,6 +239,59 @@ class LaneBatch:
             temperature=np.asarray([r.sampling.temperature for r in requests], np.float32),
             known=Known(*map(np.stack, zip(*known, strict=True))),
         )
+
+
+class CoresBatch:
+    """Lanes of a CPU, dealt out to batches of one size, each with a thread of its own.
+
+    JAX runs what one thread asks a CPU for in turn, and a small program does not fill its cores.
+    """
+
+    def __init__(self, batches: Sequence[LaneBatch]):
+        self._batches = batches
+        threads = concurrent.futures.ThreadPoolExecutor
+        self._threads = [threads(1, "lanes") for _ in batches]
+        self.drawing = batches[0].drawing
+        self.size = sum(batch.size for batch in batches)
+
+    @property
+    def num_groups(self) -> int:
+        return self.drawing.num_groups
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all lanes, without the models."""
+        return sum(batch.num_bytes for batch in self._batches)
+
+    def warm_up(self) -> None:
+        """See `LaneBatch`; all of them run the same programs."""
+        for batch in self._batches:
+            batch.warm_up()
+
+    def reset(self) -> None:
+        """Begin with empty lanes."""
+        for batch in self._batches:
+            batch.reset()
+
+    def draw(self, active: Mapping[int, ImageInWork]) -> list[Drawn]:
+        """See `LaneBatch`; images in neighbouring lanes are drawn side by side."""
+        count, work = len(self._batches), []
+        for number, (batch, thread) in enumerate(zip(self._batches, self._threads, strict=True)):
+            own = {lane // count: image for lane, image in active.items() if lane % count == number}
+            work += [thread.submit(batch.draw, own)] if own else []
+        return [drawn for future in work for drawn in future.result()]
+
+    def fetch(self, drawn: Drawn) -> Piece:
+        """Wait for a preview, see `LaneBatch`."""
+        return self._batches[0].fetch(drawn)
+
+
+def lane_batch(pipeline: DarPipeline, sampling: DarSampling, size: int) -> LaneBatch | CoresBatch:
+    """Return lanes for at least `size` images, as suits the device; see `LaneBatch`."""
+    cores = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    count = max(1, min(cores, size // MIN_LANES))
+    batches = [LaneBatch(pipeline, sampling, -(-size // count)) for _ in range(count)]
+    return CoresBatch(batches) if count > 1 else batches[0]
 
 
 def _parts(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -14,7 +14,7 @@ from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.sampling.search import Search
-from dar_jax.serving.drawing import ImageInWork, LaneBatch, Request
+from dar_jax.serving.drawing import CoresBatch, ImageInWork, LaneBatch, Request
 from tests import tiny_model
 
 SIZE = 8
@@ -153,3 +153,22 @@ def test_what_lanes_cannot_draw_is_refused():
     captions = dataclasses.replace(tiny_model.PRIOR, caption_dim=4)
     with pytest.raises(ValueError, match="draws from captions"):
         Drawing(FunctionalModel(Llama, captions), tokenizer, DarSampling())
+
+
+def test_batches_of_two_threads_draw_what_one_draws(dar, batch):
+    images = [ImageInWork(request(dar, label, seed=label), 0) for label in range(5)]
+    alone = [ImageInWork(image.request, 0) for image in images]
+    other = LaneBatch(dar, dar.sampling, SIZE)
+    other.warm_up()
+    cores = CoresBatch([batch, other])
+    batch.reset()
+    assert cores.size == 2 * SIZE
+    both = draw(cores, [(0, lane, image) for lane, image in enumerate(images)])
+    batch.reset()
+    one = draw(batch, [(0, lane, image) for lane, image in enumerate(alone)])
+    for image, again in zip(images, alone, strict=True):
+        for (preview, tokens), (expected, drawn) in zip(
+            both[id(image)], one[id(again)], strict=True
+        ):
+            np.testing.assert_array_equal(preview, expected)
+            np.testing.assert_array_equal(tokens, drawn)
