@@ -11,7 +11,7 @@ from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.model_dir import CONFIG_NAME, MAX_CONFIG_BYTES
 from dar_jax.common.typing import Any
 from dar_jax.evaluation.evaluators import evaluate_model
-from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation, Metrics
+from dar_jax.evaluation.evaluators.base import Evaluation, Metrics
 from dar_jax.parallel import distributed
 from dar_jax.parallel.sharding import MeshConfig
 
@@ -38,7 +38,7 @@ class TrainEvaluation:
         """
         # The training mesh is of all processes' devices.
         self._evaluation = Evaluation(dataclasses.replace(config, mesh=MeshConfig()), workdir)
-        self._path = storage.to_path(workdir).absolute() / DIRECTORY_NAME / MODEL_NAME
+        self._path = self._evaluation.directory / MODEL_NAME
 
     def is_pending(self, step: int) -> bool:
         """Tell whether the evaluation of this step was begun and not finished."""

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -71,12 +72,14 @@ def test_address_of_a_bucket_that_cannot_be_used_is_refused(address, message, mo
         storage.to_path(address, "--workdir")
 
 
-def test_models_and_data_may_lie_in_a_bucket_and_what_is_compared_has_to_be_mounted(monkeypatch):
+def test_what_is_read_from_a_bucket_and_what_has_to_be_mounted(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: name)
     values = {"tokenizer": "gs://bucket/tokenizer", "train": {"init_from": "gs://bucket/run"}}
-    values["data"] = {"path": "gs://bucket/data"}
+    values["data"] = {"path": "gs://bucket/data", "classes": "gs://bucket/classes.json"}
+    values["data"]["references"] = "gs://bucket/references.jsonl"
+    values["evaluate"] = {"reference": "gs://bucket/a.npz", "images": "gs://bucket/b.npz"}
     storage.check_config(values, "config")
-    for block, key in (("data", "classes"), ("evaluate", "reference"), ("convert", "source")):
+    for block, key in (("sample", "prompts"), ("sample", "inpaint_image"), ("convert", "source")):
         with pytest.raises(ValueError, match=r"mount the bucket \(gcsfuse BUCKET DIR\)"):
             storage.check_config({block: {key: "gs://bucket/x"}}, "config")
     storage.check_config({"convert": {"source": "gs://bucket/x", "to": "torch"}}, "config")
@@ -106,6 +109,12 @@ def test_file_is_created_once_grows_and_is_found(directory):
     assert {path.name for path in storage.entries(directory)} == {"a", "below", "lines"}
     storage.delete_tree(directory / "below")
     assert not (directory / "below").exists() and storage.entries(directory / "below") == []
+
+
+def test_look_at_a_bucket_leaves_nothing_though_an_earlier_one_was_killed(in_bucket):
+    (in_bucket / f".writable-{socket.gethostname()}").write_text("")
+    storage.check_writable(in_bucket)
+    assert storage.entries(in_bucket) == []
 
 
 def test_failed_write_leaves_what_was_there(directory):

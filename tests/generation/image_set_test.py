@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import socket
 import subprocess
 import time
 import tracemalloc
@@ -16,6 +15,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from dar_jax.common.files import host
 from dar_jax.generation import batches, resumable_arrays
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
@@ -74,7 +74,7 @@ def test_workers_share_all_images_and_leave_no_lease(image_set, workers, monkeyp
 def test_batches_that_a_dead_process_had_taken_are_made_by_others(image_set):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    text = f"process {dead.pid} on {socket.gethostname()} (0) 3\n"
+    text = f"process {dead.pid} on {host()} (0) 3\n"
     (image_set.directory / ".lease-00000003-0").write_text(text)
     assert fill(image_set, batch_size=3)[1] == (3, 6)
     assert not [*image_set.directory.glob(".*")]
