@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -161,3 +162,23 @@ def test_command_refuses_before_it_writes(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--workdir=s3://bucket/run: no s3:// here: mount the bucket" in done.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_upload_whose_session_the_bucket_has_lost_begins_anew(emulator, in_bucket, tmp_path):
+    (tmp_path / "large").write_bytes(os.urandom(6 * 2**20))  # in more than one request
+    system, lost = storage._connect(), []
+    call = type(system)._call
+
+    async def losing(self, method, path, *arguments, **options):
+        if "upload_id=" in path and method == "POST" and not lost:
+            lost.append(path)
+            emulator.kill()
+            emulator.start()
+        return await call(self, method, path, *arguments, **options)
+
+    with mock.patch.object(type(system), "_call", losing):
+        storage.upload(tmp_path / "large", in_bucket / "large")
+        (in_bucket / "small").write_text("in one request")
+    assert len(lost) == 1
+    assert (in_bucket / "large").read_bytes() == (tmp_path / "large").read_bytes()
+    assert (in_bucket / "small").read_text() == "in one request"
