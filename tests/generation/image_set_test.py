@@ -91,6 +91,24 @@ def test_batch_of_a_living_process_is_waited_for_by_name(image_set, monkeypatch,
     assert "Waiting for rows from 3 on, of process 1 on elsewhere (0)" in caplog.messages
 
 
+@pytest.mark.parametrize("text", ["process 1 on elsewhere (0) 3\n", "garbage"])
+def test_batch_of_a_lost_host_is_made_long_before_its_lease_has_run_out(
+    image_set, text, monkeypatch, caplog
+):
+    monkeypatch.setattr(resumable_arrays, "POLL_SECONDS", 0.05)
+    for start in (3, 9):
+        (image_set.directory / f".lease-{start:08d}-0").write_text(text)
+    logging.get_absl_logger().propagate = True
+    begin = time.monotonic()
+    with caplog.at_level("INFO", logger="absl"):
+        written = fill(image_set, batch_size=3, delay=0.01)
+    assert time.monotonic() - begin < leases.GONE_SECONDS / 4
+    assert sorted(written[-2:]) == [(3, 6), (9, 12)], "after all others"
+    assert sum("as well as" in message for message in caplog.messages) == 2
+    np.testing.assert_array_equal(image_set.array(PIXELS), [picture(i) for i in range(20)])
+    assert not [*image_set.directory.glob(".*")]
+
+
 @pytest.mark.parametrize("image_format", ["npz", "png"])
 def test_interrupted_set_goes_on_with_other_batches(tmp_path, image_format):
     image_set = ImageSet(tmp_path, 20, LABELS, image_format)
