@@ -39,7 +39,8 @@ MAX_MANIFEST_BYTES = 2**24
 DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged archive raises."""
 POLL_SECONDS = 2.0
-"""At most between two looks for what other processes write."""
+MIN_POLL_SECONDS = 0.1
+"""Between two looks for what other processes write; as long as a batch, where that is between."""
 SLOW = 3.0
 """Own batches in whose time another that writes nothing is taken for slow, or gone."""
 NUM_THREADS = 8
@@ -74,7 +75,9 @@ class _Work:
 
     def pause(self) -> float:
         """Seconds until another may have written a batch."""
-        return POLL_SECONDS if self._seconds is None else min(POLL_SECONDS, self._seconds)
+        if self._seconds is None:
+            return POLL_SECONDS
+        return min(POLL_SECONDS, max(self._seconds, MIN_POLL_SECONDS))
 
     def is_slow(self) -> bool:
         """Tell whether another has had the time of several of this process's batches for one."""

@@ -24,7 +24,7 @@ from tests import tiny_model, tiny_transdiff
 from tests.data import tiny_sets
 
 ROOT = pathlib.Path(__file__).parents[2]
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
 MAX_DELAY_S = 0.3
 """Between the object after which a kill is due and the kill."""

@@ -209,17 +209,26 @@ def merged(workdir):
 
 
 @pytest.mark.slow
-def test_set_of_two_processes_one_of_them_killed_equals_that_of_one(model, in_bucket, tmp_path):
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_set_of_four_processes_two_of_them_killed_equals_that_of_one(
+    where, model, request, tmp_path
+):
+    """One of those that are left came late."""
+    workdir = tmp_path / "set" if where == "folder" else request.getfixturevalue("in_bucket")
     assert start(model, tmp_path / "one", *SET).wait() == 0
-    processes = [start(model, in_bucket, *SET) for _ in range(2)]
-    while len(pieces(in_bucket)) < 2:
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    processes[0].kill()
-    assert processes[1].wait() == 0
-    assert pieces(in_bucket) == pieces(tmp_path / "one")
-    for one, other in zip(merged(tmp_path / "one"), merged(in_bucket), strict=True):
+    processes = [start(model, workdir, *SET) for _ in range(3)]
+    for count in (2, 4):
+        while len(pieces(workdir)) < count:
+            assert processes[2].poll() is None
+            time.sleep(0.02)
+        processes.pop(0).kill()
+        if count == 2:
+            processes.append(start(model, workdir, *SET))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert pieces(workdir) == pieces(tmp_path / "one")
+    for one, other in zip(merged(tmp_path / "one"), merged(workdir), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert not [path for path in storage.files_below(workdir) if path.name.startswith(".")]
 
 
 @pytest.mark.slow
