@@ -224,8 +224,8 @@ def status(path: Path) -> tuple[int, int]:
     if is_remote(path):
         about = _connect().info(str(path))
         return about["size"], round(about["mtime"].timestamp() * 10**9)
-    found = path.stat()
-    return found.st_size, cast(os.stat_result, found).st_mtime_ns
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def upload(source: pathlib.Path, target: Path) -> None:
