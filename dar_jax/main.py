@@ -104,6 +104,9 @@ MODES = {
 }
 """Function of every mode, in a module of `dar_jax.modes`."""
 
+READERS = ("demo", "serve")
+"""Those that write nothing to the workdir."""
+
 OUT_OF_MEMORY = {
     "train": "--config.train.accumulation=4, --config.compute.remat=blocks, --config.mesh.fsdp=-1",
     "evaluate": "a smaller --config.sample.batch_size or --config.evaluate.batch_size",
@@ -150,9 +153,11 @@ def main(argv: list[str]) -> None:
     from dar_jax.parallel import distributed
 
     try:
-        storage.to_path(_WORKDIR.value or "", "--workdir")
+        workdir = storage.to_path(_WORKDIR.value or "", "--workdir")
         _join_job(distributed)
         config = config_lib.build(_CONFIG.value)
+        if storage.is_remote(workdir) and _MODE.value not in READERS:
+            storage.check_writable(workdir)  # before there is work to lose
         devices = _find_devices()
         if _MODE.value != "compile":  # which is told its own
             fused_attention.check_device(config.compute, devices)

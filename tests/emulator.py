@@ -23,7 +23,7 @@ class Emulator:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
-        self._folder = folder
+        self.folder = folder
         (folder / BUCKET).mkdir(parents=True)
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
@@ -46,7 +46,7 @@ class Emulator:
             [
                 self._program,
                 *("-scheme", "http", "-host", "127.0.0.1", "-port", str(self._port)),
-                *("-backend", "filesystem", "-filesystem-root", self._folder),
+                *("-backend", "filesystem", "-filesystem-root", self.folder),
                 *("-external-url", self.url, "-public-host", f"127.0.0.1:{self._port}"),
                 *("-log-level", "error"),
             ],

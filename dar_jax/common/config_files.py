@@ -4,6 +4,8 @@ import pathlib
 import sys
 import types
 
+from dar_jax.common import storage
+
 NAME = "configs"
 """Folder of the config files, and the name by which they import each other."""
 PACKAGE = pathlib.Path(__file__).parents[1]
@@ -20,7 +22,11 @@ def find(argument: str) -> str:
 
     Args:
         argument: FILE, or FILE:VARIANT.
+
+    Raises:
+        ValueError: it is an address, where no programs are read from.
     """
+    storage.check_path(argument, "--config")
     name, colon, variant = argument.partition(":")
     path = pathlib.Path(name)
     own = DIRECTORY / path.name

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -18,6 +20,20 @@ import numpy as np
 import safetensors.numpy
 
 from dar_jax.common import storage
+
+SYSTEM = ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid")
+"""A file and a link whose contents tell one boot of Linux, and one container in it, from others."""
+
+
+@functools.cache
+def host() -> str:
+    """Name this machine, or the container on it that this process sees: many share their name."""
+    file, link = SYSTEM
+    try:
+        system = pathlib.Path(file).read_text() + os.readlink(link)
+    except OSError:  # no Linux
+        system = f"{uuid.getnode():x}"
+    return f"{socket.gethostname()}-{hashlib.sha256(system.encode()).hexdigest()[:8]}"
 
 
 @contextlib.contextmanager
@@ -42,13 +58,13 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def temporary_path(path: pathlib.Path) -> pathlib.Path:
     """Name a sibling to write to, after this process, so that `sweep` finds it after a kill."""
-    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    owner = f"{host()}-{os.getpid()}-{uuid.uuid4().hex}"
     return path.with_name(f".{path.stem}-{owner}{path.suffix}")
 
 
 def sweep(directory: pathlib.Path) -> None:
     """Delete what killed processes of this host were writing in a directory, and below."""
-    own = re.compile(rf"\..*-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{32}}(\.\w+)?")
+    own = re.compile(rf"\..*-{re.escape(host())}-(\d+)-[0-9a-f]{{32}}(\.\w+)?")
     for folder, folders, names in os.walk(directory):
         for name in [*folders, *names]:
             if (match := own.fullmatch(name)) and not is_alive(int(match[1])):

@@ -10,8 +10,8 @@ Requests that fail are tried again, for minutes; credentials are those of `gclou
 application-default login` or of the machine. Of s3:// Orbax cannot write checkpoints: mount it.
 
 Data are read through a local copy (`data.mirror`). Local only is what libraries open by its local
-path: pictures and references to compare with, official checkpoints, compiled programs, and what
-comes with the package.
+path: folders of pictures to compare with, single pictures, official checkpoints, config files,
+compiled programs, and what comes with the package.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -42,6 +42,8 @@ MODEL_KEYS = (
     *("benchmark.model", "evaluate.weights", "loss.dinov2", "loss.lpips"),
 )
 """Keys of a configuration that name a model directory."""
+FILE_KEYS = ("data.classes", "data.references", "evaluate.reference", "evaluate.images")
+"""Keys of a configuration that name a file."""
 DATA_KEY = "data.path"
 """Key of the data, which are read through a local copy (`data.mirror`)."""
 MOUNTS = {"gs": "gcsfuse BUCKET DIR", "s3": "mount-s3 BUCKET DIR"}
@@ -99,7 +101,7 @@ def check_config(values: Mapping[str, Any], prefix: str) -> None:
     models = [f"{prefix}.{key}" for key in MODEL_KEYS]
     if values.get("convert", {}).get("to") == "torch":
         models.append(f"{prefix}.convert.source")
-    readable = (*models, f"{prefix}.{DATA_KEY}")
+    readable = (*models, *(f"{prefix}.{key}" for key in (*FILE_KEYS, DATA_KEY)))
     for name, text in _texts(values, prefix):
         known = (*ELSEWHERE, *BUCKETS) if name in readable else ELSEWHERE
         check_path(text, f"--{name}", known=known)
@@ -154,13 +156,15 @@ def check_writable(path: Path) -> None:
     Raises:
         ValueError: it is not, or the path is that of an object.
     """
-    token, system = path / f".writable-{uuid.uuid4().hex}", _connect()
+    # One name a host: what a kill leaves goes with the next look, and a bucket takes but one write
+    # a second of one object.
+    token, system = path / f".writable-{socket.gethostname()}", _connect()
     system.patience = 0.0  # at the beginning nothing is lost
     try:
         is_file = path.is_file()
         if not is_file:
-            create(token, "")
-            token.unlink()
+            system.pipe_file(str(token), b"")
+            token.unlink(missing_ok=True)  # others look at the same time
     except (OSError, ValueError) as error:
         is_missing = isinstance(error, FileNotFoundError)
         reason = "there is no such bucket" if is_missing else " ".join(str(error).split())
@@ -209,6 +213,19 @@ def open_binary(path: str | os.PathLike) -> io.BufferedReader:
     if not is_remote(path):
         return open(path, "rb")
     return io.BufferedReader(cast(Any, path.open("rb")))
+
+
+def status(path: Path) -> tuple[int, int]:
+    """Size, and time of the last change in ns, of a file.
+
+    Raises:
+        OSError: there is none.
+    """
+    if is_remote(path):
+        about = _connect().info(str(path))
+        return about["size"], round(about["mtime"].timestamp() * 10**9)
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def upload(source: pathlib.Path, target: Path) -> None:

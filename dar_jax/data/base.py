@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.files import parse_json, read_regular
 from dar_jax.common.typing import Any
 from dar_jax.data.decode import UnreadablePictureError, decode
@@ -236,7 +237,7 @@ def read_classes(path: str) -> dict[str, str] | None:
     if not path:
         return None
     try:
-        content = parse_json(read_regular(path, MAX_JSON_BYTES))
+        content = parse_json(read_regular(storage.to_path(path, "data.classes"), MAX_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read data.classes={path!r} as JSON: {error}") from error
     if isinstance(content, list) and all(isinstance(name, str) for name in content):

@@ -13,12 +13,14 @@ cut into groups, `ROUNDS` times over; the last group of a round is filled up fro
 """
 
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.files import parse_json
 from dar_jax.common.typing import Any, Int
 from dar_jax.data.base import DataConfig, EncodedPicture, EncodedSource, Source
@@ -170,10 +172,11 @@ def read_index(path: str | os.PathLike, source: Source, size: int) -> Int[np.nda
     paths = getattr(source, "paths", None)
     numbers = None if paths is None else {name: number for number, name in enumerate(paths)}
     groups = []
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"cannot read data.references={str(path)!r}: no regular file")
+    where = storage.to_path(path, "data.references")
     try:
-        with open(path) as file:
+        if where.exists() and not where.is_file():
+            raise OSError("no regular file")
+        with io.TextIOWrapper(storage.open_binary(where), "utf-8") as file:
             for number, line in enumerate(file, start=1):
                 category, files = _parse(line, f"{path} line {number}", size)
                 names = [f"{category}/{name}" if category and numbers else name for name in files]

@@ -18,13 +18,13 @@ floor.
 """
 
 import functools
-import pathlib
 from typing import cast
 
 import jax
 import numpy as np
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.common.typing import Float
 from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.evaluation.feature_store import FeatureStore
@@ -67,7 +67,7 @@ class Comparison:
             self._images = SplitImages(data, reference, num_real)
             len(self._images)  # opens the data set: a mistake in it comes before any work
             return
-        path = pathlib.Path(reference)
+        path = storage.to_path(reference, "reference")
         if path.suffix != ".npz" or not path.is_file():
             raise ValueError(
                 f"reference={reference!r} is not an .npz file, nor one of {', '.join(SPLITS)}"

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import jax
 
 from dar_jax.common import model_dir, storage
-from dar_jax.common.files import parse_json, read_regular
-from dar_jax.common.model_dir import CONFIG_NAME, MAX_CONFIG_BYTES
+from dar_jax.common.model_dir import CONFIG_NAME
 from dar_jax.common.typing import Any
 from dar_jax.evaluation.evaluators import evaluate_model
-from dar_jax.evaluation.evaluators.base import DIRECTORY_NAME, Evaluation, Metrics
+from dar_jax.evaluation.evaluators.base import Evaluation, Metrics
 from dar_jax.parallel import distributed
 from dar_jax.parallel.sharding import MeshConfig
 
@@ -23,7 +22,7 @@ class TrainEvaluation:
     """Writes a model directory, evaluates it, and deletes it with all that was made of it.
 
     Each process evaluates on its own devices, which hold whole copies of the model meanwhile. An
-    evaluation that a kill interrupts is finished by the run that resumes.
+    evaluation that a kill interrupts is finished by the run that resumes (`training.looks`).
     """
 
     def __init__(self, config: Any, workdir: str):
@@ -38,15 +37,7 @@ class TrainEvaluation:
         """
         # The training mesh is of all processes' devices.
         self._evaluation = Evaluation(dataclasses.replace(config, mesh=MeshConfig()), workdir)
-        self._path = storage.to_path(workdir).absolute() / DIRECTORY_NAME / MODEL_NAME
-
-    def is_pending(self, step: int) -> bool:
-        """Tell whether the evaluation of this step was begun and not finished."""
-        path = self._path / CONFIG_NAME
-        try:
-            return parse_json(read_regular(path, MAX_CONFIG_BYTES))["step"] == step
-        except (OSError, ValueError, TypeError, LookupError):
-            return False  # what is left of it will be written over
+        self._path = self._evaluation.directory / MODEL_NAME
 
     def __call__(self, write_model: Callable[[storage.Path], None]) -> dict[str, float]:
         """Evaluate; return metrics as they are logged, lists one by one.

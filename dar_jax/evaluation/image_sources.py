@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from absl import logging
 
+from dar_jax.common import storage
 from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import identity
@@ -251,9 +252,14 @@ def open_images(path: str) -> FolderImages | NpzImages:
     Raises:
         ValueError: it is neither.
     """
-    where = pathlib.Path(path)
+    where = storage.to_path(path, "images")
     if where.suffix == ".npz":
         return NpzImages(where)
+    if not isinstance(where, pathlib.Path):
+        raise ValueError(
+            f"{path} is no .npz file; of folders of pictures in a bucket, mount the bucket "
+            f"({storage.MOUNTS['gs']}) and give the path below DIR"
+        )
     if not where.is_dir():
         raise ValueError(f"{path} is neither a folder of pictures nor a .npz file")
     listing = list_files(where, picture_suffixes())

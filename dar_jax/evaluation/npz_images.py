@@ -2,12 +2,12 @@
 
 import math
 import os
-import pathlib
 import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.tensors import what_is
 from dar_jax.common.typing import Any, UInt8
 
@@ -32,9 +32,9 @@ class NpzImages:
         Raises:
             ValueError: the file is unreadable, has no `arr_0`, or that is something else.
         """
-        self.path = pathlib.Path(path)
+        self.path = storage.to_path(path)
         try:
-            archive = zipfile.ZipFile(path)
+            archive = zipfile.ZipFile(storage.open_binary(self.path))
             self._checksum = archive.getinfo(f"{ARRAY}.npy").CRC
             self._file = archive.open(f"{ARRAY}.npy")
             self.shape, is_fortran, dtype = self._read_header()
@@ -51,8 +51,7 @@ class NpzImages:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        status = self.path.stat()
-        size, time = status.st_size, status.st_mtime_ns
+        size, time = storage.status(self.path)
         return {"checksum": self._checksum, "bytes": size, "modified": time}
 
     @property

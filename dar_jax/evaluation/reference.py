@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dar_jax.common import storage
 from dar_jax.common.checks import check_finite
 from dar_jax.common.files import write_npz
 from dar_jax.common.typing import Float
@@ -112,7 +113,7 @@ class ReferenceStatistics:
 
 def has_images(path: str | os.PathLike) -> bool:
     """Tell whether a file that `ReferenceStatistics.load` has read holds images."""
-    with np.load(path) as arrays:
+    with storage.open_binary(path) as file, np.load(file) as arrays:
         return ARRAY in arrays
 
 
@@ -120,7 +121,7 @@ def _read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], set[st
     """Read everything but the images; return the arrays and the names of all that there are."""
     wanted = {EXTRACTOR, FEATURES, *(name for pair in GAUSSIANS.values() for name in pair)}
     try:
-        with np.load(path) as arrays:
+        with storage.open_binary(path) as file, np.load(file) as arrays:
             return {name: arrays[name] for name in wanted & set(arrays)}, set(arrays)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(

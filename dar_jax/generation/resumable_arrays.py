@@ -9,11 +9,14 @@ their check sums show, are deleted when a directory is bound, and made again:
 
 Any number of processes may write one directory at the same time, in one job or started one by
 one: each takes a lease of the next batch that lacks rows (`parallel.leases`), and what one that is
-gone had taken the others make.
+gone had taken the others make. At the end who has nothing else to do does not wait until a lease
+has run out: what takes another much longer than its own batches took, it makes too. Both write the
+same under the same name.
 """
 
 import dataclasses
 import json
+import random
 import re
 import time
 import zipfile
@@ -36,7 +39,10 @@ MAX_MANIFEST_BYTES = 2**24
 DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged archive raises."""
 POLL_SECONDS = 2.0
-"""Between two looks for what other processes write."""
+MIN_POLL_SECONDS = 0.1
+"""Between two looks for what other processes write; as long as a batch, where that is between."""
+SLOW = 3.0
+"""Own batches in whose time another that writes nothing is taken for slow, or gone."""
 NUM_THREADS = 8
 """Pieces that are checked at the same time."""
 
@@ -48,6 +54,36 @@ def is_whole_archive(path: storage.Path) -> bool:
             return archive.testzip() is None
     except DAMAGE:
         return False
+
+
+class _Work:
+    """How long batches take this process, and how long it has had none."""
+
+    def __init__(self):
+        self._seconds: float | None = None
+        self._idle_since = 0.0
+
+    def timed(self, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yield the runs, and note the time that they take."""
+        begin, count = time.monotonic(), 0
+        for run in runs:
+            yield run
+            count += 1
+            self._seconds = (time.monotonic() - begin) / count
+        if count:
+            self._idle_since = time.monotonic()
+
+    def pause(self) -> float:
+        """Seconds until another may have written a batch."""
+        if self._seconds is None:
+            return POLL_SECONDS
+        return min(POLL_SECONDS, max(self._seconds, MIN_POLL_SECONDS))
+
+    def is_slow(self) -> bool:
+        """Tell whether another has had the time of several of this process's batches for one."""
+        if self._seconds is None:
+            return False
+        return time.monotonic() - self._idle_since > max(SLOW * self._seconds, POLL_SECONDS / 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +163,29 @@ class Pieces:
 
         Yields rounds: each is an iterator of runs (first, stop) of missing rows, at most
         `batch_size` long, that are to be written before the next round. Most of the time there is
-        one; another comes where a process that had taken a batch has not written it.
+        one; others come where a process that had taken a batch has not written it.
         """
+        work = _Work()
         if not self.missing().any():
             Leases(self.directory).sweep()  # a killed process may have left some
             return
         with Leases(self.directory) as leases:
             while self.missing().any():
                 owners: dict[str, str] = {}
-                yield self._claimed(leases, batch_size, owners)
+                yield work.timed(self._claimed(leases, batch_size, owners))
                 leases.release_all()
-                if owners and self.missing().any():
-                    batch, owner = next(iter(owners.items()))
-                    logging.info("Waiting for rows from %d on, of %s", int(batch), owner)
-                    time.sleep(POLL_SECONDS)
+                # In any order: others that are idle choose as well.
+                for batch, owner in random.sample([*owners.items()], len(owners)):
+                    start = int(batch)
+                    if not self.missing()[start : start + batch_size].any():
+                        continue
+                    if work.is_slow():
+                        logging.info("Making rows from %d on as well as %s", start, owner)
+                        yield self._runs(start, batch_size)
+                    else:
+                        logging.info("Waiting for rows from %d on, of %s", start, owner)
+                        time.sleep(work.pause())
+                        break
             leases.sweep()
 
     def _claimed(
@@ -164,9 +209,13 @@ class Pieces:
                 owners[name] = owner
                 continue
             # Once more: another may have written them before it returned its lease.
-            window = np.pad(self.missing()[start : start + batch_size].astype(int), 1)
-            edges = np.flatnonzero(np.diff(window)).reshape(-1, 2)
-            yield from ((start + int(first), start + int(stop)) for first, stop in edges)
+            yield from self._runs(start, batch_size)
+
+    def _runs(self, start: int, batch_size: int) -> Iterator[tuple[int, int]]:
+        """The runs of missing rows of a batch."""
+        window = np.pad(self.missing()[start : start + batch_size].astype(int), 1)
+        edges = np.flatnonzero(np.diff(window)).reshape(-1, 2)
+        return ((start + int(first), start + int(stop)) for first, stop in edges)
 
     def save(self, first: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a piece: the rows from `first` on of every array."""

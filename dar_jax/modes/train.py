@@ -32,13 +32,11 @@ from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
 from dar_jax.training.finite import SkippedSteps, check_parameters
+from dar_jax.training.looks import Look, find_missed
 from dar_jax.training.optimizer import learning_rate_schedule
 from dar_jax.training.profile import ProfileWindow
 from dar_jax.training.report import Report, describe, is_due
 from dar_jax.training.state import TrainState
-
-NUM_PICTURES = 16
-"""Held-out pictures given to `task.pictures`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +53,18 @@ class Run:
     evaluation: TrainEvaluation | None
     made_from: Mapping[str, Any]
     recommended: Mapping[str, Any]
+
+    @property
+    def look(self) -> Look:
+        """What is looked at every so many steps."""
+        return Look(
+            task=self.task,
+            data=self.config.data,
+            mesh=self.mesh,
+            seed=self.config.seed,
+            with_loss=self.config.train.patience > 0,
+            class_names=self.iterator.source.class_names,
+        )
 
 
 def train_and_evaluate(config: Config, workdir: str) -> None:
@@ -227,8 +237,8 @@ def _restore_or_create(
 def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
     config = run.config.train
     first_step = int(state.step)
-    is_pending = run.evaluation is not None and run.evaluation.is_pending(first_step)
-    if patience.has_ended(run.workdir, config, first_step) and not is_pending:
+    missed = find_missed(run.workdir, config, first_step)
+    if patience.has_ended(run.workdir, config, first_step) and not any(missed):
         logging.info(
             "%s is trained: step %d of %d; raise config.train.steps, or patience, to go on",
             run.workdir,
@@ -257,9 +267,14 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
     )
     try:
         with distributed.PreemptionNotice() as notice:
-            if is_pending:
+            frozen = sharding.put(run.frozen, run.mesh)
+            if missed.look:
+                run.look(state, frozen, first_step, writer=writer)
+            if missed.evaluation:
                 _evaluate(run, state, first_step, writer=writer)
-            return _loop(run, state, first_step, report=report, writer=writer, notice=notice)
+            if patience.has_ended(run.workdir, config, first_step):
+                return state
+            return _loop(run, state, frozen, report=report, writer=writer, notice=notice)
     finally:
         writer.close()
 
@@ -267,7 +282,7 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
 def _loop(
     run: Run,
     state: TrainState,
-    first_step: int,
+    frozen: Params,
     *,
     report: Report,
     writer: metrics.Writer,
@@ -282,9 +297,8 @@ def _loop(
         accumulation=config.accumulation,
         **step_lib.mesh_options(run.config.mesh, run.config.compute),
     )
-    frozen = sharding.put(run.frozen, run.mesh)
     profile = ProfileWindow(config.profile_steps, run.workdir / "profile")
-    for step in range(first_step + 1, config.steps + 1):
+    for step in range(int(state.step) + 1, config.steps + 1):
         batch = sharding.put_batch(next(run.iterator), run.mesh)
         profile.before(step)
         with jax.transfer_guard("disallow"):
@@ -298,12 +312,12 @@ def _loop(
             check_parameters(step, state.params, run.checkpoints.describe_latest)
             run.checkpoints.save(state, step, run.iterator, report.interval())
             report.restart_clock(step)
-        if preempted:
+        if preempted and step < config.steps:  # what else is due is made up for
             logging.info("Stopped after step %d, all is saved; run the same command to go on", step)
             break
         if is_due(step, config.image_every, config.steps):
             report.flush()
-            _look(run, state, frozen, step, writer=writer)
+            run.look(state, frozen, step, writer=writer)
             report.restart_clock(step)
         if is_due(step, config.evaluate_every, config.steps):
             report.flush()
@@ -316,29 +330,6 @@ def _loop(
             break
     profile.close()
     return state
-
-
-def _look(
-    run: Run, state: TrainState, frozen: Params, step: int, *, writer: metrics.Writer
-) -> None:
-    """Write the task's pictures and metrics of the first held-out images, drawn the same way.
-
-    Everything is replicated, so that the task can read its results on every process.
-    """
-    batch = next(pipeline.eval_batches(run.config.data, "test", NUM_PICTURES))
-    params, batch, frozen = jax.device_put(
-        (state.eval_params, batch, frozen), sharding.replicated(run.mesh)
-    )
-    inputs = (params, batch, jax.random.key(run.config.seed), frozen)
-    panels = run.task.pictures(*inputs)
-    names = run.iterator.source.class_names
-    writer.pictures(step, {name: panel.draw(names) for name, panel in panels.items()})
-    values = run.task.held_out_metrics(*inputs)
-    if run.config.train.patience:
-        batches = pipeline.eval_batches(run.config.data, "test")
-        values["loss"] = patience.held_out_loss(run.task, step, params, batches, *inputs[2:])
-    if values:
-        writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
 
 def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer) -> None:

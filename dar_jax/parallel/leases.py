@@ -1,15 +1,16 @@
 """Leases: claims on names that last while their owner is alive, in a folder or a bucket.
 
-    .lease-00000064-0       host, process and a count, which its owner raises every few seconds
+    .lease-00000064-0       process, host and a count, which its owner raises every few seconds
     .lease-00000064-1       of who took it over, when that count stood still for a minute
 
 No clocks are compared: who waits measures by its own how long a count has stood. Where the owner
-was a process of the same host that is no more, nobody waits.
+was a process of the same host that is no more, nobody waits: hosts are told apart by their name and
+by what the system says of itself, as many have one name.
 """
 
+import errno
 import os
 import re
-import socket
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from types import TracebackType
 from absl import logging
 
 from dar_jax.common import storage
-from dar_jax.common.files import is_alive, read_regular
+from dar_jax.common.files import host, is_alive, read_regular
 
 RENEW_SECONDS = 10.0
 GONE_SECONDS = 60.0
@@ -44,7 +45,7 @@ class Leases:
         """
         self._directory = directory
         self._on_lost = on_lost or (lambda name: None)
-        self._owner = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})"
+        self._owner = f"process {os.getpid()} on {host()} ({uuid.uuid4().hex[:8]})"
         self._held: dict[str, int] = {}
         self._seen: dict[str, tuple[str, float]] = {}
         self._alive: set[str] = set()
@@ -79,7 +80,9 @@ class Leases:
             if owner:
                 return owner
             logging.warning("Taking over %s: its owner is gone", name)
-        if not storage.create(self._path(name, number), self._text(0)):
+        path = self._path(name, number)
+        # A bucket may have created it and been cut off before it said so: then it is there.
+        if not storage.create(path, self._text(0)) and self._read(path) != self._text(0):
             return "another process, just now"
         with self._lock:
             self._held[name] = number
@@ -140,12 +143,11 @@ class Leases:
     def _owner_of(self, name: str, number: int) -> str:
         """Say who has a lease; "" if it was not renewed for long, or its owner is no more."""
         path = self._path(name, number)
-        try:
-            text = read_regular(path, MAX_BYTES).decode(errors="replace").strip()
-        except FileNotFoundError:
+        text = self._read(path)
+        if text is None:
             return "a process that is just returning it"
         match = _OWNER.match(text)
-        if match and match[2] == socket.gethostname() and not is_alive(int(match[1])):
+        if match and match[2] == host() and not is_alive(int(match[1])):
             return ""
         known, since = self._seen.get(path.name, (None, 0.0))
         if text != known:
@@ -156,6 +158,17 @@ class Leases:
         if time.monotonic() - since > GONE_SECONDS:
             return ""
         return text.rpartition(" ")[0] if match else f"unknown ({text[:40]!r} in {path.name})"
+
+    def _read(self, path: storage.Path) -> str | None:
+        """The text of a lease, whatever it is; None if it is gone."""
+        try:
+            return read_regular(path, MAX_BYTES).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            return f"more than {MAX_BYTES:,} bytes"
 
     def _renew(self) -> None:
         count = 0

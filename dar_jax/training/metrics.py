@@ -246,6 +246,17 @@ def history(path: storage.Path, name: str, last_step: int) -> list[tuple[int, fl
     ]
 
 
+def names_at(path: storage.Path, step: int) -> set[str]:
+    """Names of the metrics of a step.
+
+    Args:
+        path: of a metrics file.
+        step: after which they were taken.
+    """
+    lines = map(_read_line, path.read_bytes().splitlines() if path.exists() else ())
+    return {name for line in lines if line is not None and line["step"] == step for name in line}
+
+
 def last_evaluation(path: storage.Path, last_step: int) -> dict[str, str]:
     """The newest metrics of held-out images up to a step, as text by name; none if there are none.
 

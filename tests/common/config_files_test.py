@@ -26,6 +26,12 @@ def test_what_is_no_name_of_the_package_stays(argument):
     assert config_files.find(argument) == argument
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/mnist.py", "s3://bucket/mnist.py:dar"])
+def test_config_file_in_a_bucket_is_refused(address):
+    with pytest.raises(ValueError, match=f"--config={address}: no .* here: mount the bucket"):
+        config_files.find(address)
+
+
 def test_file_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mnist.py").touch()

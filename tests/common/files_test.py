@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from dar_jax.common import files
 from dar_jax.common.files import read_regular, sweep, temporary_path
 
 
@@ -40,7 +41,7 @@ def test_sweep_deletes_what_dead_processes_were_writing(tmp_path, monkeypatch):
         dead.wait()
         patch.setattr(os, "getpid", lambda: dead.pid)
         left = [temporary_path(tmp_path / "below" / name) for name in ("b.png", "model")]
-        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        patch.setattr(files, "host", lambda: f"{socket.gethostname()}-0123abcd")
         theirs = temporary_path(tmp_path / "c.npz")
     (tmp_path / "below").mkdir()
     left[0].touch(), theirs.touch(), (tmp_path / ".hidden-0.npz").touch()

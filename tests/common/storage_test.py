@@ -3,8 +3,10 @@
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -71,12 +73,14 @@ def test_address_of_a_bucket_that_cannot_be_used_is_refused(address, message, mo
         storage.to_path(address, "--workdir")
 
 
-def test_models_and_data_may_lie_in_a_bucket_and_what_is_compared_has_to_be_mounted(monkeypatch):
+def test_what_is_read_from_a_bucket_and_what_has_to_be_mounted(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: name)
     values = {"tokenizer": "gs://bucket/tokenizer", "train": {"init_from": "gs://bucket/run"}}
-    values["data"] = {"path": "gs://bucket/data"}
+    values["data"] = {"path": "gs://bucket/data", "classes": "gs://bucket/classes.json"}
+    values["data"]["references"] = "gs://bucket/references.jsonl"
+    values["evaluate"] = {"reference": "gs://bucket/a.npz", "images": "gs://bucket/b.npz"}
     storage.check_config(values, "config")
-    for block, key in (("data", "classes"), ("evaluate", "reference"), ("convert", "source")):
+    for block, key in (("sample", "prompts"), ("sample", "inpaint_image"), ("convert", "source")):
         with pytest.raises(ValueError, match=r"mount the bucket \(gcsfuse BUCKET DIR\)"):
             storage.check_config({block: {key: "gs://bucket/x"}}, "config")
     storage.check_config({"convert": {"source": "gs://bucket/x", "to": "torch"}}, "config")
@@ -106,6 +110,12 @@ def test_file_is_created_once_grows_and_is_found(directory):
     assert {path.name for path in storage.entries(directory)} == {"a", "below", "lines"}
     storage.delete_tree(directory / "below")
     assert not (directory / "below").exists() and storage.entries(directory / "below") == []
+
+
+def test_look_at_a_bucket_leaves_nothing_though_an_earlier_one_was_killed(in_bucket):
+    (in_bucket / f".writable-{socket.gethostname()}").write_text("")
+    storage.check_writable(in_bucket)
+    assert storage.entries(in_bucket) == []
 
 
 def test_failed_write_leaves_what_was_there(directory):
@@ -152,3 +162,23 @@ def test_command_refuses_before_it_writes(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--workdir=s3://bucket/run: no s3:// here: mount the bucket" in done.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_upload_whose_session_the_bucket_has_lost_begins_anew(emulator, in_bucket, tmp_path):
+    (tmp_path / "large").write_bytes(os.urandom(6 * 2**20))  # in more than one request
+    system, lost = storage._connect(), []
+    call = type(system)._call
+
+    async def losing(self, method, path, *arguments, **options):
+        if "upload_id=" in path and method == "POST" and not lost:
+            lost.append(path)
+            emulator.kill()
+            emulator.start()
+        return await call(self, method, path, *arguments, **options)
+
+    with mock.patch.object(type(system), "_call", losing):
+        storage.upload(tmp_path / "large", in_bucket / "large")
+        (in_bucket / "small").write_text("in one request")
+    assert len(lost) == 1
+    assert (in_bucket / "large").read_bytes() == (tmp_path / "large").read_bytes()
+    assert (in_bucket / "small").read_text() == "in one request"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dar_jax.common import storage
+from dar_jax.common.files import write_json
 from dar_jax.data import identity, mirror, pipeline, survey
 from dar_jax.data.decode import UnreadablePictureError
 from dar_jax.data.sources import DataConfig, load_source
@@ -165,3 +166,16 @@ def test_disk_that_is_too_small_is_one_line_before_anything_is_copied(
     with pytest.raises(ValueError, match=r"has room for 3 bytes, but .*gcsfuse BUCKET DIR"):
         load_source(bucket, "train")
     assert copied == []
+
+
+def test_classes_of_a_file_in_a_bucket_are_those_of_a_local_one(tmp_path, in_bucket):
+    folder, bucket = configs("folder", tmp_path, in_bucket / "set")
+    write_json(tmp_path / "classes.json", {"cat": "feline", "ant": "insect"})
+    storage.upload(tmp_path / "classes.json", in_bucket / "classes.json")
+    one, other = (
+        load_source(dataclasses.replace(config, classes=f"{where}/classes.json"), "train")
+        for config, where in ((folder, tmp_path), (bucket, in_bucket))
+    )
+    assert one.class_names == other.class_names == ("feline", "insect")
+    with pytest.raises(ValueError, match="cannot read data.classes='gs://.*/none.json' as JSON"):
+        load_source(dataclasses.replace(bucket, classes=f"{in_bucket}/none.json"), "train")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import mnist
+from dar_jax.common import storage
 from dar_jax.common.config_build import build
 from dar_jax.config import build as read_config
 from dar_jax.data import pipeline, references
@@ -119,6 +120,18 @@ def test_sources_without_folders_are_known_by_number(tmp_path):
         for config in (with_index(data, path), dataclasses.replace(data, num_references=SIZE))
     ]
     np.testing.assert_array_equal(batches[0]["pixels"], batches[1]["pixels"])  # the same seed
+
+
+def test_index_in_a_bucket_is_that_of_a_folder(data, in_bucket, tmp_path):
+    path, source = make_index(data, tmp_path), load_source(data, "train")
+    storage.upload(path, in_bucket / "index.jsonl")
+    groups = [
+        references.read_index(str(where), source, SIZE)
+        for where in (path, in_bucket / "index.jsonl")
+    ]
+    np.testing.assert_array_equal(*groups)
+    with pytest.raises(ValueError, match="cannot read data.references='gs://"):
+        references.read_index(f"{in_bucket}/none", source, SIZE)
 
 
 BAD_INDICES = {

@@ -5,13 +5,14 @@ import logging
 import numpy as np
 import pytest
 
+from dar_jax.common.files import write_npz
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.distances import Comparison
 from dar_jax.evaluation.evaluators.base import below
 from dar_jax.evaluation.feature_store import FeatureStore
 from dar_jax.evaluation.features import FeatureExtractor
 from dar_jax.evaluation.frechet import frechet_distance
-from dar_jax.evaluation.image_sources import SetImages, SplitImages, read_all
+from dar_jax.evaluation.image_sources import SetImages, SplitImages, open_images, read_all
 from dar_jax.evaluation.moments import Moments
 from dar_jax.generation.image_set import ImageSet
 
@@ -20,6 +21,7 @@ NUM_REAL = 300
 EXACT = 1e-9  # float64
 RNG = np.random.default_rng(0)
 MATRICES = {"pool": RNG.normal(size=(192, 6)), "spatial": RNG.normal(size=(192, 3))}
+SETS = (("real", 1), ("made", 2))
 LOGITS = RNG.normal(size=(192, 4))
 
 
@@ -59,6 +61,29 @@ def distance(extractor, images, others, kind="pool"):
         Moments.of(extractor.features(read_all(part))[kind]).gaussian() for part in (images, others)
     )
     return frechet_distance(*gaussians)
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma", "arr_0"), ("arr_0",)])
+def test_reference_and_images_in_a_bucket_are_those_in_a_folder(names, in_bucket, tmp_path):
+    extractor, found = LinearExtractor(), []
+    real, pictures = (read_all(image_set(tmp_path / name, 50, seed)) for name, seed in SETS)
+    pool = extractor.features(real)["pool"]
+    arrays = {"mu": pool.mean(axis=0), "sigma": np.cov(pool, rowvar=False), "arr_0": real}
+    for where in (tmp_path, in_bucket):
+        write_npz(where / "reference.npz", {name: arrays[name] for name in names})
+        write_npz(where / "images.npz", {"arr_0": pictures})
+        images = open_images(str(where / "images.npz"))
+        found.append(compare(where, extractor, str(where / "reference.npz")).metrics(images))
+    assert found[0] == found[1] and "kid" in found[0]
+
+
+def test_reference_and_images_that_a_bucket_has_not_are_one_line(in_bucket, tmp_path):
+    with pytest.raises(ValueError, match=f"reference='{in_bucket}/a.npz' is not an .npz file"):
+        compare(tmp_path, LinearExtractor(), f"{in_bucket}/a.npz")
+    with pytest.raises(ValueError, match=f"{in_bucket}/a.npz is not a readable .npz"):
+        open_images(f"{in_bucket}/a.npz")
+    with pytest.raises(ValueError, match=f"{in_bucket} is no .npz file; .* mount the bucket"):
+        open_images(f"{in_bucket}")
 
 
 def test_inception_gives_all_figures(tmp_path):

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from configs import mnist
-from dar_jax.common import model_dir
+from dar_jax.common import model_dir, storage
 from dar_jax.config import build as read_config
 from dar_jax.evaluation import during_training
 from dar_jax.evaluation.during_training import _one_by_one
@@ -111,6 +111,22 @@ def test_failed_evaluation_leaves_nothing_once_the_next_is_made(tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == {"model", "images-1"}
     evaluation(functools.partial(write, 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_model_to_evaluate_lies_in_the_bucket_of_the_workdir(in_bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation = during_training.TrainEvaluation(read_config(make_config()), str(in_bucket))
+    judge, written = evaluation._evaluation, []
+    judge.load = lambda path: types.SimpleNamespace(fingerprint=path)
+    monkeypatch.setattr(during_training, "evaluate_model", lambda judge, subject: {})
+
+    def write(path):
+        written.append(path)
+        (path / model_dir.CONFIG_NAME).write_text("{}")
+
+    assert evaluation(write) == {}
+    assert written == [in_bucket / "evaluation" / "model"]
+    assert storage.files_below(in_bucket) == [] and not [*tmp_path.iterdir()]
 
 
 def test_lists_are_logged_one_by_one():

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import socket
 import subprocess
 import time
 import tracemalloc
@@ -16,6 +15,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from dar_jax.common.files import host
 from dar_jax.generation import batches, resumable_arrays
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import PIXELS, ImageSet
@@ -74,7 +74,7 @@ def test_workers_share_all_images_and_leave_no_lease(image_set, workers, monkeyp
 def test_batches_that_a_dead_process_had_taken_are_made_by_others(image_set):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    text = f"process {dead.pid} on {socket.gethostname()} (0) 3\n"
+    text = f"process {dead.pid} on {host()} (0) 3\n"
     (image_set.directory / ".lease-00000003-0").write_text(text)
     assert fill(image_set, batch_size=3)[1] == (3, 6)
     assert not [*image_set.directory.glob(".*")]
@@ -89,6 +89,24 @@ def test_batch_of_a_living_process_is_waited_for_by_name(image_set, monkeypatch,
         written = fill(image_set, batch_size=3)
     assert written[-1] == (3, 6), "after all others"
     assert "Waiting for rows from 3 on, of process 1 on elsewhere (0)" in caplog.messages
+
+
+@pytest.mark.parametrize("text", ["process 1 on elsewhere (0) 3\n", "garbage"])
+def test_batch_of_a_lost_host_is_made_long_before_its_lease_has_run_out(
+    image_set, text, monkeypatch, caplog
+):
+    monkeypatch.setattr(resumable_arrays, "POLL_SECONDS", 0.05)
+    for start in (3, 9):
+        (image_set.directory / f".lease-{start:08d}-0").write_text(text)
+    logging.get_absl_logger().propagate = True
+    begin = time.monotonic()
+    with caplog.at_level("INFO", logger="absl"):
+        written = fill(image_set, batch_size=3, delay=0.01)
+    assert time.monotonic() - begin < leases.GONE_SECONDS / 4
+    assert sorted(written[-2:]) == [(3, 6), (9, 12)], "after all others"
+    assert sum("as well as" in message for message in caplog.messages) == 2
+    np.testing.assert_array_equal(image_set.array(PIXELS), [picture(i) for i in range(20)])
+    assert not [*image_set.directory.glob(".*")]
 
 
 @pytest.mark.parametrize("image_format", ["npz", "png"])

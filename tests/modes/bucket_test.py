@@ -4,11 +4,13 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from subprocess import PIPE
 from unittest import mock
 
 import jax
@@ -120,36 +122,6 @@ def test_path_of_an_object_is_no_workdir(in_bucket):
     assert in_bucket.read_bytes() == b"precious"
 
 
-def test_bucket_that_may_not_be_written_is_one_line(emulator, monkeypatch):
-    class Refusing(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status = 404 if "/o/" in self.path else 200  # it has no objects
-            self.answer(status, b'{"kind": "storage#objects"}')
-
-        def do_POST(self):
-            self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.create"}}')
-
-        def answer(self, status, body):
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(
-            ValueError, match="cannot use gs://bbb/run: Forbidden.*rights"
-        ) as caught:
-            storage.check_writable(storage.to_path("gs://bbb/run"))
-        server.shutdown()
-    assert "\n" not in str(caught.value)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model.save(tmp_path_factory.mktemp("models"))
@@ -180,9 +152,47 @@ COMMAND = (
 SET = ("--mode=sample", "--config.sample.num_images=48")
 
 
-def start(model, workdir, *arguments):
+def start(model, workdir, *arguments, **options):
     command = [*COMMAND, f"--workdir={workdir}", f"--config.sample.model={model}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=dict(os.environ))
+    return subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), **options)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A bucket that may be read, has no objects, and may not be written."""
+
+    def do_GET(self):
+        status = 404 if "/o/" in self.path else 200
+        self.answer(status, b'{"kind": "storage#objects"}')
+
+    def do_POST(self):
+        self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.create"}}')
+
+    def answer(self, status, body):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def refusing(emulator, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("refusing")
+def test_bucket_that_may_not_be_written_is_one_line_before_any_work(model):
+    process = start(model, "gs://bbb/run", "--mode=sample", stdout=PIPE, stderr=PIPE, text=True)
+    output, error = process.communicate()
+    assert process.returncode == 2 and "Model" not in output
+    assert re.fullmatch("dar_jax: error: cannot use gs://bbb/run: Forbidden.*rights.*\n", error)
 
 
 def pieces(workdir):
@@ -199,17 +209,26 @@ def merged(workdir):
 
 
 @pytest.mark.slow
-def test_set_of_two_processes_one_of_them_killed_equals_that_of_one(model, in_bucket, tmp_path):
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_set_of_four_processes_two_of_them_killed_equals_that_of_one(
+    where, model, request, tmp_path
+):
+    """One of those that are left came late."""
+    workdir = tmp_path / "set" if where == "folder" else request.getfixturevalue("in_bucket")
     assert start(model, tmp_path / "one", *SET).wait() == 0
-    processes = [start(model, in_bucket, *SET) for _ in range(2)]
-    while len(pieces(in_bucket)) < 2:
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    processes[0].kill()
-    assert processes[1].wait() == 0
-    assert pieces(in_bucket) == pieces(tmp_path / "one")
-    for one, other in zip(merged(tmp_path / "one"), merged(in_bucket), strict=True):
+    processes = [start(model, workdir, *SET) for _ in range(3)]
+    for count in (2, 4):
+        while len(pieces(workdir)) < count:
+            assert processes[2].poll() is None
+            time.sleep(0.02)
+        processes.pop(0).kill()
+        if count == 2:
+            processes.append(start(model, workdir, *SET))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert pieces(workdir) == pieces(tmp_path / "one")
+    for one, other in zip(merged(tmp_path / "one"), merged(workdir), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert not [path for path in storage.files_below(workdir) if path.name.startswith(".")]
 
 
 @pytest.mark.slow

@@ -216,9 +216,6 @@ def test_failed_evaluation_does_not_end_training(tmp_path, monkeypatch, caplog):
         def __init__(self, config, workdir):
             pass
 
-        def is_pending(self, step):
-            return False
-
         def __call__(self, write_model):
             raise RuntimeError("no memory\nand more")
 

@@ -1,5 +1,6 @@
 """Leases, in a folder and in a bucket: one owner, taken over when it is gone."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from dar_jax.common import storage
+from dar_jax.common.files import host
 from dar_jax.parallel import leases
 from dar_jax.parallel.leases import Leases
 
@@ -32,7 +34,7 @@ def names(directory):
 def test_one_has_it_until_it_is_returned(directory):
     with Leases(directory) as first, Leases(directory) as second:
         assert first.take("a") == ""
-        assert f"process {os.getpid()} on {socket.gethostname()}" in second.take("a")
+        assert f"process {os.getpid()} on {socket.gethostname()}-" in second.take("a")
         assert second.take("b") == ""
         first.release("a")
         assert second.take("a") == ""
@@ -49,7 +51,9 @@ def test_renewed_lease_is_kept_for_longer_than_its_time(directory):
         assert second.wait_for("a").startswith("process ")
 
 
-@pytest.mark.parametrize("text", ["process 1 on elsewhere (0) 7\n", "garbage \xff\n", ""])
+@pytest.mark.parametrize(
+    "text", ["process 1 on elsewhere (0) 7\n", "garbage \xff\n", "", "long" * leases.MAX_BYTES]
+)
 def test_lease_that_nobody_renews_is_taken_over(directory, text):
     storage.create(directory / ".lease-a-3", text)
     with Leases(directory) as mine:
@@ -61,9 +65,41 @@ def test_lease_that_nobody_renews_is_taken_over(directory, text):
 def test_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(directory):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    storage.create(directory / ".lease-a-0", f"process {dead.pid} on {socket.gethostname()} (0) 1")
+    storage.create(directory / ".lease-a-0", f"process {dead.pid} on {host()} (0) 1")
     with Leases(directory) as mine:
         assert mine.take("a") == ""
+
+
+def test_process_of_another_host_of_the_same_name_is_waited_for(directory):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    other = f"process {dead.pid} on {socket.gethostname()}-0123abcd (0)"
+    storage.create(directory / ".lease-a-0", f"{other} 1\n")
+    with Leases(directory) as mine:
+        assert mine.take("a") == other
+
+
+def test_lease_that_was_created_by_a_request_without_an_answer_is_held(directory, monkeypatch):
+    create = storage.create
+    monkeypatch.setattr(storage, "create", lambda *arguments: create(*arguments) and False)
+    with Leases(directory) as mine, Leases(directory) as other:
+        assert mine.take("a") == ""
+        assert other.take("a").startswith(f"process {os.getpid()} on ")
+        monkeypatch.setattr(storage, "create", lambda *arguments: False)
+        assert other.take("b") == "another process, just now"
+    assert names(directory) == []
+
+
+def test_clocks_of_hosts_do_not_matter(directory, monkeypatch):
+    skews = itertools.cycle([0.0, 1e6, -1e6])
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + next(skews))
+    with Leases(directory) as first, Leases(directory) as second:
+        first.take("a")
+        end = time.monotonic() + 2 * leases.GONE_SECONDS
+        while time.monotonic() < end:
+            assert second.take("a") != ""
+            time.sleep(0.1)
 
 
 def test_owner_that_was_silent_learns_that_it_lost_the_lease(directory):
