@@ -11,6 +11,8 @@ import socket
 import stat
 import tempfile
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +20,12 @@ import numpy as np
 import safetensors.numpy
 
 from dar_jax.common import storage
+
+ARCHIVE_ERRORS = (
+    *(OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, MemoryError),
+)
+"""What reading a damaged `.npz` raises."""
 
 
 @contextlib.contextmanager
@@ -118,11 +126,16 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name, whole or not at all."""
+def write_npz(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], *, comment: str = ""
+) -> None:
+    """Write arrays by name, and a comment on the archive, whole or not at all."""
     with replacing(path) as temporary:
         # Any name but `allow_pickle` is an array's, which NumPy's types cannot say.
         np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+        if comment:
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = comment.encode()
 
 
 def write_safetensors(

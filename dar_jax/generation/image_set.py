@@ -19,16 +19,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dar_jax.common import storage
-from dar_jax.common.files import replacing
+from dar_jax.common.files import ARCHIVE_ERRORS, replacing
 from dar_jax.common.typing import Shaped, UInt8
-from dar_jax.generation.resumable_arrays import DAMAGE, Pieces
+from dar_jax.generation.resumable_arrays import Pieces
 
 FORMATS = ("npz", "png")
 PIXELS = "arr_0"
 """Name of the array of images, here and in the files of the ADM evaluation suite."""
+MARK = "dar_jax"
+"""Name of the text in a PNG that says which image of which set it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,11 @@ class ImageSet(Pieces):
         stop = first + len(pixels)
         if self.format == "png":
             for index, image in zip(range(first, stop), pixels, strict=True):
-                with replacing(self.directory / f"{index:08d}.png") as temporary:
-                    Image.fromarray(image).save(temporary)
+                path = self.directory / f"{index:08d}.png"
+                texts = PngImagePlugin.PngInfo()
+                texts.add_text(MARK, self._mark(path))
+                with replacing(path) as temporary:
+                    Image.fromarray(image).save(temporary, pnginfo=texts)
             return
         self.save(first, {PIXELS: pixels, "labels": self.labels_of(first, stop), **kept})
 
@@ -94,10 +99,11 @@ class ImageSet(Pieces):
             return super()._is_whole(path)
         try:
             with storage.open_binary(path) as file, Image.open(file) as image:
+                mark = image.info.get(MARK, "")
                 image.verify()
-        except (*DAMAGE, SyntaxError):  # the latter is what Pillow raises
+        except ARCHIVE_ERRORS:  # a SyntaxError is what Pillow raises
             return False
-        return True
+        return mark in ("", self._mark(path))
 
     def _read(self, path: storage.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
         if path.suffix != ".png":

@@ -5,10 +5,10 @@ import math
 import typing
 
 import jax
-import ml_collections
 import pytest
 
 from dar_jax import config as config_lib
+from dar_jax.common import tree
 from dar_jax.common.config_build import without_none
 from dar_jax.kinds import KINDS
 from dar_jax.parallel.sharding import make_mesh
@@ -26,7 +26,26 @@ MODELS = (
 """A config of every kind."""
 INTS = (0, 1, -1, 2, 3, 7, 255, 10_000, 2**31 - 1, 2**31, 2**32, 2**63, -(2**63), 10**20)
 FLOATS = (0.0, -0.0, 0.5, -1.0, 1e-300, 1e38, 1e308, math.nan, math.inf, -math.inf)
-TEXTS = ("", " ", "nowhere", "a,b", "a\nb", "é", "\udcff", "(", "../..", "/dev/zero", "x" * 10_000)
+TEXTS = (
+    "",
+    " ",
+    "1",
+    "none",
+    "gs://",
+    "gs:///a",
+    "s3://a/b",
+    "hf://a",
+    "\0",
+    "nowhere",
+    "a,b",
+    "a\nb",
+    "é",
+    "\udcff",
+    "(",
+    "../..",
+    "/dev/zero",
+    "x" * 10_000,
+)
 OTHERS = (None, True, False, (), (0,), (-1, 2), (math.nan,), ("a",), ((1.0,), (2.0,)), {}, {"a": 1})
 VALUES = (*INTS, *FLOATS, *TEXTS, *OTHERS)
 
@@ -53,10 +72,20 @@ def variants():
         yield None, block, cls
 
 
+class Values:
+    """What is read of a `ConfigDict`, which takes longer to make than to read."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def to_dict(self):
+        return dict(self.values)
+
+
 def outcome(values):
     """Build a configuration and what is made of it alone; return what is refused, or None."""
     try:
-        config = config_lib.build(ml_collections.ConfigDict(values))
+        config = config_lib.build(Values(values))
         config.to_dict(), config.bound()
         learning_rate_schedule(config.optimizer)(1)
         make_mesh(config.mesh, jax.devices()[:1])
@@ -88,6 +117,29 @@ def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(name, block, cl
                 assert len(message.splitlines()) == 1, message
                 assert any(part in message for part in (path[-1], block)), (path, value, message)
     assert accepted and refused
+
+
+@pytest.mark.parametrize("block", ["model", "loss", *config_lib.BLOCKS])
+def test_what_is_no_block_is_refused_in_one_line(block):
+    base = CONFIGS["mnist:tokenizer"]().to_dict()
+    for value in VALUES:
+        if not isinstance(value, dict):
+            message = outcome({**base, block: value})
+            assert message and len(message.splitlines()) == 1 and block in message, value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_value_of_any_key_of_any_config(name):
+    """Of the whole config, as a command is given it: accepted, or refused in one line."""
+    base = CONFIGS[name]().to_dict()
+    paths = sorted(tree.flatten(base))
+    for path in (tuple(path.split(tree.SEPARATOR)) for path in paths):
+        for value in VALUES:
+            message = outcome(changed(base, path, value))
+            if message is not None:
+                assert len(message.splitlines()) == 1, message
+                assert any(part in message for part in (path[-1], path[0])), (path, value, message)
 
 
 def test_every_key_has_a_nearest_one():
