@@ -44,6 +44,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say what it is too full for
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

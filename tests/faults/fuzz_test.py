@@ -10,6 +10,7 @@ import pytest
 from dar_jax import config as config_lib
 from dar_jax.common import tree
 from dar_jax.common.config_build import without_none
+from dar_jax.generation.config import SampleConfig, sampling_fields
 from dar_jax.kinds import KINDS
 from dar_jax.parallel.sharding import make_mesh
 from dar_jax.training.optimizer import learning_rate_schedule
@@ -56,9 +57,12 @@ def keys_of(cls, prefix=()):
     for field in dataclasses.fields(cls):
         path = (*prefix, field.name)
         nested = without_none(hints[field.name])
-        yield path
+        if path != ("options",):  # it is made of keys of their own
+            yield path
         if isinstance(nested, type) and dataclasses.is_dataclass(nested):
             yield from keys_of(nested, path)
+    if cls is SampleConfig:
+        yield from ((name,) for name in sampling_fields())
 
 
 def variants():
@@ -68,6 +72,8 @@ def variants():
         for block, cls in (("model", kind.architecture), ("loss", kind.loss)):
             if cls is not None:
                 yield name, block, cls
+        if kind.draws_images:
+            yield name, "sample", SampleConfig
     for block, cls in config_lib.BLOCKS.items():
         yield None, block, cls
 
@@ -87,6 +93,8 @@ def outcome(values):
     try:
         config = config_lib.build(Values(values))
         config.to_dict(), config.bound()
+        if config.task:
+            config.sample.recommendation(KINDS[config.task])
         learning_rate_schedule(config.optimizer)(1)
         make_mesh(config.mesh, jax.devices()[:1])
     except ValueError as error:
@@ -108,8 +116,6 @@ def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(name, block, cl
     assert outcome(base) is None
     accepted = refused = 0
     for path in keys_of(cls):
-        if path == ("options",):
-            continue  # it is made of keys of their own
         for value in VALUES:
             message = outcome(changed(base, (block, *path), value))
             accepted, refused = accepted + (message is None), refused + (message is not None)
