@@ -5,6 +5,7 @@ import math
 import typing
 
 import jax
+import ml_collections
 import pytest
 
 from dar_jax import config as config_lib
@@ -78,11 +79,12 @@ def variants():
         yield None, block, cls
 
 
-class Values:
+class Values(ml_collections.ConfigDict):
     """What is read of a `ConfigDict`, which takes longer to make than to read."""
 
     def __init__(self, values):
-        self.values = values
+        super().__init__()
+        object.__setattr__(self, "values", values)
 
     def to_dict(self):
         return dict(self.values)
