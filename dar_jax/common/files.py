@@ -45,7 +45,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename is None:  # a full disk does not say what it is too full for
+        if error.errno and error.filename is None:  # as of a full disk
             error.filename = str(path)
         raise
     finally:

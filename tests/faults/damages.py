@@ -67,11 +67,16 @@ def _dangling(path):
     path.symlink_to("nowhere")
 
 
+IN_PLACE = {
+    **{name: DAMAGES[name] for name in ("emptied", "truncated", "flipped")},
+    "cut by a byte": _write(lambda content: content[:-1]),
+    **{f"flipped at {part}": _flipped_at(part) for part in (0, 0.1, 0.25, 0.6, 0.75, 0.9, 1)},
+}
+"""Those that leave another file of the same name, which is no whole one."""
 OF_FILES = {
     **DAMAGES,
-    "cut by a byte": _write(lambda content: content[:-1]),
+    **IN_PLACE,
     "grown": _write(lambda content: content + b"\0"),
-    **{f"flipped at {part}": _flipped_at(part) for part in (0, 0.1, 0.25, 0.6, 0.75, 0.9, 1)},
     "renamed": lambda path: path.rename(path.with_name(f"old_{path.name}")),
     "copied beside": _copied,
     "replaced by its neighbour": lambda path: path.write_bytes(_neighbour(path).read_bytes()),
@@ -130,7 +135,8 @@ EDITS = {
 def damages_of(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     """Name and function of everything that is done to a file or folder."""
     if path.is_dir():
-        yield from OF_FOLDERS.items()
+        for how, damage in OF_FOLDERS.items():
+            yield f"folder {how}", damage
         return
     yield from OF_FILES.items()
     if path.suffix != ".json":

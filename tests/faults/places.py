@@ -40,12 +40,14 @@ class Place:
         prepare: writes to the directory what the command finds there.
         run: the command, given the directory; what it comes to, by name.
         used: folders of the directory whose files are damaged.
-        unsaid: names in what `run` returns that an edited log may change.
+        given: files and folders of the user's own, where another whole file is another question:
+            their files are cut and flipped only.
     """
 
     prepare: Callable[[pathlib.Path], None]
     run: Callable[[pathlib.Path], dict]
-    used: tuple[str, ...] = (".",)
+    used: tuple[str, ...]
+    given: tuple[str, ...] = ()
 
 
 def config_of(variant, root, **blocks):
@@ -390,6 +392,7 @@ PLACES = {
     "images and references": Place(
         prepare(pictures, models, reference, lambda root: judge_images(root) and None),
         judge_images,
-        used=("workdir", "set", "images.npz", "moments.npz"),
+        used=("workdir",),
+        given=("images.npz", "moments.npz"),
     ),
 }

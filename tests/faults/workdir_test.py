@@ -27,12 +27,13 @@ def parts():
 
 def everything(place, root):
     """Path, name and function of all that is done to a prepared place."""
-    for used in place.used:
+    for used in (*place.used, *place.given):
         base = root / used
         paths = [base] if base.is_file() else sorted([base, *base.rglob("*")])
         for path in filter(os.path.exists, paths):
             for how, damage in damages.damages_of(path):
-                yield path.relative_to(root), how, damage
+                if used in place.used or how in damages.IN_PLACE:
+                    yield path.relative_to(root), how, damage
 
 
 def outcomes(place, tmp_path, chosen):
