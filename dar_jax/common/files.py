@@ -13,6 +13,8 @@ import socket
 import stat
 import tempfile
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,11 @@ import safetensors.numpy
 
 from dar_jax.common import storage
 
+ARCHIVE_ERRORS = (
+    *(OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, MemoryError),
+)
+"""What reading a damaged `.npz` raises."""
 SYSTEM = ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid")
 """A file and a link whose contents tell one boot of Linux, and one container in it, from others."""
 
@@ -52,6 +59,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # as of a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -134,11 +145,16 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name, whole or not at all."""
+def write_npz(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], *, comment: str = ""
+) -> None:
+    """Write arrays by name, and a comment on the archive, whole or not at all."""
     with replacing(path) as temporary:
         # Any name but `allow_pickle` is an array's, which NumPy's types cannot say.
         np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+        if comment:
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = comment.encode()
 
 
 def write_safetensors(

@@ -99,7 +99,8 @@ def check_config(values: Mapping[str, Any], prefix: str) -> None:
         ValueError: see `check_path`.
     """
     models = [f"{prefix}.{key}" for key in MODEL_KEYS]
-    if values.get("convert", {}).get("to") == "torch":
+    convert = values.get("convert")
+    if isinstance(convert, Mapping) and convert.get("to") == "torch":
         models.append(f"{prefix}.convert.source")
     readable = (*models, *(f"{prefix}.{key}" for key in (*FILE_KEYS, DATA_KEY)))
     for name, text in _texts(values, prefix):

@@ -114,7 +114,9 @@ def open_split(
         ValueError: it is missing, incomplete or broken.
     """
     sidecar = read_contents(directory, form)
-    records = shards.open_shards(directory, split, sidecar["counts"][split])
+    records = shards.open_shards(
+        directory, split, sidecar["counts"][split], sidecar.get(shards.ENDS, {})
+    )
     return CachedSource(records, form, tuple(shape), tuple(sidecar["class_names"]))
 
 

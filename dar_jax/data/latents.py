@@ -12,13 +12,11 @@ latent_folder    the published layout (TransDiff, MAR): PATH/CLASS/NAME.npz, NAM
 import dataclasses
 import io
 import os
-import zipfile
-import zlib
 
 import einops
 import numpy as np
 
-from dar_jax.common.files import read_regular
+from dar_jax.common.files import ARCHIVE_ERRORS, read_regular
 from dar_jax.common.typing import Any, Float
 from dar_jax.data import encoded
 from dar_jax.data.base import DataConfig, EncodedPicture, existing_directory, spread
@@ -32,11 +30,7 @@ KEYS = {"image_size": POSITIVE, "shape": POSITIVES}
 FORM = encoded.Form("latents", "moments", np.dtype("<f4"), "vae", KEYS)
 SUFFIX = ".npz"
 ARRAYS = ("moments", "moments_flip")
-UNREADABLE = (
-    *(OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error, SyntaxError, RecursionError, MemoryError),
-    einops.EinopsError,
-)
+UNREADABLE = (*ARCHIVE_ERRORS, einops.EinopsError)
 """What reading arrays from a broken file raises."""
 
 

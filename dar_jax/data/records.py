@@ -56,7 +56,9 @@ def load_records(config: DataConfig, split: str) -> RecordSource:
             f"{directory} holds pictures of {sidecar['image_size']} pixels, too small for "
             f"image_size={config.image_size}; cache them again with a larger image_size, or 0"
         )
-    records = shards.open_shards(directory, split, sidecar["counts"][split])
+    records = shards.open_shards(
+        directory, split, sidecar["counts"][split], sidecar.get(shards.ENDS, {})
+    )
     return RecordSource(records, f"{directory} {split}", tuple(sidecar["class_names"]))
 
 

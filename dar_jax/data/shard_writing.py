@@ -20,15 +20,10 @@ from dar_jax.common import digests, storage
 from dar_jax.common.files import read_regular, write_json
 from dar_jax.common.typing import Any
 from dar_jax.data import shards
-from dar_jax.data.shards import SIDECAR_NAME, TEXT, Key, Whole, shard_path
+from dar_jax.data.shards import DIGEST, DIGESTS, DIGESTS_KEY, ENDS, SIDECAR_NAME, Whole, shard_path
 from dar_jax.parallel import distributed
 from dar_jax.parallel.leases import Leases
 
-DIGESTS = "digests"
-DIGESTS_KEY = Key(
-    "digests by shard",
-    lambda value: isinstance(value, dict) and all(map(TEXT.fits, value.values())),
-)
 POLL_SECONDS = 2.0
 """Between two looks for what other processes write."""
 MAX_BYTES = 2**12
@@ -147,8 +142,11 @@ def finish(
                 raise ValueError(f"{shard.path} was lost; run the same command again")
             counts[shard.split].append(whole.count)
         found = {name: whole.digest for name, whole in sorted(known.items()) if whole}
-        ending = {"counts": counts, DIGESTS: found, "complete": True}
-        write_json(directory / SIDECAR_NAME, {**contents, **ending})
+        ends = {shard.path.name: shards.digest_of_ends(shard.path) for shard in everything}
+        ending = {"counts": counts, DIGESTS: found, ENDS: ends, "complete": True}
+        # As they will be read: tuples are lists in JSON.
+        sidecar = json.loads(json.dumps({**contents, **ending}))
+        write_json(directory / SIDECAR_NAME, {**sidecar, DIGEST: shards.digest_of(sidecar)})
         for shard in everything:
             _beside(shard.path).unlink(missing_ok=True)
         logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})

@@ -8,18 +8,22 @@ Shards and sidecar appear whole or not at all. The sidecar is written first with
 and at the end with `complete` true: so a directory that was cut short is told apart from a whole
 one, and the same command can finish it, but no other. `shard_writing` does that.
 
-The sidecar has a digest of every shard. The command that writes a directory checks all of them;
-whoever reads records is told by ArrayRecord's own hashes.
+The sidecar has a digest of every shard, which the command that writes a directory checks. Whoever
+reads records is told of damage by ArrayRecord's own hashes, and by a digest of both ends of a shard
+that another one lies in its place.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import grain
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dar_jax.common import digests, storage
@@ -65,11 +69,13 @@ KEYS = {
     ),
 }
 """Keys of every sidecar of a complete cache."""
-DIGESTS = "digests"
+DIGESTS, ENDS, DIGEST = "digests", "ends", "digest"
+"""Keys of a sidecar: digests of whole shards, of their ends, and of all else that it says."""
 DIGESTS_KEY = Key(
     "digests by shard",
     lambda value: isinstance(value, dict) and all(map(TEXT.fits, value.values())),
 )
+END_BYTES = 2**12
 MAX_SHOWN = 40
 """Characters of a wrong value that are shown."""
 WRITER_OPTIONS = "group_size:1"
@@ -145,11 +151,24 @@ def read_sidecar(
             raise ValueError(
                 f"{path} {found}, expected {key.expected}: write the cache again with --mode=cache"
             )
+    if not DIGESTS_KEY.fits(sidecar.get(ENDS, {})):
+        found = short(sidecar[ENDS])
+        raise ValueError(f"{path} has {ENDS}={found}, expected {DIGESTS_KEY.expected}")
+    if sidecar.get(DIGEST) not in (None, digest_of(sidecar)):
+        logging.warning("%s has changed since it was written; it is taken as it is", path)
     return sidecar
 
 
+def digest_of(sidecar: Mapping[str, Any]) -> str:
+    """Digest of what a sidecar says."""
+    return digests.of_json({name: value for name, value in sidecar.items() if name != DIGEST})
+
+
 def open_shards(
-    directory: str | os.PathLike, split: str, counts: Iterable[int]
+    directory: str | os.PathLike,
+    split: str,
+    counts: Iterable[int],
+    ends: Mapping[str, str] = types.MappingProxyType({}),
 ) -> grain.sources.RandomAccessDataSource[bytes]:
     """Open the shards of a split for random access.
 
@@ -157,9 +176,10 @@ def open_shards(
         directory: of the shards.
         split: its name.
         counts: records of each shard.
+        ends: digests of the ends of those that are known, by name, see `digest_of_ends`.
 
     Raises:
-        ValueError: a shard is missing, broken or of another length.
+        ValueError: a shard is missing, broken, of another length, or another one.
     """
     counts = list(counts)
     paths = [
@@ -170,6 +190,11 @@ def open_shards(
         found = count_records(path)
         if found != count:
             raise ValueError(f"{path} has {found} records, expected {count}; write it again")
+        if ends.get(path.name) not in (None, digest_of_ends(path)):
+            raise ValueError(
+                f"{path} is not the shard that was written under this name: bring that one back, "
+                "or run the command that wrote the cache again"
+            )
     names = [str(path) for path in paths]
     # Of its two bases, by platform, the empty one of Windows is the one that is seen.
     return grain.sources.ArrayRecordDataSource(names)  # pyright: ignore[reportReturnType]
@@ -191,6 +216,16 @@ def count_records(path: storage.Path) -> int:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot read {path}: {reason}; delete it and write it again") from error
     return count
+
+
+def digest_of_ends(path: storage.Path) -> str:
+    """Digest of the first and the last bytes of a shard, which tell it from others."""
+    with storage.open_binary(path) as file:
+        ends = file.read(END_BYTES)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END_BYTES))
+        ends += file.read()
+    return hashlib.sha256(ends).hexdigest()
 
 
 def read_json(path: storage.Path) -> dict[str, Any]:

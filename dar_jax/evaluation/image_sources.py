@@ -36,7 +36,7 @@ from dar_jax.data.sources import Source, load_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.npz_images import NpzImages
 from dar_jax.generation.image_set import PIXELS, ImageSet
-from dar_jax.generation.resumable_arrays import Pieces
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME, Pieces
 
 NUM_THREADS = 8
 """Pictures that are decoded at the same time."""
@@ -250,7 +250,7 @@ def open_images(path: str) -> FolderImages | NpzImages:
     """Open a folder of pictures or a `.npz` file of images.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or an image of a set is missing or another one.
     """
     where = storage.to_path(path, "images")
     if where.suffix == ".npz":
@@ -271,6 +271,8 @@ def open_images(path: str) -> FolderImages | NpzImages:
         )
     if reasons:
         logging.warning("%s: %d pictures; left out: %s", path, len(listing.paths), reasons)
+    if (where / MANIFEST_NAME).is_file():
+        ImageSet(where, 0, (0,), "png").check_files()
     return FolderImages(where, tuple(sorted(where / name for name in listing.paths)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dar_jax.common import storage
+from dar_jax.common.files import ARCHIVE_ERRORS
 from dar_jax.common.tensors import what_is
 from dar_jax.common.typing import Any, UInt8
 
@@ -40,7 +41,7 @@ class NpzImages:
             self.shape, is_fortran, dtype = self._read_header()
         except KeyError as error:
             raise ValueError(f"{path} has no images: it lacks the array {ARRAY}") from error
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except ARCHIVE_ERRORS as error:
             reason = what_is(path) or error
             raise ValueError(f"{path} is not a readable .npz ({reason})") from error
         if dtype != np.uint8 or is_fortran or len(self.shape) != 4 or self.shape[3] != 3:
@@ -72,7 +73,7 @@ class NpzImages:
             self._file.seek(self._start + first * item)
             data = np.frombuffer(self._file.read((stop - first) * item), np.uint8)
             return data.reshape(stop - first, *self.shape[1:])
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except ARCHIVE_ERRORS as error:
             raise ValueError(f"{self.path} is damaged or cut short ({error})") from error
 
     def _read_header(self) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -15,14 +15,13 @@ training set, its images are 10,000 of them. `save` writes `mu`, `sigma`, `mu_s`
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
 from dar_jax.common import storage
 from dar_jax.common.checks import check_finite
-from dar_jax.common.files import write_npz
+from dar_jax.common.files import ARCHIVE_ERRORS, write_npz
 from dar_jax.common.typing import Float
 from dar_jax.evaluation.features import Extractor
 from dar_jax.evaluation.moments import Gaussian, Moments
@@ -123,7 +122,7 @@ def _read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], set[st
     try:
         with storage.open_binary(path) as file, np.load(file) as arrays:
             return {name: arrays[name] for name in wanted & set(arrays)}, set(arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except ARCHIVE_ERRORS as error:
         raise ValueError(
             f"{path} is not a readable .npz of reference statistics ({error})"
         ) from error

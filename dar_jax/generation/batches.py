@@ -172,7 +172,7 @@ def read_prompts(prompts: str) -> tuple[str, ...]:
         try:
             parts = read_regular(prompts, MAX_PROMPTS_BYTES).decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read config.sample.prompts={prompts}: {error}") from error
+            raise ValueError(f"cannot read config.sample.prompts={prompts!r}: {error}") from error
     texts = tuple(filter(None, (" ".join(part.split()) for part in parts)))
     if not texts:
         raise ValueError(f"config.sample.prompts={prompts!r} has no text")

@@ -95,7 +95,7 @@ class SampleConfig:
         for name, value in self.options.items():
             if name not in names:
                 raise ValueError(
-                    f"config.sample.{name}={value} is not an option of this kind of model; it "
+                    f"config.sample.{name}={value!r} is not an option of this kind of model; it "
                     f"takes {', '.join(names)}"
                 )
         values = {**dataclasses.asdict(recommended), **self.options}

@@ -16,19 +16,22 @@ import dataclasses
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dar_jax.common import storage
-from dar_jax.common.files import replacing
+from dar_jax.common.files import ARCHIVE_ERRORS, replacing
 from dar_jax.common.typing import Shaped, UInt8
-from dar_jax.generation.resumable_arrays import DAMAGE, Pieces
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME, NUM_THREADS, Pieces
 
 FORMATS = ("npz", "png")
 PIXELS = "arr_0"
 """Name of the array of images, here and in the files of the ADM evaluation suite."""
+MARK = "dar_jax"
+"""Name of the text in a PNG that says which image of which set it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,11 @@ class ImageSet(Pieces):
         stop = first + len(pixels)
         if self.format == "png":
             for index, image in zip(range(first, stop), pixels, strict=True):
-                with replacing(self.directory / f"{index:08d}.png") as temporary:
-                    Image.fromarray(image).save(temporary)
+                path = self.directory / f"{index:08d}.png"
+                texts = PngImagePlugin.PngInfo()
+                texts.add_text(MARK, self._mark(path))
+                with replacing(path) as temporary:
+                    Image.fromarray(image).save(temporary, pnginfo=texts)
             return
         self.save(first, {PIXELS: pixels, "labels": self.labels_of(first, stop), **kept})
 
@@ -89,15 +95,36 @@ class ImageSet(Pieces):
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, self.labels_of(0, self.count))
 
+    def check_files(self) -> None:
+        """Check that the files of a set of PNGs are those that were drawn, up to the last one.
+
+        Of what is older than marks, or of somebody else, nothing is known.
+
+        Raises:
+            ValueError: one is missing or damaged, or another one lies in its place.
+        """
+        pieces = self._pieces()
+        if not any(_mark_of(path) for _, _, path in pieces[:2]):
+            return
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            are_whole = [*pool.map(self._is_whole, (path for _, _, path in pieces))]
+        for index, ((first, _, path), is_whole) in enumerate(zip(pieces, are_whole, strict=True)):
+            if first != index or not is_whole:
+                what = f"image {index} is missing" if first != index else f"{path.name} is damaged"
+                raise ValueError(
+                    f"{self.directory}: {what}; run the command that drew the set again, or move "
+                    f"{MANIFEST_NAME} away to take what is there"
+                )
+
     def _is_whole(self, path: storage.Path) -> bool:
         if path.suffix != ".png":
             return super()._is_whole(path)
         try:
             with storage.open_binary(path) as file, Image.open(file) as image:
                 image.verify()
-        except (*DAMAGE, SyntaxError):  # the latter is what Pillow raises
+        except ARCHIVE_ERRORS:  # a SyntaxError is what Pillow raises
             return False
-        return True
+        return _mark_of(path) in ("", self._mark(path))
 
     def _read(self, path: storage.Path, name: str) -> Shaped[np.ndarray, "n ..."]:
         if path.suffix != ".png":
@@ -107,6 +134,15 @@ class ImageSet(Pieces):
                 return np.asarray(Image.open(file).convert("RGB"))[None]
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error
+
+
+def _mark_of(path: storage.Path) -> str:
+    """What a PNG says of itself; "" if it says nothing, or cannot be read."""
+    try:
+        with storage.open_binary(path) as file, Image.open(file) as image:
+            return str(image.info.get(MARK, ""))
+    except ARCHIVE_ERRORS:
+        return ""
 
 
 def label_array(labels: Sequence[int | str]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Row i of every array belongs to example i. Pieces appear whole or not at all under names that say
 which rows they hold, so their names alone say what is missing; pieces that were damaged since, as
-their check sums show, are deleted when a directory is bound, and made again:
+their check sums show, or whose own mark names other rows than their name, are deleted when a
+directory is bound, and made again:
 
     manifest.json            what the rows depend on
     00000064-00000128.npz    arrays [64, ...] by name
@@ -15,12 +16,12 @@ same under the same name.
 """
 
 import dataclasses
+import functools
 import json
 import random
 import re
 import time
 import zipfile
-import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,15 +30,19 @@ import jax
 import numpy as np
 from absl import logging
 
-from dar_jax.common import storage
-from dar_jax.common.files import parse_json, read_regular, replacing, write_npz
+from dar_jax.common import digests, storage
+from dar_jax.common.files import (
+    ARCHIVE_ERRORS,
+    parse_json,
+    read_regular,
+    replacing,
+    write_npz,
+)
 from dar_jax.common.typing import Bool, Shaped
 from dar_jax.parallel.leases import Leases
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**24
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged archive raises."""
 POLL_SECONDS = 2.0
 MIN_POLL_SECONDS = 0.1
 """Between two looks for what other processes write; as long as a batch, where that is between."""
@@ -52,7 +57,7 @@ def is_whole_archive(path: storage.Path) -> bool:
     try:
         with storage.open_binary(path) as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except DAMAGE:
+    except ARCHIVE_ERRORS:
         return False
 
 
@@ -140,8 +145,23 @@ class Pieces:
                     path.unlink(missing_ok=True)
 
     def _is_whole(self, path: storage.Path) -> bool:
-        """Tell whether a piece can be read and has the content that its check sums say."""
-        return is_whole_archive(path)
+        """Tell whether a piece has the content that its check sums say, and the rows of its name.
+
+        One that is older than marks has none.
+        """
+        if not is_whole_archive(path):
+            return False
+        with storage.open_binary(path) as file, zipfile.ZipFile(file) as archive:
+            return archive.comment.decode(errors="replace") in ("", self._mark(path))
+
+    def _mark(self, path: storage.Path) -> str:
+        """What a piece of this name says of itself: its rows, and what they are made with."""
+        return f"{path.stem} of {self._made_with}"
+
+    @functools.cached_property
+    def _made_with(self) -> str:
+        path = self.directory / MANIFEST_NAME
+        return digests.of_json(self._read_manifest(path))[: digests.SHORT] if path.exists() else ""
 
     def _compare(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         for name in {**found, **expected}:
@@ -220,8 +240,8 @@ class Pieces:
     def save(self, first: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a piece: the rows from `first` on of every array."""
         (length,) = {len(rows) for rows in arrays.values()}
-        name = f"{first:08d}-{first + length:08d}.npz"
-        write_npz(self.directory / name, arrays)
+        path = self.directory / f"{first:08d}-{first + length:08d}.npz"
+        write_npz(path, arrays, comment=self._mark(path))
 
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, as the first piece has them.
@@ -275,5 +295,5 @@ class Pieces:
         try:
             with storage.open_binary(path) as file, np.load(file) as arrays:
                 return arrays[name]
-        except (*DAMAGE, KeyError) as error:
+        except ARCHIVE_ERRORS as error:
             raise ValueError(f"cannot read {path} ({error}); delete it and run again") from error

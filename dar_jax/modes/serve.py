@@ -99,7 +99,7 @@ def _bound(settings: ServeConfig) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise ValueError(
-            f"config.serve.host={settings.host} and .port={settings.port} cannot be bound to: "
+            f"config.serve.host={settings.host!r} and .port={settings.port} cannot be bound to: "
             f"{error.strerror}"
         ) from error
 

@@ -4,6 +4,7 @@ Tasks draw all randomness and pass it in to the models.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -23,6 +24,12 @@ loss, which `released` leaves out."""
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 Adapter = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 """Makes a parameter of another shape fit, as far as it can."""
+
+
+@functools.cache
+def average(output: str) -> type[metrics.Metric]:
+    """Mean of an output of `loss`: one class for all runs, since JAX keeps all that it has seen."""
+    return metrics.Average.from_output(output)
 
 
 class FrozenModel(NamedTuple):

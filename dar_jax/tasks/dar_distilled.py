@@ -19,6 +19,7 @@ from clu import metrics
 
 from dar_jax.common.typing import Array, Params, PRNGKeyArray
 from dar_jax.sampling.logits import guide
+from dar_jax.tasks.base import average
 from dar_jax.tasks.dar_from_prior import TRAINED, FromPriorTask
 
 
@@ -57,4 +58,4 @@ class DarDistilledTask(FromPriorTask):
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         """Of the student from the teacher: nats a token, and share of equal most likely tokens."""
         names = ("divergence", "agreement")
-        return {name: metrics.Average.from_output(name) for name in names}
+        return {name: average(name) for name in names}

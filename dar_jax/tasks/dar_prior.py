@@ -32,6 +32,7 @@ from dar_jax.tasks.base import (
     FrozenModel,
     ModelTask,
     Panel,
+    average,
     label_shape,
     picture_batch,
 )
@@ -121,7 +122,7 @@ class DarPriorTask(ModelTask):
         return batch["codes"][jnp.arange(batch_size), crop].astype(jnp.int32)
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
-        return {"token_accuracy": metrics.Average.from_output("token_accuracy")}
+        return {"token_accuracy": average("token_accuracy")}
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

@@ -27,6 +27,7 @@ from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.sampling.rewards import load_reward
 from dar_jax.sampling.search import TOKEN_REWARDS
+from dar_jax.tasks.base import average
 from dar_jax.tasks.dar_from_prior import TRAINED, FromPriorTask
 
 MIN_DEVIATION = 1e-4
@@ -154,7 +155,7 @@ class DarRewardTask(FromPriorTask):
         Diversity is the share of places where two samples of a label have different tokens.
         """
         names = ("reward", "divergence", "diversity")
-        return {name: metrics.Average.from_output(name) for name in names}
+        return {name: average(name) for name in names}
 
     def files(self) -> dict[str, str]:
         name = self.config.reward

@@ -40,7 +40,14 @@ from dar_jax.models.dar.tokenizer import (
 )
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import DISCRIMINATOR, AbstractBatch, ModelTask, Panel, picture_batch
+from dar_jax.tasks.base import (
+    DISCRIMINATOR,
+    AbstractBatch,
+    ModelTask,
+    Panel,
+    average,
+    picture_batch,
+)
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
 from dar_jax.tasks.time_groups import group_average, group_sums, time_group
@@ -219,7 +226,7 @@ class DarTokenizerTask(ModelTask):
         num_groups = self.model.config.num_groups
         of_codebook = {"codebook_usage": CodebookUsage, "codebook_perplexity": CodebookPerplexity}
         return {
-            **{name: metrics.Average.from_output(name) for name in averages},
+            **{name: average(name) for name in averages},
             **{f"flow_loss_{group + 1}": group_average(group) for group in range(num_groups)},
             **(of_codebook if self.model.config.codebook_size else {}),
         }

@@ -28,7 +28,7 @@ from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray
 from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.tasks.base import AbstractBatch, ModelTask, Panel, picture_batch
+from dar_jax.tasks.base import AbstractBatch, ModelTask, Panel, average, picture_batch
 from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
 
 NUM_PICTURES = 8
@@ -121,7 +121,7 @@ class KlVaeTask(ModelTask):
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
         names = [*self._weights(), "latent_std"]
-        return {name: metrics.Average.from_output(name) for name in names}
+        return {name: average(name) for name in names}
 
     def pictures(
         self, params: Params, batch: Mapping[str, Array], rng: PRNGKeyArray, frozen: Params

@@ -53,6 +53,7 @@ from dar_jax.tasks.base import (
     FrozenModel,
     ModelTask,
     Panel,
+    average,
     label_shape,
     picture_batch,
 )
@@ -239,7 +240,7 @@ class TransDiffTask(ModelTask):
         num_images = self.model.config.num_references
         by_image = range(num_images) if num_images > 1 else ()
         return {
-            **{name: metrics.Average.from_output(name) for name in names},
+            **{name: average(name) for name in names},
             **{f"flow_loss_{number + 1}": group_average(number) for number in by_image},
         }
 

@@ -1,6 +1,7 @@
 """What a step reports, how steps are averaged, and where the figures are written."""
 
 import datetime
+import functools
 import json
 import math
 import time
@@ -17,7 +18,7 @@ from dar_jax.common import storage
 from dar_jax.common.files import parse_json, replacing
 from dar_jax.common.typing import UInt8
 from dar_jax.parallel.chips import chip_of
-from dar_jax.tasks.base import Task
+from dar_jax.tasks.base import Task, average
 from dar_jax.training.tracking import Tracker, WandbConfig
 
 FILE_NAME = "metrics.jsonl"
@@ -27,12 +28,19 @@ EVENTS_SECONDS = 60.0
 
 
 def collection(task: Task) -> type[clu_metrics.Collection]:
-    """Return the collection of the task's metrics, the total loss and the gradient norm."""
-    return clu_metrics.Collection.create(
-        loss=clu_metrics.Average.from_output("loss"),
-        grad_norm=clu_metrics.Average.from_output("grad_norm"),
-        **task.metrics(),
-    )
+    """Return the collection of the task's metrics, the total loss and the gradient norm.
+
+    Equal metrics have one class, see `tasks.base.average`.
+    """
+    own = {"loss": average("loss"), "grad_norm": average("grad_norm")}
+    return _collection(tuple({**own, **task.metrics()}.items()))
+
+
+@functools.cache
+def _collection(
+    metrics: tuple[tuple[str, type[clu_metrics.Metric]], ...],
+) -> type[clu_metrics.Collection]:
+    return clu_metrics.Collection.create(**dict(metrics))
 
 
 def performance(

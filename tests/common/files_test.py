@@ -1,5 +1,6 @@
 """Reading what must be a file."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -7,7 +8,7 @@ import subprocess
 import pytest
 
 from dar_jax.common import files
-from dar_jax.common.files import read_regular, sweep, temporary_path
+from dar_jax.common.files import read_regular, replacing, sweep, temporary_path
 
 
 def test_read_regular_returns_the_content_of_a_file_or_of_what_a_link_leads_to(tmp_path):
@@ -31,6 +32,17 @@ def test_read_regular_refuses_everything_else_without_waiting(make, reason, tmp_
     make(tmp_path / "a")
     with pytest.raises(OSError, match=reason):
         read_regular(tmp_path / "a", 7)
+
+
+def test_error_of_writing_names_the_file(tmp_path):
+    def write():
+        with replacing(tmp_path / "a.npz") as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.npz'"):
+        write()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_sweep_deletes_what_dead_processes_were_writing(tmp_path, monkeypatch):

@@ -195,6 +195,40 @@ def test_shard_that_is_damaged_before_the_end_is_written_again(tmp_path, monkeyp
     assert write_codes(tmp_path) == [("train", 3)]
 
 
+@pytest.mark.parametrize("name", ["train-00001-of-00002", "test-00000-of-00001"])
+def test_shard_in_the_place_of_another_is_refused(tmp_path, name):
+    """It is whole, of as many records."""
+    contents = {"kind": codes.FORM.kind, **CONTENTS, **FORMS["codes"][1]}
+    contents["pictures"] = {"train": 6, "test": 3}
+
+    def make(split, pictures):
+        for index in pictures:
+            yield codes.FORM.pack(np.full((2, 4), len(split) + index), index % 2)
+
+    shard_writing.write_splits(tmp_path, contents, make)
+    for split in ("train", "test"):
+        assert len(open_split("codes", tmp_path, split)) in (3, 6)
+    path = tmp_path / f"{name}.array_record"
+    path.write_bytes((tmp_path / "train-00000-of-00002.array_record").read_bytes())
+    split = name.partition("-")[0]
+    line = refusal(open_split, "codes", tmp_path, split=split)
+    assert f"{path} is not the shard that was written under this name" in line
+
+
+def test_sidecar_that_was_edited_is_read_with_a_warning(cache, caplog):
+    name, root, sidecar = cache
+    path = root / shards.SIDECAR_NAME
+    path.write_text(json.dumps({**sidecar, "class_names": ["x", *sidecar["class_names"][1:]]}))
+    data = DataConfig(source=name, path=str(root), image_size=8)
+    with warnings(caplog) as told:
+        assert load_source(data, "test").class_names[0] == "x"
+    path.write_text(json.dumps(sidecar))
+    assert any("dataset.json has changed since it was written" in text for text in told)
+    with warnings(caplog) as told:
+        load_source(data, "test")
+    assert not told
+
+
 def test_cache_that_is_older_than_digests_gets_them(tmp_path):
     write_codes(tmp_path)
     path = tmp_path / shards.SIDECAR_NAME

@@ -132,6 +132,42 @@ def test_arrays_of_a_set_are_told_apart(tmp_path):
     np.testing.assert_array_equal([read_all(last), read_all(first)], pixels)
 
 
+def draw_set(directory):
+    image_set = ImageSet(directory, 5, (0,), "png")
+    image_set.bind({"seed": 0})
+    pixels = [np.full((4, 4, 3), 9 * index, np.uint8) for index in range(5)]
+    image_set.write(0, np.stack(pixels), {})
+    return directory
+
+
+SPOILED = {
+    "missing": (lambda path: path.unlink(), "image 2 is missing"),
+    "another": (
+        lambda path: path.write_bytes(path.with_name("00000001.png").read_bytes()),
+        "00000002.png is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_set_that_lacks_an_image_or_has_another_is_refused(tmp_path, how):
+    spoil, message = SPOILED[how]
+    where = draw_set(tmp_path / "set")
+    assert len(open_images(str(where))) == 5
+    spoil(where / "00000002.png")
+    with pytest.raises(ValueError, match=f"{message}; run the command that drew the set again"):
+        open_images(str(where))
+    (where / "manifest.json").unlink()
+    assert len(open_images(str(where))) == (4 if how == "missing" else 5)
+
+
+def test_manifest_of_somebody_else_says_nothing_of_a_folder(tmp_path):
+    for index in (1, 3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{index:08d}.png")
+    (tmp_path / "manifest.json").write_text("[]")
+    assert len(open_images(str(tmp_path))) == 2
+
+
 def test_sizes_must_agree(folder):
     with pytest.raises(ValueError, match="of 4 x 6 pixels cannot be compared with images of 8 x 8"):
         check_size(FolderImages(folder, (folder / "c.bmp",)), SplitImages(SYNTHETIC, "test"))

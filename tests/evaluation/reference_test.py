@@ -8,9 +8,12 @@ from dar_jax.evaluation.frechet import frechet_distance
 from dar_jax.evaluation.moments import Moments
 from dar_jax.evaluation.npz_images import NpzImages
 from dar_jax.evaluation.reference import ReferenceStatistics, has_images
+from tests.damage import outcome
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
 EXACT = 1e-12  # float64
+FLIPS = 200
+"""Of a file, at least."""
 
 
 def pool(pixels):
@@ -50,6 +53,10 @@ def write(path, *names, **arrays):
 
 def load(path):
     return ReferenceStatistics.load(path, EXTRACTOR)
+
+
+def _load(path):
+    return load(path).pool
 
 
 def assert_whole(statistics):
@@ -125,6 +132,19 @@ def test_unreadable_files_are_one_line(tmp_path, content):
         with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz") as caught:
             read(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("arr_0",)])
+def test_any_flipped_bit_of_a_compressed_file_is_one_line_or_the_same(tmp_path, names):
+    path = tmp_path / "reference.npz"
+    np.savez_compressed(path, **{name: ARRAYS[name] for name in names})
+    right = path.read_bytes()
+    load = (lambda: NpzImages(path).read(0, 40)) if names == ("arr_0",) else (lambda: _load(path))
+    expected = load()
+    for place in range(0, len(right), max(1, len(right) // FLIPS)):
+        path.write_bytes(right[:place] + bytes([right[place] ^ 4]) + right[place + 1 :])
+        found, line = outcome(load)
+        assert line or all(map(np.array_equal, found, expected)), place
 
 
 def test_images_are_read_in_pieces(tmp_path):

@@ -10,16 +10,14 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.faults import command
+
 KILLS = int(os.environ.get("KILLS", "1"))
 SMALL = 2**13
 """Bytes; less than the files that are written."""
@@ -46,32 +44,40 @@ DISTURBED = [
 ]
 PASSING = ("checkpoints/", ".lock", "events.")
 """What tells of the way, not of the result; the state in checkpoints is in the model as well."""
+MOST_IN_A_ROW = 8
+"""Times that a command is killed before it may end: often enough it would never."""
 
 
-def start(mode, workdir, limit=None):
-    def prepare():
-        # As in a terminal; a shell's background jobs would ignore Ctrl-C.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+class Started:
+    """A command at work."""
 
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "dar_jax.main", f"--mode={mode}", f"--workdir={workdir}"),
-            *COMMANDS[mode].split(),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=prepare,
-    )
+    def __init__(self, mode, workdir, limit=None):
+        workdir.parent.mkdir(exist_ok=True)
+        self.errors = workdir.with_name(f"{workdir.name}.errors")
+        programs = workdir.parents[1] / "programs"
+        arguments = [f"--mode={mode}", f"--workdir={workdir}", *COMMANDS[mode].split()]
+        self.process = command.server().Process(
+            target=command.run, args=(arguments, str(self.errors), str(programs), limit)
+        )
+        self.process.start()
+
+    def ended(self, timeout=None):
+        """Wait; tell whether it has ended."""
+        self.process.join(timeout)
+        return self.process.exitcode is not None
+
+    def said(self):
+        """Its status, and what it wrote to standard error."""
+        self.process.join()
+        return self.process.exitcode, self.errors.read_text() if self.errors.exists() else ""
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
 
 
 def finish(mode, workdir):
-    process = start(mode, workdir)
-    _, error = process.communicate()
-    assert process.returncode == 0, error
+    status, error = Started(mode, workdir).said()
+    assert status == 0, error
 
 
 def content(workdir):
@@ -94,50 +100,50 @@ def content(workdir):
 
 @functools.cache
 def undisturbed(mode, folder):
-    """What is there after a run, and the seconds that it took."""
+    """What is there after a run, and the seconds that it takes once its programs are compiled."""
+    finish(mode, folder / "first")
     began = time.monotonic()
-    finish(mode, folder)
-    return content(folder), time.monotonic() - began
+    finish(mode, folder / "second")
+    return content(folder / "second"), time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("undisturbed")
+    return tmp_path_factory.mktemp("commands")
 
 
 @pytest.mark.parametrize(("mode", "number"), DISTURBED)
-def test_disturbed_command_ends_like_an_undisturbed_one(mode, number, folder, tmp_path):
+def test_disturbed_command_ends_like_an_undisturbed_one(mode, number, folder):
     """As often as `KILLS` says; where a command ends before it is disturbed, another one begins."""
     expected, seconds = undisturbed(mode, folder / mode)
     when = random.Random(int(number))
     done = 0
     while done < KILLS:
-        workdir, ended = tmp_path / f"after_{done}", False
-        while not ended and done < KILLS:
-            process = start(mode, workdir)
-            try:
-                _, error = process.communicate(timeout=when.uniform(0.2, 0.9) * seconds)
-                ended = True
-                assert process.returncode == 0, error
-            except subprocess.TimeoutExpired:
-                process.send_signal(number)
-                _, error = process.communicate()
-                done += 1
+        workdir, ended, here = folder / f"{mode}_{number}" / f"after_{done}", False, 0
+        while not ended and done < KILLS and here < MOST_IN_A_ROW:
+            started = Started(mode, workdir)
+            ended = started.ended(timeout=when.uniform(0, 1) * seconds)
+            if not ended:
+                started.send(number)
+                done, here = done + 1, here + 1
+            status, error = started.said()
+            assert status == 0 or not ended, error
             assert "Traceback" not in error, error
             assert len(error.splitlines()) <= 1 or number == signal.SIGKILL, error
         if not ended:
             finish(mode, workdir)
         assert content(workdir) == expected
+        assert not [*workdir.rglob("*tmp*")], "litter in the checkpoints"
         shutil.rmtree(workdir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", COMMANDS)
-def test_full_disk_is_one_line_and_the_command_goes_on_later(mode, folder, tmp_path):
+def test_full_disk_is_one_line_and_the_command_goes_on_later(mode, folder):
     expected, _ = undisturbed(mode, folder / mode)
-    process = start(mode, tmp_path / "full", limit=SMALL)
-    _, error = process.communicate()
+    workdir = folder / "full" / mode
+    status, error = Started(mode, workdir, limit=SMALL).said()
     (line,) = error.splitlines()
-    assert process.returncode == 2 and line.startswith("dar_jax: error: "), error
-    finish(mode, tmp_path / "full")
-    assert content(tmp_path / "full") == expected
+    assert status == 2 and line.startswith("dar_jax: error: "), error
+    finish(mode, workdir)
+    assert content(workdir) == expected

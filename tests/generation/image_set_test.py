@@ -250,6 +250,34 @@ def test_damaged_pieces_are_made_again(tmp_path, caplog, image_format, how):
     np.testing.assert_array_equal(image_set.array(PIXELS), before)
 
 
+@pytest.mark.parametrize("image_format", ["npz", "png"])
+@pytest.mark.parametrize("other", [SETTINGS, SETTINGS | {"seed": 1}])
+def test_piece_of_other_rows_or_of_another_set_is_made_again(tmp_path, caplog, image_format, other):
+    """It is whole, and lies under the name of another one."""
+    image_sets = [ImageSet(tmp_path / n, 9, LABELS, image_format) for n in ("own", "other")]
+    for image_set, settings in zip(image_sets, (SETTINGS, other), strict=True):
+        image_set.bind(settings)
+        fill(image_set, batch_size=3)
+    own, other_set = image_sets
+    before, pieces = own.array(PIXELS), sorted(own.directory.glob(f"*.{image_format}"))
+    taken = pieces[1] if other == SETTINGS else other_set.directory / pieces[2].name
+    pieces[2].write_bytes(taken.read_bytes())
+    with warnings(caplog) as told:
+        own.bind(SETTINGS)
+    assert len(told) == 1 and f"{pieces[2].name} is damaged" in told[0]
+    fill(own, batch_size=3)
+    np.testing.assert_array_equal(own.array(PIXELS), before)
+
+
+def test_piece_that_is_older_than_marks_is_kept(image_set):
+    fill(image_set, batch_size=8)
+    for path in image_set.directory.glob("*.npz"):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = b""
+    image_set.bind(SETTINGS)
+    assert not image_set.missing().any()
+
+
 @pytest.mark.parametrize("how", ["emptied", "truncated"])
 def test_damaged_manifest_is_one_line(image_set, how):
     fill(image_set, batch_size=8)

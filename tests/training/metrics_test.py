@@ -12,7 +12,10 @@ from absl import logging
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dar_jax.config import build
+from dar_jax.kinds.loading import build_task
 from dar_jax.training import metrics
+from tests.configs_test import CONFIGS
 from tests.training.toy_task import ToyTask
 
 
@@ -24,6 +27,14 @@ def _update(loss):
 
 def _lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "kl_vae", "dar_reward"])
+def test_runs_share_the_classes_of_their_metrics(name):
+    """JAX keeps every class that it has seen, and what was compiled with it."""
+    config = build(CONFIGS[f"mnist:{name}"]())
+    first, second = (build_task(config, with_weights=False) for _ in range(2))
+    assert metrics.collection(first) is metrics.collection(second)
 
 
 def test_interval_averages_and_starts_anew(monkeypatch):

@@ -14,7 +14,7 @@ from dar_jax.kinds import KINDS
 from dar_jax.kinds.base import Kind
 from dar_jax.nn.layout import keep_batch_split
 from dar_jax.pipelines.base import Autoencoder
-from dar_jax.tasks.base import AbstractBatch, Panel, picture_batch
+from dar_jax.tasks.base import AbstractBatch, Panel, average, picture_batch
 
 LAYERS = 2
 
@@ -104,7 +104,7 @@ class ToyTask:
         return (x @ params["output"]["kernel"]).reshape(image.shape)
 
     def metrics(self) -> dict[str, type[metrics.Metric]]:
-        return {"mse": metrics.Average.from_output("mse")}
+        return {"mse": average("mse")}
 
     def pictures(
         self, params: Params, batch: dict[str, Array], rng: PRNGKeyArray, frozen: Params

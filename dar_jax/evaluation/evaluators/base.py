@@ -165,8 +165,12 @@ class Evaluation:
 
         Raises:
             ValueError: they cannot be read, or are of another size than the reference's.
+
+        Returns:
+            the figures, and how many images there are.
         """
-        return below("generation", self._compare(open_images(self.settings.images)))
+        images = open_images(self.settings.images)
+        return {**below("generation", self._compare(images)), "num_images": len(images)}
 
     def load(self, path: str) -> Subject:
         """Load a model directory.
