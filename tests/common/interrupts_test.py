@@ -143,7 +143,8 @@ def test_signal_of_a_failure_that_is_none_is_passed_over(tmp_path):
 
 
 def test_thread_that_cannot_write_ends_the_process_with_one_line(tmp_path):
-    assert end(start(tmp_path, FAIL)) == (2, ["failed: [Errno 28] No space left on device"])
+    why = f"failed: [Errno 28] No space left on device: '{tmp_path / 'result'}'"
+    assert end(start(tmp_path, FAIL)) == (2, [why])
     assert list(tmp_path.iterdir()) == []
 
 
