@@ -175,7 +175,7 @@ def read_index(path: str | os.PathLike, source: Source, size: int) -> Int[np.nda
     where = storage.to_path(path, "data.references")
     try:
         if where.exists() and not where.is_file():
-            raise OSError("no regular file")
+            raise OSError("no regular file; expected a text")
         with io.TextIOWrapper(storage.open_binary(where), "utf-8") as file:
             for number, line in enumerate(file, start=1):
                 category, files = _parse(line, f"{path} line {number}", size)
