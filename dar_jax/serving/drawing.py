@@ -279,6 +279,7 @@ class CoresBatch:
         for number, (batch, thread) in enumerate(zip(self._batches, self._threads, strict=True)):
             own = {lane // count: image for lane, image in active.items() if lane % count == number}
             work += [thread.submit(batch.draw, own)] if own else []
+        concurrent.futures.wait(work)  # what fails in one is reset when no other is at work
         return [drawn for future in work for drawn in future.result()]
 
     def fetch(self, drawn: Drawn) -> Piece:
