@@ -6,13 +6,12 @@ process had begun the others make; image i depends on the seed, i and its label 
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from dar_jax.common import image as images
-from dar_jax.common.batches import pad
+from dar_jax.common.batches import pad, side_by_side
 from dar_jax.common.progress import Progress
 from dar_jax.common.typing import Any, Array
 from dar_jax.generation.batches import batch_size, options
@@ -41,7 +40,8 @@ def fill(
         ValueError: what the model draws is not finite.
     """
 
-    def generate(first: int, stop: int, size: int) -> dict[str, Array]:
+    def generate(run: tuple[int, int]) -> tuple[dict[str, Array], int, int]:
+        first, stop = run
         labels = pad(image_set.labels_of(first, stop), size)
         how = options(config, pipeline, first)
         kept: dict[str, Array] = {}
@@ -50,24 +50,20 @@ def fill(
             kept[PREVIEW.format(number)] = images.to_pixels(last.images)
         kept[PIXELS] = kept.popitem()[1]
         others = {name: getattr(last, name) for name in pipeline.kept_fields}
-        return {**kept, **others, SOUND: is_sound(last.images, *others.values())}
-
-    def write(first: int, arrays: dict[str, np.ndarray]) -> None:
-        image_set.write(first, arrays.pop(PIXELS), arrays)
+        sound = is_sound(last.images, *others.values())
+        return {**kept, **others, SOUND: sound}, first, stop
 
     size = batch_size(config, pipeline, image_set.count)
     progress = Progress(int(image_set.missing().sum()))
     with contextlib.closing(image_set.rounds(size)) as rounds:
         for runs in rounds:
-            finish = None
-            for first, stop in runs:
-                arrays = generate(first, stop, size)
-                # Write one batch while the devices are at the next.
-                if finish is not None:
-                    finish()
-                finish = functools.partial(write_batch, write, progress, arrays, first, stop)
-            if finish is not None:
-                finish()
+            # Written while the devices are at the next.
+            batches = side_by_side(generate, lambda made: fetch(*made), runs, pipeline.mesh)
+            with contextlib.closing(batches):
+                for first, rows in batches:
+                    pixels = rows.pop(PIXELS)
+                    image_set.write(first, pixels, rows)
+                    progress.add(len(pixels))
 
 
 def write_batch(
@@ -77,12 +73,17 @@ def write_batch(
     first: int,
     stop: int,
 ) -> None:
-    """Fetch what the batch holds, without padding, and write it.
+    """Fetch a batch and write it, see `fetch`."""
+    write(*fetch(arrays, first, stop))
+    progress.add(stop - first)
+
+
+def fetch(arrays: dict[str, Array], first: int, stop: int) -> tuple[int, dict[str, np.ndarray]]:
+    """Wait for the images `first` .. `stop - 1`; return `first` and what they hold, unpadded.
 
     Raises:
         ValueError: the images are not finite, by the array `SOUND`.
     """
     rows = {name: np.asarray(array)[: stop - first] for name, array in arrays.items()}
     check_sound(rows.pop(SOUND), first)
-    write(first, rows)
-    progress.add(stop - first)
+    return first, rows

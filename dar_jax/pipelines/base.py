@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dar_jax.common.batches import one_ahead, pad, padded_size
+from dar_jax.common.batches import pad, padded_size, side_by_side
 from dar_jax.common.checks import check_seed
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Any, Array, Bool, Float, Params, PRNGKeyArray, PRNGKeys
@@ -271,18 +271,16 @@ class Pipeline(abc.ABC):
         if padded == size or size % shards:
             return self.generated_class(**_checked(*self._draw(rows, first_index, options)))
 
-        def turns() -> Iterator[tuple[dict[str, Array], int]]:
-            for first in range(0, size, padded):
-                part = {name: np.asarray(row)[first : first + padded] for name, row in rows.items()}
-                part = {name: pad(row, padded) for name, row in part.items()}
-                yield self._draw(part, first_index + first, options)
+        def draw(first: int) -> tuple[dict[str, Array], int]:
+            part = {name: np.asarray(row)[first : first + padded] for name, row in rows.items()}
+            part = {name: pad(row, padded) for name, row in part.items()}
+            return self._draw(part, first_index + first, options)
 
-        # The devices draw a turn while the one before is fetched. On the host, where no size needs
-        # a program.
-        parts = [
-            {name: np.asarray(array) for name, array in _checked(*drawn).items()}
-            for drawn in one_ahead(turns())
-        ]
+        def fetch(drawn: tuple[dict[str, Array], int]) -> dict[str, np.ndarray]:
+            # To the host, where no size needs a program.
+            return {name: np.asarray(array) for name, array in _checked(*drawn).items()}
+
+        parts = [*side_by_side(draw, fetch, range(0, size, padded), self.mesh)]
         kept = {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
         return self.generated_class(**self.prior.put(kept))
 
