@@ -86,7 +86,7 @@ class Stack(nnx.Module):
             params, *own = layer
             return apply(nnx.merge(graphdef, params), keep_batch_split(x), *own), None
 
-        body = rematerialised(body, self.compute.remat, in_loop=True)
+        body = rematerialised(body, self.compute.remat, in_loop=not self.compute.unroll)
         x, _ = jax.lax.scan(body, x, inputs, unroll=self.compute.unroll)
         return keep_batch_split(x)
 

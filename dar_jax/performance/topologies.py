@@ -101,6 +101,7 @@ def find_devices(topology: str) -> Sequence[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # to load a program takes the chip
     extra = "gpu-aot" if is_gpu else "tpu"
     try:
         if gpus is not None and is_gpu:

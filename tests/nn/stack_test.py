@@ -87,6 +87,16 @@ def test_products_are_computed_twice_where_blocks_are(params):
     assert work("none") == work("dots") < work("blocks")
 
 
+def test_unrolled_blocks_are_computed_twice_as_well(params):
+    """Without a loop the compiler would find that both are the same, and keep everything."""
+
+    def sines(remat):
+        model = dataclasses.replace(MODEL, compute=Compute(remat=remat, unroll=True))
+        return gradient.lower(model, params, X).compile().as_text().count(" sine(")
+
+    assert sines("none") < sines("blocks")
+
+
 @pytest.mark.parametrize("model", [MODEL, MODEL.unstacked()], ids=["scanned", "loop"])
 def test_two_parts_equal_the_whole(params, model):
     weights = params if model.compute.stacked else unstack(params)
