@@ -36,7 +36,8 @@ class Compute:
             on a card.
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
             they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
-        unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
+        unroll: unroll the scan over repeated blocks: compiles several times as long. Small models
+            run faster, and so does training on GPUs: see `performance/README.md`.
         cache: directory that keeps compiled programs from run to run; empty takes the user's cache
             folder, "off" keeps none. See `common.compiled`.
         stacked: hold the repeated blocks as one block with a leading layer axis. Decoding wants

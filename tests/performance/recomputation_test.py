@@ -1,5 +1,7 @@
 """`compute.remat=auto` takes the least recomputation that fits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,6 +44,13 @@ def test_least_recomputation_that_fits_is_taken(compiled, memory, taken, tried):
     compute = choose_remat(AUTO, step_of(compiled), memory)
     assert compute == Compute(dtype="bfloat16", remat=taken)
     assert compiled == tried
+
+
+def test_unrolled_blocks_may_keep_everything(compiled):
+    unrolled = dataclasses.replace(AUTO, unroll=True)
+    assert choose_remat(unrolled, step_of(compiled), 20e9).remat == "none"
+    assert choose_remat(unrolled, step_of(compiled), 1e9).remat == "blocks"
+    assert compiled == ["none", "none", "dots"]
 
 
 def test_step_that_cannot_be_compiled_does_not_fit(compiled, monkeypatch):
