@@ -95,7 +95,8 @@ def compile_programs(config: Config, workdir: str) -> None:
     }
     for number, program in enumerate(programs, 1):
         logging.info("Compiling %s, program %d of %d", program.name, number, len(programs))
-        report["programs"][program.name] = analyse(program, devices)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it for their card
+            report["programs"][program.name] = analyse(program, devices)
         write_json(directory / REPORT_NAME, report)
     logging.info("Wrote %s:\n%s", directory / REPORT_NAME, table(report))
 
