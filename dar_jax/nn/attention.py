@@ -36,8 +36,9 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     rng: PRNGKeyArray | None = None,
     attention: str = "auto",
+    scale: float | None = None,
 ) -> Float[Array, "B heads N head_dim"]:
-    """Softmax attention with scale 1/sqrt(head_dim); the softmax is float32.
+    """Softmax attention; the softmax is float32.
 
     Query head h uses key/value head h // (heads / kv_heads).
 
@@ -49,17 +50,18 @@ def dot_product_attention(
         dropout_rate: of the attention weights.
         rng: turns dropout on.
         attention: see `Compute`.
+        scale: of the products; None is 1/sqrt(head_dim), as that of kernels always is.
     """
     drops_weights = rng is not None and dropout_rate > 0
     kernel = choose(attention, q, k, mask, drops_weights=drops_weights)
     if kernel != "xla":
-        assert mask is None or isinstance(mask, Causal)
+        assert scale is None and (mask is None or isinstance(mask, Causal))
         return fused_attention(kernel, q, k, v, mask)
     if isinstance(mask, Causal):
         mask = mask.array(q.shape[2], k.shape[2])
     grouped = einops.rearrange(q, "b (kv group) n d -> b kv group n d", kv=k.shape[1])
     scores = jnp.einsum("bkgnd,bkmd->bkgnm", grouped, k, preferred_element_type=jnp.float32)
-    scores *= q.shape[-1] ** -0.5
+    scores *= q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0] if mask.ndim == 4 else 1, 1, *mask.shape[-2:]))
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
-from dar_jax.models.dar.decoding import DecodingBlock, Position, positions_of
+from dar_jax.models.dar.decoding import DecodingBlock, Position, heads_together, positions_of
 from dar_jax.nn.attention import Attention, KVCache, Mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.embeddings import timestep_features
@@ -296,9 +296,11 @@ class Llama(nnx.Module):
         return rope_1d(length, self.config.head_dim, self.config.rope_base)
 
     def empty_caches(self, batch_size: int) -> tuple[KVCache, ...]:
-        """One cache of no slots per layer."""
-        heads = self.config.num_kv_heads or self.config.num_heads
-        empty = jnp.zeros((batch_size, heads, 0, self.config.head_dim), self.compute.jnp_dtype)
+        """One cache of no slots per layer, whose rows hold one or more heads."""
+        heads, head_dim = self.config.num_kv_heads or self.config.num_heads, self.config.head_dim
+        together = heads_together(head_dim, heads)
+        shape = (batch_size, heads // together, 0, head_dim * together)
+        empty = jnp.zeros(shape, self.compute.jnp_dtype)
         return (KVCache(empty, empty),) * self.config.num_layers
 
     def extend(
