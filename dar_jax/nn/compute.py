@@ -9,6 +9,7 @@ RESIDUAL_DTYPES = ("float32", "compute")
 REMAT_POLICIES = ("none", "blocks", "dots", "auto")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 DECODINGS = ("xla", "pallas")
+DECODE_STORES = ("compute", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Compute:
         decoding: what runs a prior's blocks while it draws tokens: `xla`, or `pallas`, kernels for
             one NVIDIA GPU in bfloat16, see `nn.decode_kernels`; not for captions, and not yet timed
             on a card.
+        decode_weights: what D-AR's prior reads its matrices in while it draws tokens: the `compute`
+            dtype, or `int8` with a scale for every output, half the bytes of bfloat16. See
+            `nn.int8`; likelihoods are not touched.
+        decode_cache: the same of keys and values, with a scale for each of a token and head.
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
             they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
         unroll: unroll the scan over repeated blocks: compiles longer, runs faster if small.
@@ -49,6 +54,8 @@ class Compute:
     remat: str = "none"
     attention: str = "auto"
     decoding: str = "xla"
+    decode_weights: str = "compute"
+    decode_cache: str = "compute"
     loss_chunks: int = 1
     unroll: bool = False
     cache: str = ""
@@ -71,6 +78,14 @@ class Compute:
             raise ValueError(f"attention {self.attention!r} must be one of {', '.join(ATTENTIONS)}")
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding {self.decoding!r} must be one of {', '.join(DECODINGS)}")
+        for name in ("decode_weights", "decode_cache"):
+            store = getattr(self, name)
+            if store not in DECODE_STORES:
+                raise ValueError(f"{name} {store!r} must be one of {', '.join(DECODE_STORES)}")
+            if store == "int8" and self.decoding == "pallas":
+                raise ValueError(
+                    f"{name}='int8' needs decoding='xla': the kernels of 'pallas' read bfloat16"
+                )
         if self.loss_chunks < 1:
             raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
 
