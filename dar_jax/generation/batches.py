@@ -276,17 +276,11 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "dtype": pipeline.compute.dtype,
         "decode_dtype": pipeline.compute.decode_dtype,
         "residual_dtype": pipeline.compute.residual_jnp_dtype.name,
-        **unusual_stores(pipeline.compute),
+        **pipeline.compute.quantized,
         "seed": config.seed,
         **pipeline.settings(config.sampling(pipeline.sampling)),
         **unusual_settings(),
     }
-
-
-def unusual_stores(compute: Compute) -> dict[str, str]:
-    """Return what decoding reads in another form than the compute dtype's; sets are older."""
-    stores = {name: getattr(compute, name) for name in ("decode_weights", "decode_cache")}
-    return {name: store for name, store in stores.items() if store != "compute"}
 
 
 def batch_size(config: SampleConfig, model: Pipeline | Autoencoder, num_images: int) -> int:

@@ -78,13 +78,12 @@ class Compute:
             raise ValueError(f"attention {self.attention!r} must be one of {', '.join(ATTENTIONS)}")
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding {self.decoding!r} must be one of {', '.join(DECODINGS)}")
-        for name in ("decode_weights", "decode_cache"):
-            store = getattr(self, name)
+        for name, store in self.quantized.items():
             if store not in DECODE_STORES:
                 raise ValueError(f"{name} {store!r} must be one of {', '.join(DECODE_STORES)}")
-            if store == "int8" and self.decoding == "pallas":
+            if self.decoding == "pallas":
                 raise ValueError(
-                    f"{name}='int8' needs decoding='xla': the kernels of 'pallas' read bfloat16"
+                    f"{name}={store!r} needs decoding='xla': the kernels of 'pallas' read bfloat16"
                 )
         if self.loss_chunks < 1:
             raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
@@ -92,6 +91,12 @@ class Compute:
     def of_decoding(self) -> "Compute":
         """Choices for a tokenizer or autoencoder that is not being trained."""
         return dataclasses.replace(self, dtype=self.decode_dtype)
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """What drawing tokens reads in another form than the compute dtype's, by option."""
+        stores = {name: getattr(self, name) for name in ("decode_weights", "decode_cache")}
+        return {name: store for name, store in stores.items() if store != "compute"}
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

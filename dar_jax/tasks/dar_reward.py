@@ -83,13 +83,9 @@ class DarRewardTask(FromPriorTask):
         super().__init__(*of_prior, **options)
         if self.model.config.caption_dim is not None:
             raise ValueError("config.model.caption_dim: rewards are for labels, use None")
-        compute = self.model.compute
-        if "int8" in (compute.decode_weights, compute.decode_cache):
-            raise ValueError(
-                f"config.compute.decode_weights={compute.decode_weights}, decode_cache="
-                f"{compute.decode_cache}: rewards teach the model that drew, and int8 draws with "
-                "another; leave both at compute"
-            )
+        if stores := self.model.compute.quantized:
+            names = ", ".join(f"config.compute.{name}={store}" for name, store in stores.items())
+            raise ValueError(f"{names} draws with another model than learns: leave it at compute")
         if self.config.reward not in TOKEN_REWARDS:
             load_reward(self.config.reward)
 

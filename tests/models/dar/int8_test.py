@@ -13,6 +13,7 @@ from dar_jax.models.dar.decoding import READ_PER_TOKEN, decoding_params
 from dar_jax.models.dar.llama import Llama
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.parallel.sharding import MeshConfig, make_mesh
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig
@@ -37,9 +38,14 @@ def dar(request):
     return DarPipeline(PriorPipeline(*prior_of(**request.param)), tokenizer)
 
 
-@pytest.mark.parametrize("folder", ["dar/gpt_tiny", "dar/gpt_gqa_tiny", "dar/gpt_t2i_tiny"])
-@pytest.mark.parametrize("stores", STORES, ids=NAMES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("folder", "stores", "dtype"),
+    [
+        ("dar/gpt_tiny", WEIGHTS, "float32"),
+        ("dar/gpt_gqa_tiny", CACHE, "float32"),
+        ("dar/gpt_t2i_tiny", WEIGHTS | CACHE, "bfloat16"),
+    ],
+)
 def test_logits_stay_close(folder, stores, dtype):
     model, params = prior_of(folder)
     inputs = conditions(model), image_tokens(model)
@@ -98,6 +104,17 @@ def test_an_image_does_not_depend_on_its_batch_or_on_lookahead(dar):
     np.testing.assert_array_equal(later[0], indices[1])
     ahead = dar.generate(LABELS, **options, lookahead=3).indices
     np.testing.assert_array_equal(ahead, indices)
+
+
+def test_eight_devices_draw_the_indices_of_one():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    split, whole = (
+        PriorPipeline(*prior_of(**WEIGHTS, **CACHE), mesh=devices).generate_indices(
+            np.arange(mesh.size), rng=0, guidance_scale=(1.1, 4.0)
+        )
+        for devices in (mesh, None)
+    )
+    np.testing.assert_array_equal(split, whole)
 
 
 def test_prefix_is_kept(dar):
