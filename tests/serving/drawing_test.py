@@ -96,8 +96,9 @@ def test_images_are_those_of_the_pipeline(dar, batch):
 def test_images_in_int8_are_those_of_the_pipeline():
     stores = dict(decode_weights="int8", decode_cache="int8")
     dar = from_pretrained("package://mnist", compute=Compute(cache="off", **stores))
-    image = ImageInWork(request(dar, 3, seed=5), 0)
-    ((*_, (_, tokens)),) = draw(LaneBatch(dar, dar.sampling, SIZE), [(0, 0, image)])
+    batch = LaneBatch(dar, dar.sampling, SIZE)
+    batch.reset()
+    ((*_, (_, tokens)),) = draw(batch, [(0, 0, ImageInWork(request(dar, 3, seed=5), 0))])
     np.testing.assert_array_equal(tokens, dar.generate([3], rng=5).indices[0])
 
 
