@@ -276,6 +276,7 @@ def identity(config: SampleConfig, pipeline: Pipeline, fingerprint: str) -> dict
         "dtype": pipeline.compute.dtype,
         "decode_dtype": pipeline.compute.decode_dtype,
         "residual_dtype": pipeline.compute.residual_jnp_dtype.name,
+        **pipeline.compute.quantized,
         "seed": config.seed,
         **pipeline.settings(config.sampling(pipeline.sampling)),
         **unusual_settings(),

@@ -1,6 +1,7 @@
 """The Llama prior of D-AR over the tokens of a tokenizer: class labels to images."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -156,7 +157,9 @@ def _decode_program(
     split = over_all_devices(mesh)
     arguments = (
         decoder,
-        sampling_params(model, mesh, decoding_params),
+        sampling_params(
+            model, mesh, functools.partial(decoding_params, weights=model.compute.decode_weights)
+        ),
         abstract(jax.eval_shape(state_before), split),
         abstract(rngs, split),
         abstract(jax.ShapeDtypeStruct((stop,), jnp.float32), sharding.replicated(mesh)),

@@ -10,6 +10,7 @@ from dar_jax.common.flops import flops
 from dar_jax.common.tree import tree_bytes
 from dar_jax.common.typing import Array, Params
 from dar_jax.models.dar import sampler
+from dar_jax.models.dar.decoding import READ_PER_TOKEN
 from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer
@@ -17,9 +18,6 @@ from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.runs import SEED, Part, Runs, Work
 from dar_jax.pipelines.dar import DarPipeline
 from dar_jax.sampling import autoregressive
-
-READ_PER_TOKEN = ("stack", "norm", "output")
-"""Parameters of the prior that every token reads whole: all but what embeds."""
 
 
 class DarRuns(Runs):

@@ -80,6 +80,7 @@ def _benchmark_sampling(config: Config, workdir: str) -> None:
         "jax": jax.__version__,
         "dtype": compute.dtype,
         "decode_dtype": compute.decode_dtype,
+        **compute.quantized,
         "weights": weights,
         **options,
         **{name: value for name, value in vars(pipeline.prior.config).items() if name in SIZES},
@@ -216,7 +217,8 @@ def check_memory(needed: int) -> None:
 
 def describe(context: dict[str, Any]) -> str:
     """One line on where and how the figures came about."""
-    size = ", ".join(f"{name} {context[name]}" for name in SIZES if name in context)
+    names = (*SIZES, "decode_weights", "decode_cache")
+    size = ", ".join(f"{name} {context[name]}" for name in names if name in context)
     return (
         f"{context['device']}, jax {context['jax']}, {context['dtype']}, decoding in "
         f"{context['decode_dtype']}, {context['weights']} weights; {size}; bounds from "

@@ -9,6 +9,7 @@ RESIDUAL_DTYPES = ("float32", "compute")
 REMAT_POLICIES = ("none", "blocks", "dots", "auto")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 DECODINGS = ("xla", "pallas")
+DECODE_STORES = ("compute", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Compute:
         decoding: what runs a prior's blocks while it draws tokens: `xla`, or `pallas`, kernels for
             one NVIDIA GPU in bfloat16, see `nn.decode_kernels`; not for captions, and not yet timed
             on a card.
+        decode_weights: what D-AR's prior reads its matrices in while it draws tokens: the `compute`
+            dtype, or `int8` with a scale for every output, half the bytes of bfloat16. See
+            `nn.int8`; likelihoods are not touched.
+        decode_cache: the same of keys and values, with a scale for each of a token and head; on
+            TPUs, of the heads that share a row.
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
             they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
         unroll: unroll the scan over repeated blocks: compiles several times as long. Small models
@@ -50,6 +56,8 @@ class Compute:
     remat: str = "none"
     attention: str = "auto"
     decoding: str = "xla"
+    decode_weights: str = "compute"
+    decode_cache: str = "compute"
     loss_chunks: int = 1
     unroll: bool = False
     cache: str = ""
@@ -72,12 +80,25 @@ class Compute:
             raise ValueError(f"attention {self.attention!r} must be one of {', '.join(ATTENTIONS)}")
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding {self.decoding!r} must be one of {', '.join(DECODINGS)}")
+        for name, store in self.quantized.items():
+            if store not in DECODE_STORES:
+                raise ValueError(f"{name} {store!r} must be one of {', '.join(DECODE_STORES)}")
+            if self.decoding == "pallas":
+                raise ValueError(
+                    f"{name}={store!r} needs decoding='xla': the kernels of 'pallas' read bfloat16"
+                )
         if self.loss_chunks < 1:
             raise ValueError(f"loss_chunks {self.loss_chunks} is not positive; 1 is all at once")
 
     def of_decoding(self) -> "Compute":
         """Choices for a tokenizer or autoencoder that is not being trained."""
         return dataclasses.replace(self, dtype=self.decode_dtype)
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """What drawing tokens reads in another form than the compute dtype's, by option."""
+        stores = {name: getattr(self, name) for name in ("decode_weights", "decode_cache")}
+        return {name: store for name, store in stores.items() if store != "compute"}
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dar_jax.common.typing import Any, Array, Float, Params
+from dar_jax.nn.int8 import Int8, matmul
 from dar_jax.nn.layout import gradient_dtype
 
 IMAGE_LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -82,6 +83,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         """Apply to the last axis."""
+        if isinstance(kernel := self.kernel.get_value(), Int8):  # is not trained
+            product = matmul(x.astype(self.dtype), kernel.read_after(x), jnp.float32)
+            product = product if self.bias is None else product + self.bias[...]
+            return product.astype(self.result_dtype)
         whole, part = _parts(self.kernel)
         bias = None if self.bias is None else jnp.asarray(self.bias[...])
         dtypes = Dtypes(self.dtype, self.result_dtype, gradient_dtype(), part.dtype)

@@ -17,6 +17,7 @@ from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling, FlowSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.functional_model import FunctionalModel
+from dar_jax.nn.int8 import check_finite
 from dar_jax.pipelines.base import (
     Autoencoder,
     Labels,
@@ -188,8 +189,9 @@ class PriorPipeline(ModelPipeline[Llama]):
 
     @functools.cached_property
     def sampling_params(self) -> Params:
-        """Per-layer parameters, matrices in the compute dtype, made once: what decoding reads."""
-        return decoding_params(cast_kernels(self.params, self.model.compute.jnp_dtype))
+        """Per-layer parameters, matrices as decoding reads them, made once; see `Compute`."""
+        params = cast_kernels(self.params, self.model.compute.jnp_dtype)
+        return check_finite(decoding_params(params, self.model.compute.decode_weights))
 
     def logits(
         self, labels: Array | np.ndarray, indices: Shaped[Array | np.ndarray, "B n"]

@@ -137,7 +137,7 @@ class DarPriorTask(ModelTask):
             names = [f"caption {number}" for number in range(1, len(condition) + 1)]
         stream = sampler.stream(
             self.model.unstacked(),
-            decoding_params(params),
+            decoding_params(params, self.model.compute.decode_weights),
             self.tokenizer,
             frozen["tokenizer"],
             condition,

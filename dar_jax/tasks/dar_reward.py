@@ -78,11 +78,14 @@ class DarRewardTask(FromPriorTask):
         """See `FromPriorTask`.
 
         Raises:
-            ValueError: no such reward, or the prior draws captions.
+            ValueError: no such reward, or the prior draws captions, or with int8.
         """
         super().__init__(*of_prior, **options)
         if self.model.config.caption_dim is not None:
             raise ValueError("config.model.caption_dim: rewards are for labels, use None")
+        if stores := self.model.compute.quantized:
+            names = ", ".join(f"config.compute.{name}={store}" for name, store in stores.items())
+            raise ValueError(f"{names} draws with another model than learns: leave it at compute")
         if self.config.reward not in TOKEN_REWARDS:
             load_reward(self.config.reward)
 

@@ -305,5 +305,6 @@ def test_set_depends_on_every_precision():
 
     low = {"dtype": "bfloat16"}
     variants = [{}, low, low | {"decode_dtype": "bfloat16"}, low | {"residual_dtype": "compute"}]
+    variants += [{"decode_weights": "int8"}, {"decode_cache": "int8"}]
     assert len({str(identity(**compute)) for compute in variants}) == len(variants)
     assert identity(residual_dtype="compute") == identity()

@@ -93,6 +93,15 @@ def test_images_are_those_of_the_pipeline(dar, batch):
             np.testing.assert_allclose(image, expected.images[index], atol=ROUNDING)
 
 
+def test_images_in_int8_are_those_of_the_pipeline():
+    stores = dict(decode_weights="int8", decode_cache="int8")
+    dar = from_pretrained("package://mnist", compute=Compute(cache="off", **stores))
+    batch = LaneBatch(dar, dar.sampling, SIZE)
+    batch.reset()
+    ((*_, (_, tokens)),) = draw(batch, [(0, 0, ImageInWork(request(dar, 3, seed=5), 0))])
+    np.testing.assert_array_equal(tokens, dar.generate([3], rng=5).indices[0])
+
+
 def test_known_pixels_are_kept_in_their_lane_only(dar, batch):
     known = np.linspace(-1, 1, 32 * 32 * 3, dtype=np.float32).reshape(32, 32, 3)
     mask = np.broadcast_to(MASK, (32, 32))

@@ -150,6 +150,7 @@ REFUSED = {
     },
     "'nowhere.py' is neither likelihood, classifier nor a file": {"loss.reward": "nowhere.py"},
     "vocab_size=300, but the tokenizer": {"model.vocab_size": 300},
+    "decode_weights=int8 draws with another model than learns": {"compute.decode_weights": "int8"},
 }
 
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params, Shaped
 from dar_jax.nn.attention import KVCache, dot_product_attention
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.int8 import Int8, matmul, quantize, quantize_matrices
 from dar_jax.nn.layers import linear, rms_norm, silu
 from dar_jax.nn.linear import Linear
 from dar_jax.nn.rope import Rope, apply_rope
@@ -25,6 +26,8 @@ Position = Int[Array, ""] | Int[Array, " B"] | int
 """Of a token in the sequence: the same in all rows, or each row's own."""
 LANES = 128
 """Numbers in a row of a TPU's memory."""
+READ_PER_TOKEN = ("stack", "norm", "output")
+"""Parameters that every token reads whole: all but what embeds."""
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -67,14 +70,15 @@ class DecodingBlock(nnx.Module):
 
             if x.shape[0] * x.shape[1] <= decode_kernels.ROWS:
                 multiply = decode_kernels.product
-        qkv = multiply(x, _matrix(self.attention.qkv), norm=_norm(self.attention_norm))
+        matrix = functools.partial(_matrix, position=position)
+        qkv = multiply(x, matrix(self.attention.qkv), norm=_norm(self.attention_norm))
         if mask is None:
             attended, cache = decode_kernels.extend_and_attend(qkv, cache, position, rope)
         else:
             attended, cache = self._attend(qkv, cache, position, rope, mask)
-        x = multiply(attended, _matrix(self.attention.out), residual=x)
-        hidden = multiply(x, _matrix(self.ffn.gate_up), norm=_norm(self.ffn_norm), gated=True)
-        return multiply(hidden, _matrix(self.ffn.down), residual=x), cache
+        x = multiply(attended, matrix(self.attention.out), residual=x)
+        hidden = multiply(x, matrix(self.ffn.gate_up), norm=_norm(self.ffn_norm), gated=True)
+        return multiply(hidden, matrix(self.ffn.down), residual=x), cache
 
     def _attend(
         self,
@@ -97,15 +101,22 @@ class DecodingBlock(nnx.Module):
         )
         together, scale = cache.keys.shape[-1] // q.shape[-1], q.shape[-1] ** -0.5
         new = KVCache(join_heads(keys, together), join_heads(values, together))
+        if isinstance(cache.keys, Int8):
+            new = KVCache(quantize(new.keys, axis=-1), quantize(new.values, axis=-1))
         cache = jax.tree.map(lambda old, rows: write_slots(old, rows, position), cache, new)
+        keys, values = (
+            part.whole() if isinstance(part, Int8) else part for part in (cache.keys, cache.values)
+        )
         q = spread_heads(q, self.num_kv_heads, together)
-        attended = dot_product_attention(q, cache.keys, cache.values, mask, scale=scale)
+        attended = dot_product_attention(q, keys, values, mask, scale=scale)
         attended = gather_heads(attended, self.num_kv_heads, together)
         return einops.rearrange(attended, "b h n d -> b n (h d)"), cache
 
 
-def _matrix(layer: Linear) -> Float[Array, "width F"]:
-    return jnp.asarray(layer.kernel[...]).astype(layer.dtype)
+def _matrix(layer: Linear, position: Position) -> Float[Array, "width F"] | Int8:
+    """Return the matrix in the compute dtype; as int8 it is read in every turn of a loop anew."""
+    kernel = layer.kernel.get_value().astype(layer.dtype)
+    return kernel.read_after(position) if isinstance(kernel, Int8) else kernel
 
 
 def _norm(layer: nnx.RMSNorm) -> tuple[Float[Array, " width"], float]:
@@ -114,7 +125,7 @@ def _norm(layer: nnx.RMSNorm) -> tuple[Float[Array, " width"], float]:
 
 def product(
     x: Float[Array, "B N width"],
-    matrix: Float[Array, "width F"],
+    matrix: Float[Array, "width F"] | Int8,
     *,
     norm: tuple[Float[Array, " width"], float] | None = None,
     gated: bool = False,
@@ -126,7 +137,7 @@ def product(
 
     Args:
         x: the rows.
-        matrix: in the compute dtype.
+        matrix: in the compute dtype, or int8.
         norm: scale and epsilon of the RMS norm before.
         gated: the result is silu(first half) * second half, [B, N, F / 2].
         residual: what the result is added to.
@@ -138,7 +149,7 @@ def product(
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
         x *= scale
     wide = dtype if inverse is None else jnp.float32
-    result = jnp.einsum("...i,io->...o", x.astype(dtype), matrix, preferred_element_type=wide)
+    result = matmul(x.astype(dtype), matrix, wide)
     if inverse is not None:
         result = (result * inverse).astype(dtype)
     if gated:
@@ -193,10 +204,10 @@ def positions_of(position: Position, num_new: int) -> Int[Array, " N"] | Int[Arr
 
 
 def write_slots(
-    cache: Float[Array, "B kv_heads M head_dim"],
-    new: Float[Array, "B kv_heads N head_dim"],
+    cache: Shaped[Array, "B kv_heads M width"],
+    new: Shaped[Array, "B kv_heads N width"],
     position: Position,
-) -> Float[Array, "B kv_heads M head_dim"]:
+) -> Shaped[Array, "B kv_heads M width"]:
     """Write the slots from `position` on."""
     new = new.astype(cache.dtype)
     if jnp.ndim(position) == 0:
@@ -205,8 +216,13 @@ def write_slots(
     return jax.vmap(write)(cache, new, position)
 
 
-def decoding_params(params: Params) -> Params:
-    """Unstack the parameters of a Llama and fuse its matrices, for `Compute(stacked=False)`."""
+def decoding_params(params: Params, weights: str = "compute") -> Params:
+    """Unstack the parameters of a Llama and fuse its matrices, for `Compute(stacked=False)`.
+
+    Args:
+        params: of the stacked model.
+        weights: see `Compute.decode_weights`; int8 puts what every token reads whole in it.
+    """
 
     def fuse(tree: Any) -> Any:
         if not isinstance(tree, dict):
@@ -218,4 +234,7 @@ def decoding_params(params: Params) -> Params:
                 tree[fused] = {"kernel": jnp.concatenate(parts, axis=-1)}
         return tree
 
-    return fuse(unstack(params))
+    params = fuse(unstack(params))
+    if weights == "int8":
+        params |= quantize_matrices({name: params[name] for name in READ_PER_TOKEN})
+    return params

@@ -21,6 +21,7 @@ from dar_jax.nn.attention import Attention, KVCache, Mask
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.embeddings import timestep_features
 from dar_jax.nn.fused_attention import Causal
+from dar_jax.nn.int8 import quantize
 from dar_jax.nn.layers import SwiGlu, dropout, linear, rms_norm, silu
 from dar_jax.nn.layout import keep_batch_split
 from dar_jax.nn.rope import Rope, rope_1d
@@ -301,6 +302,8 @@ class Llama(nnx.Module):
         together = heads_together(head_dim, heads)
         shape = (batch_size, heads // together, 0, head_dim * together)
         empty = jnp.zeros(shape, self.compute.jnp_dtype)
+        if self.compute.decode_cache == "int8":
+            empty = quantize(empty, axis=-1)
         return (KVCache(empty, empty),) * self.config.num_layers
 
     def extend(
