@@ -21,8 +21,9 @@ import dar_jax
 from dar_jax.common import model_dir, storage
 from dar_jax.generation.resumable_arrays import is_whole_archive
 from dar_jax.modes import train
-from dar_jax.training import checkpoint
+from dar_jax.training import checkpoint, staged_checkpoints
 from tests import tiny_model
+from tests.emulator import readable
 from tests.modes.train_test import KILL_TIMEOUT_S, RUN_TOY, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,11 +46,11 @@ def curve(workdir):
 
 
 def state(workdir, step):
-    path = storage.to_path(str(workdir)) / "checkpoints" / str(step)
-    with checkpoint.ocp.StandardCheckpointer() as reader:
+    kept = storage.to_path(str(workdir)) / "checkpoints" / str(step)
+    with readable(kept) as path, checkpoint.ocp.StandardCheckpointer() as reader:
         restored = reader.restore(path / "state")
     restored["rng"] = np.asarray(jax.random.key_data(restored["rng"]))
-    return jax.device_get(restored), json.loads((path / "data" / "metadata").read_text())
+    return jax.device_get(restored), json.loads((kept / "data" / "metadata").read_text())
 
 
 def assert_same_run(first, second, step):
@@ -80,8 +81,14 @@ def test_run_that_resumes_in_a_bucket_equals_one_in_a_folder_bitwise(whole, in_b
     missing = {name for name in promised - found if not name.startswith(("checkpoints/", "events"))}
     assert not missing and sum(name.startswith("events") for name in found) == 2
     assert not any(path.name.startswith(".") for path in in_bucket.iterdir())
-    assert (in_bucket / "checkpoints" / "4" / "commit_success.txt").exists()
+    assert marker(in_bucket / "checkpoints" / "4").exists()
     export(in_bucket)
+
+
+def marker(directory):
+    """What says that all of a checkpoint is there."""
+    staged = staged_checkpoints.is_staged(directory)
+    return directory / ("digests.json" if staged else "commit_success.txt")
 
 
 def export(workdir):
@@ -93,7 +100,7 @@ def export(workdir):
 @pytest.mark.slow
 def test_checkpoint_that_is_half_written_is_passed_over_and_written_again(whole, in_bucket):
     run(in_bucket, steps=4, image_every=2)
-    (in_bucket / "checkpoints" / "4" / "commit_success.txt").unlink()
+    marker(in_bucket / "checkpoints" / "4").unlink()
     storage.delete_tree(in_bucket / "checkpoints" / "4" / "state")
     assert checkpoint.latest_step(in_bucket / "checkpoints") == 2
     run(in_bucket, steps=4, image_every=2)
