@@ -1,6 +1,7 @@
 """The client of buckets of Google Cloud Storage."""
 
 import logging as python_logging
+from collections.abc import Mapping
 from typing import Any
 
 import gcsfs  # pyright: ignore[reportMissingImports]  # the extra `gcs`
@@ -15,13 +16,13 @@ SESSION = "upload_id="
 class Buckets(Patient, gcsfs.GCSFileSystem):
     """Its own retries end after half a minute, and it remembers what folders had."""
 
-    changed = "mtime"
-    """Of what it says of an object, the time of the last change."""
-
     def __init__(self, **options: Any):
         # Others write to the bucket, and so does TensorStore.
         super().__init__(**{**options, "use_listings_cache": False})
         python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
+
+    def changed(self, about: Mapping[str, Any]) -> float:
+        return about["mtime"].timestamp()
 
     def is_passing(self, error: Exception) -> bool:
         return not self.is_unusual(error) and is_retriable(error)

@@ -7,7 +7,7 @@ What is written like a file is sent in one request when it is closed.
 import asyncio
 import io
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from absl import logging
@@ -25,10 +25,20 @@ class Patient(asyn.AsyncFileSystem):
     Attributes:
         patience: seconds for which a request that fails is tried again.
         brief: the same for the looks at the beginning of a run, when nothing is lost.
+        may_ignore_conditions: there are services that create what is there already.
     """
 
     patience = PATIENCE_SECONDS
     brief = 0.0
+    may_ignore_conditions = False
+
+    def changed(self, about: Mapping[str, Any]) -> float:
+        """Return the time of the last change of an object, in seconds since 1970.
+
+        Args:
+            about: what the service says of the object.
+        """
+        raise NotImplementedError
 
     def is_passing(self, error: Exception) -> bool:
         """Tell whether what a request failed of may be over soon."""

@@ -39,6 +39,7 @@ Path = pathlib.Path | epath.Path
 NUM_THREADS = 8
 """Files that are copied at the same time."""
 CHUNK_BYTES = 2**24
+NUM_TRIES = 5
 
 
 def to_path(path: str | os.PathLike, name: str = "path") -> Path:
@@ -100,6 +101,8 @@ def check_writable(path: Path) -> None:
             is_file = path.is_file()
             if not is_file:
                 system.pipe_file(str(token), b"")
+                if system.may_ignore_conditions:
+                    _check_conditions(token)
                 token.unlink(missing_ok=True)  # others look at the same time
     except (OSError, ValueError) as error:
         is_missing = isinstance(error, FileNotFoundError)
@@ -110,6 +113,13 @@ def check_writable(path: Path) -> None:
         ) from error
     if is_file:
         raise ValueError(f"cannot use {path}: it is an object, no folder; choose another")
+
+
+def _check_conditions(token: Path) -> None:
+    """Raise OSError if what is there can be created once more."""
+    # Others delete it at times, but not every time.
+    if all(create(token, "") for _ in range(NUM_TRIES)):
+        raise OSError("the service creates what is there already (it ignores If-None-Match)")
 
 
 def make_directory(path: Path) -> None:
@@ -158,7 +168,7 @@ def status(path: Path) -> tuple[int, int]:
     if is_remote(path):
         system = _connect(path)
         about = system.info(str(path))
-        return about["size"], round(about[system.changed].timestamp() * 10**9)
+        return about["size"], round(system.changed(about) * 10**9)
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
@@ -251,7 +261,7 @@ def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
         return {
             f"{scheme_of(address)}://{name}": (
                 about["size"],
-                round(about[system.changed].timestamp() * 1000),
+                round(system.changed(about) * 1000),
             )
             for name, about in found.items()
         }
@@ -281,7 +291,8 @@ def files_below(directory: Path) -> list[Path]:
     if not is_remote(directory):
         return sorted(path for path in directory.rglob("*") if path.is_file())
     found = _connect(directory).find(str(directory))
-    return [epath.Path(f"{scheme_of(directory)}://{name}") for name in sorted(found)]
+    names = [name for name in sorted(found) if not name.endswith("/")]  # marks of folders
+    return [epath.Path(f"{scheme_of(directory)}://{name}") for name in names]
 
 
 def delete_tree(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Data in a bucket: a local copy, made as far and as soon as it is read.
 
     data.cache_dir/gs/BUCKET/DIR/set-000000.tar
-    data.cache_dir/gs/BUCKET/DIR/ant/1.jpg -> gs://BUCKET/DIR/ant/1.jpg#1234
+    data.cache_dir/gs/BUCKET/DIR/ant/1.jpg -> gs://BUCKET/DIR/ant/1.jpg#1234      (or s3)
 
 What libraries open by its local path, tars and shards, is copied when a run begins, which reads all
 their headers. Of pictures in folders there may be a million: each is a link with its address and

@@ -82,10 +82,13 @@ class Place:
 
     def set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, whose step is to be saved again."""
-        path, number = self._directory / str(step), 0
-        while (aside := path.with_name(f"{step}-{number}{DAMAGED_SUFFIX}")).exists():
+        number = 0
+        while (aside := self._directory / f"{step}-{number}{DAMAGED_SUFFIX}").exists():
             number += 1
-        path.rename(aside)
+        self._move(step, aside)
+
+    def _move(self, step: int, target: storage.Path) -> None:
+        (self._directory / str(step)).rename(target)
 
     def clean(self) -> None:
         """Delete what a kill left of checkpoints."""
@@ -116,9 +119,11 @@ class _Staged(Place):
         storage.download(source, names, target)
         return target
 
-    def set_aside(self, step: int) -> None:
-        super().set_aside(step)
-        shutil.rmtree(self.folder / str(step))
+    def _move(self, step: int, target: storage.Path) -> None:
+        copy = pathlib.Path(self.folder, str(step))
+        storage.upload_tree(copy, target)
+        self._delete(step)
+        shutil.rmtree(copy)
 
     def clean(self) -> None:
         for step in {*_steps(self._directory)} - {*complete_steps(self._directory)}:

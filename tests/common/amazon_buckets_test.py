@@ -98,6 +98,16 @@ def test_file_that_is_written_anew_while_it_is_read_is_the_old_or_the_new(where,
         assert file.read() == b"and second"
 
 
+def test_service_that_creates_what_is_there_is_refused(where, monkeypatch):
+    system = storage._connect(where)
+    pipe_file = system.pipe_file
+    monkeypatch.setattr(
+        system, "pipe_file", lambda path, data, mode="overwrite": pipe_file(path, data)
+    )
+    with pytest.raises(ValueError, match=rf"cannot use {where}: .* \(it ignores If-None-Match"):
+        storage.check_writable(where)
+
+
 def test_objects_that_may_not_be_deleted_are_an_error(where):
     import s3fs
 

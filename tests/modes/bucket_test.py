@@ -118,8 +118,9 @@ def test_damaged_checkpoint_is_set_aside(whole, in_bucket):
 
 
 def test_bucket_that_does_not_exist_is_one_line_before_anything_is_compiled(emulator):
-    with pytest.raises(ValueError, match="cannot use gs://nowhere/run: there is no such bucket"):
-        run("gs://nowhere/run", steps=2)
+    address = f"{emulator.scheme}://nowhere/run"
+    with pytest.raises(ValueError, match=f"cannot use {address}: there is no such bucket"):
+        run(address, steps=2)
 
 
 def test_path_of_an_object_is_no_workdir(in_bucket):
@@ -165,19 +166,31 @@ def start(model, workdir, *arguments, **options):
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """A bucket that may be read, has no objects, and may not be written."""
+    """A bucket of either service that may be read, has no objects, and may not be written."""
+
+    def do_HEAD(self):
+        self.answer(404, b"")
 
     def do_GET(self):
-        status = 404 if "/o/" in self.path else 200
-        self.answer(status, b'{"kind": "storage#objects"}')
+        if "list-type=2" in self.path:
+            self.answer(200, b"<ListBucketResult></ListBucketResult>")
+            return
+        self.answer(404 if "/o/" in self.path else 200, b'{"kind": "storage#objects"}')
 
     def do_POST(self):
-        self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.create"}}')
+        self.answer(
+            403, b'{"error": {"code": 403, "message": "Forbidden: storage.objects.create"}}'
+        )
+
+    def do_PUT(self):
+        self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Forbidden</Message></Error>")
 
     def answer(self, status, body):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        is_json = body.startswith(b"{")
+        self.send_header("Content-Type", "application/json" if is_json else "application/xml")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -189,17 +202,19 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 def refusing(emulator, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        for name in ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
         yield
         server.shutdown()
 
 
 @pytest.mark.usefixtures("refusing")
-def test_bucket_that_may_not_be_written_is_one_line_before_any_work(model):
-    process = start(model, "gs://bbb/run", "--mode=sample", stdout=PIPE, stderr=PIPE, text=True)
+def test_bucket_that_may_not_be_written_is_one_line_before_any_work(model, emulator):
+    address = f"{emulator.scheme}://bbb/run"
+    process = start(model, address, "--mode=sample", stdout=PIPE, stderr=PIPE, text=True)
     output, error = process.communicate()
     assert process.returncode == 2 and "Model" not in output
-    assert re.fullmatch("dar_jax: error: cannot use gs://bbb/run: Forbidden.*rights.*\n", error)
+    assert re.fullmatch(f"dar_jax: error: cannot use {address}: Forbidden.*rights.*\n", error)
 
 
 def pieces(workdir):
@@ -216,12 +231,9 @@ def merged(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["folder", "bucket"])
-def test_set_of_four_processes_two_of_them_killed_equals_that_of_one(
-    where, model, request, tmp_path
-):
+def test_set_of_four_processes_two_of_them_killed_equals_that_of_one(model, anywhere, tmp_path):
     """One of those that are left came late."""
-    workdir = tmp_path / "set" if where == "folder" else request.getfixturevalue("in_bucket")
+    workdir = anywhere / "set"
     assert start(model, tmp_path / "one", *SET).wait() == 0
     processes = [start(model, workdir, *SET) for _ in range(3)]
     for count in (2, 4):
@@ -294,7 +306,7 @@ def test_two_runs_in_one_workdir_refuse_each_other(in_bucket):
     with (
         mock.patch("dar_jax.parallel.leases.RENEW_SECONDS", 0.1),
         train.exclusive(in_bucket),
-        pytest.raises(ValueError, match=r"another run is at work in gs://.* \(process \d+ on"),
+        pytest.raises(ValueError, match=rf"another run is at work in {in_bucket} \(process \d+ on"),
     ):
         run(in_bucket, steps=2)
     assert storage.entries(in_bucket) == []
