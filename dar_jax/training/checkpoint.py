@@ -162,13 +162,14 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Wait for a save under way.
+        """Wait for a save under way, after which no more are left than are kept.
 
         Raises:
             ValueError: it failed.
         """
         with self._explained_failure():
             self._manager.wait_until_finished()
+            self._place.delete_old()
 
     def restore(
         self, abstract: TrainState, iterator: grain.DatasetIterator

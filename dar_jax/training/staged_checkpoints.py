@@ -96,8 +96,11 @@ class Place:
     def keep(self, step: int, made: storage.Path) -> None:
         """Bring a checkpoint that has its digests from `made`, below `folder`, to its place."""
 
+    def delete_old(self) -> None:
+        """Delete what is not to be kept and a kill let be."""
+
     def close(self) -> None:
-        """Delete what is no longer needed."""
+        """Delete what is no longer needed here."""
 
 
 class _Staged(Place):
@@ -120,10 +123,9 @@ class _Staged(Place):
         return target
 
     def _move(self, step: int, target: storage.Path) -> None:
-        copy = pathlib.Path(self.folder, str(step))
-        storage.upload_tree(copy, target)
+        storage.copy_tree(self._directory / str(step), target)  # the one here may be the damaged
         self._delete(step)
-        shutil.rmtree(copy)
+        shutil.rmtree(self.folder / str(step))
 
     def clean(self) -> None:
         for step in {*_steps(self._directory)} - {*complete_steps(self._directory)}:
@@ -135,9 +137,12 @@ class _Staged(Place):
         storage.upload_tree(
             pathlib.Path(made), self._directory / str(step), last=digests.DIGESTS_NAME
         )
-        for old in complete_steps(self._directory)[self._keep :]:
-            if not self._keep_every or old % self._keep_every:
-                self._delete(old)
+        self.delete_old()
+
+    def delete_old(self) -> None:
+        for step in complete_steps(self._directory)[self._keep :]:
+            if not self._keep_every or step % self._keep_every:
+                self._delete(step)
 
     def _delete(self, step: int) -> None:
         path = self._directory / str(step)

@@ -106,9 +106,12 @@ def test_deletion_that_is_broken_off_leaves_no_checkpoint(directory, monkeypatch
     save(directory, 4)
     assert names(directory) == ["1", "2", "3", "4"]
     assert staged_checkpoints.complete_steps(directory) == [4, 3, 2]
+    monkeypatch.setattr(staged_checkpoints._Staged, "_delete", lambda self, step: None)
+    save(directory, 5)
+    assert staged_checkpoints.complete_steps(directory) == [5, 4, 3, 2]
     monkeypatch.undo()
     save(directory)
-    assert names(directory) == ["2", "3", "4"]
+    assert names(directory) == ["3", "4", "5"]
 
 
 def test_damaged_one_is_set_aside_and_saved_again(directory):
