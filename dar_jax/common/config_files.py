@@ -4,7 +4,7 @@ import pathlib
 import sys
 import types
 
-from dar_jax.common import storage
+from dar_jax.common import addresses
 
 NAME = "configs"
 """Folder of the config files, and the name by which they import each other."""
@@ -26,7 +26,7 @@ def find(argument: str) -> str:
     Raises:
         ValueError: it is an address, where no programs are read from.
     """
-    storage.check_path(argument, "--config")
+    addresses.check_path(argument, "--config")
     name, colon, variant = argument.partition(":")
     path = pathlib.Path(name)
     own = DIRECTORY / path.name

@@ -115,9 +115,9 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
     """Find a model directory.
 
     Args:
-        path: the model directory, a workdir that has one, `hf://owner/name[/directory]` or
-            `gs://BUCKET/DIR`, which are downloaded, or `package://NAME[/directory]`, which comes
-            with the package.
+        path: the model directory, a workdir that has one, `hf://owner/name[/directory]`,
+            `gs://BUCKET/DIR` or `s3://BUCKET/DIR`, which are downloaded, or
+            `package://NAME[/directory]`, which comes with the package.
 
     Raises:
         ValueError: the download failed, the package ships no such model, or the path is none.

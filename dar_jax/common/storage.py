@@ -1,13 +1,15 @@
-"""Where runs, models and sets are kept: local folders, and buckets of Google Cloud Storage.
+"""Where runs, models and sets are kept: local folders, and buckets of Google Cloud or Amazon S3.
 
     runs/first          pathlib.Path, as everywhere
     gs://bucket/first   epath.Path, which has the same methods (etils; gcsfs does the work)
+    s3://bucket/first   the same (s3fs)
 
 A bucket has no folders, rename, append or locks. So there an object is written once, under its
 final name, and is whole as soon as it is seen; what is several objects has one that is written
 last; a file that grows is written anew with each line; and only one can create a claim.
 Requests that fail are tried again, for minutes; credentials are those of `gcloud auth
-application-default login` or of the machine. Of s3:// Orbax cannot write checkpoints: mount it.
+application-default login` or of the machine, and those of AWS's environment (`AWS_PROFILE`,
+`AWS_ENDPOINT_URL`). Orbax cannot write checkpoints to s3://: `training.staged_checkpoints` does.
 
 Data are read through a local copy (`data.mirror`). Local only is what libraries open by its local
 path: folders of pictures to compare with, single pictures, official checkpoints, config files,
@@ -16,107 +18,28 @@ compiled programs, and what comes with the package.
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import io
 import os
 import pathlib
-import re
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 from etils import epath
 
+from dar_jax.common.addresses import SERVICES, check_path, scheme_of, service_of
+
 Path = pathlib.Path | epath.Path
 
-BUCKETS = ("gs",)
-"""Schemes of buckets that are read and written."""
-ELSEWHERE = ("hf", "package")
-"""Schemes of addresses that others read: `common.hub` and `common.model_dir`."""
-MODEL_KEYS = (
-    *("tokenizer", "vae", "train.init_from", "sample.model", "sample.untrained_model"),
-    *("benchmark.model", "evaluate.weights", "loss.dinov2", "loss.lpips"),
-)
-"""Keys of a configuration that name a model directory."""
-FILE_KEYS = ("data.classes", "data.references", "evaluate.reference", "evaluate.images")
-"""Keys of a configuration that name a file."""
-DATA_KEY = "data.path"
-"""Key of the data, which are read through a local copy (`data.mirror`)."""
-MOUNTS = {"gs": "gcsfuse BUCKET DIR", "s3": "mount-s3 BUCKET DIR"}
-"""Commands that show a bucket as a folder."""
 NUM_THREADS = 8
 """Files that are copied at the same time."""
 CHUNK_BYTES = 2**24
-_ADDRESS = re.compile(r"(?:^|,)\s*(([A-Za-z][A-Za-z0-9+.-]*):/+[^,]*)")
-_IN_BUCKET = re.compile(r"[a-z0-9]+://[a-z0-9][\w.-]+(/|$)")
-
-
-def check_path(path: str | os.PathLike, name: str, *, known: tuple[str, ...] = ()) -> None:
-    """Refuse an address that would be taken for a local path.
-
-    Args:
-        path: a path or address, or several, joined by commas.
-        name: what it is, as on the command line.
-        known: schemes that are read here.
-
-    Raises:
-        ValueError: it has another scheme, names no bucket, or needs what is not installed.
-    """
-    for address, scheme in _ADDRESS.findall(os.fspath(path)):
-        if scheme not in known:
-            raise ValueError(f"{name}={address}: {_advice(scheme.lower())}")
-        if scheme in BUCKETS and not _IN_BUCKET.match(address):
-            raise ValueError(f"{name}={address}: expected {scheme}://BUCKET/DIR")
-        if scheme in BUCKETS and importlib.util.find_spec("gcsfs") is None:
-            raise ValueError(
-                f"{name}={address} needs gcsfs, which is not installed; run pip install "
-                "'dar-jax[gcs]'"
-            )
-
-
-def _advice(scheme: str) -> str:
-    if scheme in MOUNTS:
-        return (
-            f"no {scheme}:// here: mount the bucket ({MOUNTS[scheme]}) and give the path below DIR"
-        )
-    if scheme == "file":
-        return "give the path alone, without file://"
-    return f"{scheme}:// is not known; give the path of a local or mounted folder"
-
-
-def check_config(values: Mapping[str, Any], prefix: str) -> None:
-    """Refuse addresses in a configuration that are not read.
-
-    Args:
-        values: nested, with JSON types and tuples as leaves.
-        prefix: of their names on the command line.
-
-    Raises:
-        ValueError: see `check_path`.
-    """
-    models = [f"{prefix}.{key}" for key in MODEL_KEYS]
-    convert = values.get("convert")
-    if isinstance(convert, Mapping) and convert.get("to") == "torch":
-        models.append(f"{prefix}.convert.source")
-    readable = (*models, *(f"{prefix}.{key}" for key in (*FILE_KEYS, DATA_KEY)))
-    for name, text in _texts(values, prefix):
-        known = (*ELSEWHERE, *BUCKETS) if name in readable else ELSEWHERE
-        check_path(text, f"--{name}", known=known)
-
-
-def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(item, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item, name)
+NUM_TRIES = 5
 
 
 def to_path(path: str | os.PathLike, name: str = "path") -> Path:
@@ -125,9 +48,9 @@ def to_path(path: str | os.PathLike, name: str = "path") -> Path:
     Raises:
         ValueError: see `check_path`.
     """
-    check_path(path, name, known=BUCKETS)
-    if os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS)):
-        _connect()
+    check_path(path, name, known=tuple(SERVICES))
+    if scheme_of(path) in SERVICES:
+        _connect(path)
         return epath.Path(os.fspath(path))
     return pathlib.Path(path)
 
@@ -137,18 +60,31 @@ def is_remote(path: str | os.PathLike) -> bool:
     return isinstance(path, epath.Path)
 
 
+def _connect(path: str | os.PathLike) -> Any:
+    """The file system of all buckets of a service, the one that `epath` uses, too."""
+    return _connected(scheme_of(path))
+
+
 @functools.cache
-def _connect() -> Any:
-    """The file system of all buckets, the one that Orbax uses through `epath`, too."""
+def _connected(scheme: str) -> Any:
     import fsspec
     from etils.epath import backend
 
-    from dar_jax.common.patient_buckets import PatientBuckets
-
     os.environ.setdefault("EPATH_USE_TF", "false")  # else epath prefers TensorFlow, where it is
-    for name in PatientBuckets.protocol:
-        fsspec.register_implementation(name, PatientBuckets, clobber=True)
-    return backend.fsspec_backend.fs("gs://")
+    client = importlib.import_module(f"dar_jax.common.{SERVICES[scheme].client}").Buckets
+    for name in client.protocol:
+        fsspec.register_implementation(name, client, clobber=True)
+    return backend.fsspec_backend.fs(f"{scheme}://")
+
+
+@contextlib.contextmanager
+def _briefly(system: Any) -> Iterator[None]:
+    """Let requests fail soon: at the beginning nothing is lost."""
+    system.patience = system.brief
+    try:
+        yield
+    finally:
+        del system.patience
 
 
 def check_writable(path: Path) -> None:
@@ -159,24 +95,31 @@ def check_writable(path: Path) -> None:
     """
     # One name a host: what a kill leaves goes with the next look, and a bucket takes but one write
     # a second of one object.
-    token, system = path / f".writable-{socket.gethostname()}", _connect()
-    system.patience = 0.0  # at the beginning nothing is lost
+    token, system = path / f".writable-{socket.gethostname()}", _connect(path)
     try:
-        is_file = path.is_file()
-        if not is_file:
-            system.pipe_file(str(token), b"")
-            token.unlink(missing_ok=True)  # others look at the same time
+        with _briefly(system):
+            is_file = path.is_file()
+            if not is_file:
+                system.pipe_file(str(token), b"")
+                if system.may_ignore_conditions:
+                    _check_conditions(token)
+                token.unlink(missing_ok=True)  # others look at the same time
     except (OSError, ValueError) as error:
         is_missing = isinstance(error, FileNotFoundError)
         reason = "there is no such bucket" if is_missing else " ".join(str(error).split())
         raise ValueError(
             f"cannot use {path}: {reason}; check the bucket's name and your rights to write "
-            "objects, and run gcloud auth application-default login"
+            f"objects, and {service_of(path).login}"
         ) from error
-    finally:
-        del system.patience
     if is_file:
         raise ValueError(f"cannot use {path}: it is an object, no folder; choose another")
+
+
+def _check_conditions(token: Path) -> None:
+    """Raise OSError if what is there can be created once more."""
+    # Others delete it at times, but not every time.
+    if all(create(token, "") for _ in range(NUM_TRIES)):
+        raise OSError("the service creates what is there already (it ignores If-None-Match)")
 
 
 def make_directory(path: Path) -> None:
@@ -189,7 +132,7 @@ def create(path: Path, text: str) -> bool:
     """Write a file that is not there yet; False if there is one. Only one of several can."""
     try:
         if is_remote(path):
-            _connect().pipe_file(str(path), text.encode(), mode="create")
+            _connect(path).pipe_file(str(path), text.encode(), mode="create")
         else:
             with open(path, "x") as file:
                 file.write(text)
@@ -223,15 +166,16 @@ def status(path: Path) -> tuple[int, int]:
         OSError: there is none.
     """
     if is_remote(path):
-        about = _connect().info(str(path))
-        return about["size"], round(about["mtime"].timestamp() * 10**9)
+        system = _connect(path)
+        about = system.info(str(path))
+        return about["size"], round(system.changed(about) * 10**9)
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
 
 def upload(source: pathlib.Path, target: Path) -> None:
     """Copy a file to a bucket; until it is complete, what was there before stays."""
-    _connect().put_file(str(source), str(target))
+    _connect(target).put_file(str(source), str(target))
 
 
 def upload_tree(source: pathlib.Path, target: Path, *, last: str = "") -> None:
@@ -314,19 +258,17 @@ def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
 
     def listed(address: str) -> dict[str, tuple[int, int]]:
         found = system.find(address, detail=True)
-        scheme = address.partition("//")[0]
         return {
-            f"{scheme}//{name}": (about["size"], round(about["mtime"].timestamp() * 1000))
+            f"{scheme_of(address)}://{name}": (
+                about["size"],
+                round(system.changed(about) * 1000),
+            )
             for name, about in found.items()
         }
 
-    system = _connect()
-    system.patience = 0.0  # at the beginning nothing is lost
-    try:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            return list(pool.map(listed, addresses))
-    finally:
-        del system.patience
+    system = _connect(addresses[0])
+    with _briefly(system), ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(listed, addresses))
 
 
 def download_object(address: str, size: int, target: pathlib.Path) -> None:
@@ -338,7 +280,7 @@ def download_object(address: str, size: int, target: pathlib.Path) -> None:
     with open(target, "wb") as file:
         for start in range(0, size, CHUNK_BYTES):
             end = min(start + CHUNK_BYTES, size)
-            file.write(_connect().cat_file(address, start=start, end=end))
+            file.write(_connect(address).cat_file(address, start=start, end=end))
         found = file.tell()
     if found != size:
         raise OSError(f"{found:,} bytes, not {size:,}: it was changed, or cut short")
@@ -348,9 +290,17 @@ def files_below(directory: Path) -> list[Path]:
     """All files of a folder and of those in it, in the order of their paths."""
     if not is_remote(directory):
         return sorted(path for path in directory.rglob("*") if path.is_file())
-    found = _connect().find(str(directory))
-    scheme = str(directory).partition("//")[0]
-    return [epath.Path(f"{scheme}//{name}") for name in sorted(found)]
+    found = _connect(directory).find(str(directory))
+    names = [name for name in sorted(found) if not name.endswith("/")]  # marks of folders
+    return [epath.Path(f"{scheme_of(directory)}://{name}") for name in names]
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder of a bucket to another one there, without reading it here."""
+    names = [path.relative_to(source).as_posix() for path in files_below(source)]
+    copy = _connect(source).cp_file
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(lambda name: copy(str(source / name), str(target / name)), names))
 
 
 def delete_tree(directory: Path) -> None:

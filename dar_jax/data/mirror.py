@@ -1,7 +1,7 @@
 """Data in a bucket: a local copy, made as far and as soon as it is read.
 
     data.cache_dir/gs/BUCKET/DIR/set-000000.tar
-    data.cache_dir/gs/BUCKET/DIR/ant/1.jpg -> gs://BUCKET/DIR/ant/1.jpg#1234
+    data.cache_dir/gs/BUCKET/DIR/ant/1.jpg -> gs://BUCKET/DIR/ant/1.jpg#1234      (or s3)
 
 What libraries open by its local path, tars and shards, is copied when a run begins, which reads all
 their headers. Of pictures in folders there may be a million: each is a link with its address and
@@ -17,13 +17,14 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from absl import logging
 
 from dar_jax.common import storage
+from dar_jax.common.addresses import SERVICES, scheme_of, service_of
 from dar_jax.common.files import replacing, sweep
 from dar_jax.data import tfds
 from dar_jax.data.base import DataConfig
@@ -105,7 +106,7 @@ def _address(path: str | os.PathLike) -> str:
         target = os.readlink(path)
     except OSError:
         return ""
-    return target.rpartition("#")[0] if target.startswith("gs://") else ""
+    return target.rpartition("#")[0] if scheme_of(target) in SERVICES else ""
 
 
 def _state(path: str | os.PathLike) -> State:
@@ -128,7 +129,7 @@ def _copy(addresses: tuple[str, ...], cache_dir: str, later: tuple[str, ...]) ->
         reason = "there is no such bucket" if is_missing else " ".join(str(error).split())
         raise ValueError(
             f"cannot read data.path={addresses[0]}: {reason}; check its name and your rights to "
-            "list and read objects, and run gcloud auth application-default login"
+            f"list and read objects, and {service_of(addresses[0]).login}"
         ) from error
     for address, objects in zip(addresses, found, strict=True):
         if not objects:
@@ -140,7 +141,7 @@ def _copy(addresses: tuple[str, ...], cache_dir: str, later: tuple[str, ...]) ->
         if not {"", ".", ".."} & set(name.partition("://")[2].split("/"))  # no marks of folders
     }
     try:
-        _bring_up_to_date([_path_of(cache_dir, a) for a in addresses], wanted, cache_dir, later)
+        _bring_up_to_date(addresses, wanted, cache_dir, later)
     except OSError as error:
         raise ValueError(
             f"cannot copy data.path={addresses[0]} to data.cache_dir={cache_dir}: {error}"
@@ -148,12 +149,12 @@ def _copy(addresses: tuple[str, ...], cache_dir: str, later: tuple[str, ...]) ->
 
 
 def _bring_up_to_date(
-    places: Collection[pathlib.Path],
+    addresses: Sequence[str],
     wanted: Mapping[str, State],
     cache_dir: str,
     later: tuple[str, ...],
 ) -> None:
-    root = _path_of(cache_dir, "gs://")
+    root = _path_of(cache_dir, f"{scheme_of(addresses[0])}://")
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as lock:
         try:
@@ -162,12 +163,12 @@ def _bring_up_to_date(
             logging.info("Waiting for another process of this host that copies to %s", root)
             fcntl.flock(lock, fcntl.LOCK_EX)
         paths = {_path_of(cache_dir, name): name for name in wanted}
-        for place in places:
+        for place in (_path_of(cache_dir, address) for address in addresses):
             if place.is_dir():
                 _delete_others(place, paths)
         lacking = {p: name for p, name in paths.items() if not _is_current(p, wanted[name])}
         size = sum(wanted[name].size for name in lacking.values())
-        _check_room(size, root, cache_dir)
+        _check_room(size, root, cache_dir, service_of(addresses[0]).mount)
         at_once = {}
         for path, name in lacking.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,13 +199,13 @@ def _is_current(path: pathlib.Path, state: State) -> bool:
         return False
 
 
-def _check_room(size: int, root: pathlib.Path, cache_dir: str) -> None:
+def _check_room(size: int, root: pathlib.Path, cache_dir: str, mount: str) -> None:
     free = shutil.disk_usage(root).free
     if size > free:
         raise ValueError(
             f"data.cache_dir={cache_dir} has room for {free:,} bytes, but {size:,} are to be "
             f"copied from the bucket: choose another, or mount the bucket "
-            f"({storage.MOUNTS['gs']}) and give the path below DIR as data.path"
+            f"({mount}) and give the path below DIR as data.path"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from absl import logging
 
-from dar_jax.common import storage
+from dar_jax.common import addresses, storage
 from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import identity
@@ -258,7 +258,7 @@ def open_images(path: str) -> FolderImages | NpzImages:
     if not isinstance(where, pathlib.Path):
         raise ValueError(
             f"{path} is no .npz file; of folders of pictures in a bucket, mount the bucket "
-            f"({storage.MOUNTS['gs']}) and give the path below DIR"
+            f"({addresses.service_of(path).mount}) and give the path below DIR"
         )
     if not where.is_dir():
         raise ValueError(f"{path} is neither a folder of pictures nor a .npz file")

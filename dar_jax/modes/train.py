@@ -27,7 +27,7 @@ from dar_jax.parallel import distributed, sharding
 from dar_jax.parallel.workdir import exclusive, open_workdir
 from dar_jax.performance.device_speed import memory_bytes
 from dar_jax.tasks.base import Task
-from dar_jax.training import checkpoint, metrics, origin, page, patience
+from dar_jax.training import checkpoint, metrics, origin, page, patience, staged_checkpoints
 from dar_jax.training import state as state_lib
 from dar_jax.training import step as step_lib
 from dar_jax.training.checkpoint import CHECKPOINTS
@@ -129,6 +129,7 @@ def _opened(
 
     Gives the run, its state in the abstract, and the parameters that it starts from, if any.
     """
+    staged_checkpoints.check_processes(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_heads(task.model_config(), mesh)
     step_lib.check_accumulation(config.data.batch_size, config.train.accumulation, mesh)

@@ -1,9 +1,10 @@
 """Checkpoints of the whole run: train state, position in the data, configuration (Orbax).
 
 Saving is asynchronous and atomic: a step directory appears under its final name only when it is
-complete, or, in a bucket, with a marker that is written last (`commit_success.txt`), so a killed
-run resumes from the last complete one. With it come the digests of its files (`common.digests`):
-one that is damaged is set aside, and the run resumes from the one before.
+complete, or, in a bucket, with a marker that is written last (`commit_success.txt`, or what
+`training.staged_checkpoints` says), so a killed run resumes from the last complete one. With it
+come the digests of its files (`common.digests`): one that is damaged is set aside, and the run
+resumes from the one before.
 Nothing in a checkpoint depends on the mesh or the number of processes that wrote it.
 """
 
@@ -18,17 +19,14 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint import checkpoint_managers
 
 from dar_jax.common import digests, storage
 from dar_jax.parallel import distributed
-from dar_jax.training import origin
+from dar_jax.training import origin, staged_checkpoints
 from dar_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 """Subdirectory of the workdir that holds them."""
-DAMAGED_SUFFIX = ".damaged"
-"""Of the names under which damaged checkpoints are set aside."""
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 """Checkpoints that are being written."""
 UNFINISHED = "_CHECKPOINT_METADATA"
@@ -48,6 +46,8 @@ def _steps(directory: storage.Path) -> list[int]:
     """Complete checkpoints, the latest first; whatever else lies there is passed over."""
     if not directory.is_dir():
         return []
+    if staged_checkpoints.is_staged(directory):
+        return staged_checkpoints.complete_steps(directory)
     complete = sorted(set(ocp.utils.checkpoint_steps(directory)), reverse=True)
     return [step for step in complete if (directory / str(step)).is_dir()]
 
@@ -88,7 +88,8 @@ class Checkpoints:
 
         Raises:
             ValueError: the latest checkpoint was made with another configuration, all are damaged,
-                or there is no folder. Nothing is written then.
+                there is no folder, or several processes cannot write there. Nothing is written
+                then.
         """
         is_there = os.path.lexists(directory) or directory.exists()
         if is_there and not directory.is_dir():
@@ -96,18 +97,16 @@ class Checkpoints:
         self._directory = directory
         self._config = json.loads(json.dumps(config))
         self._defaults = json.loads(json.dumps(dict(defaults)))
-        policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
-        if keep_every:
-            policies.append(checkpoint_managers.EveryNSteps(keep_every))
-        kept = checkpoint_managers.AnyPreservationPolicy(policies)
+        self._place = staged_checkpoints.place_of(directory, keep, keep_every)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            preservation_policy=self._place.policy,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
         )
         good, damaged = self._verify()
-        self._manager = _Manager(directory, options=options)
+        self._manager = _Manager(self._place.folder, options=options)
         self.changes = {} if good is None else self._check_config(good, allowed)
         self._set_aside(damaged)
+        self._place.clean()
 
     changes: Mapping[str, tuple[Any, Any]]
     """What was allowed to change and has: old and new values by key."""
@@ -163,13 +162,14 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Wait for a save under way.
+        """Wait for a save under way, after which no more are left than are kept.
 
         Raises:
             ValueError: it failed.
         """
         with self._explained_failure():
             self._manager.wait_until_finished()
+            self._place.delete_old()
 
     def restore(
         self, abstract: TrainState, iterator: grain.DatasetIterator
@@ -209,6 +209,7 @@ class Checkpoints:
         """Stop the background threads; a save under way ends first, and its failure is dropped."""
         with contextlib.suppress(*SAVE_ERRORS):
             self._manager.close()
+        self._place.close()
 
     @contextlib.contextmanager
     def _explained_failure(self) -> Iterator[None]:
@@ -232,22 +233,24 @@ class Checkpoints:
                 f"model ({reason}); move it away to go on from the one before"
             ) from error
 
-    def _write_digests(self) -> None:
+    def _finish(self) -> None:
         """Add the digests to a checkpoint before it gets its final name; in the background."""
         if jax.process_index() == 0:
-            written = [*self._directory.glob(TEMPORARY)]
-            if storage.is_remote(self._directory):  # under its final name, complete with a marker
-                written = [self._directory / str(self._saving)]
+            folder = self._place.folder
+            written = [*folder.glob(TEMPORARY)]
+            if storage.is_remote(folder):  # under its final name, complete with a marker
+                written = [folder / str(self._saving)]
             for directory in written:
                 if not digests.has(directory):
                     digests.write(directory, but=[UNFINISHED])
+                    self._place.keep(self._saving, directory)
 
     def _verify(self) -> tuple[int | None, dict[int, str]]:
         """Find the latest checkpoint that is whole, and what is wrong with those after it."""
         damaged = {}
         if jax.process_index() == 0:
             for step in _steps(self._directory):
-                damaged[step] = _find_damage(self._directory / str(step))
+                damaged[step] = _find_damage(self._place.fetch(step))
                 if not damaged[step]:
                     break
         (found, *_) = distributed.gather_texts(json.dumps(list(damaged.items())))
@@ -267,15 +270,12 @@ class Checkpoints:
         logging.warning(
             "%s: damaged and set aside under names *%s: %s",
             self._directory,
-            DAMAGED_SUFFIX,
+            staged_checkpoints.DAMAGED_SUFFIX,
             _list_damage(damaged),
         )
         if jax.process_index() == 0:
             for step in damaged:
-                path, number = self._directory / str(step), 0
-                while (aside := path.with_name(f"{step}-{number}{DAMAGED_SUFFIX}")).exists():
-                    number += 1
-                path.rename(aside)
+                self._place.set_aside(step)
         distributed.wait_for_all("damaged checkpoints")
         self._manager.reload()
 

@@ -262,14 +262,8 @@ def write_slowly(root, seconds=0.1):
     return written
 
 
-@pytest.fixture(params=["local", "bucket"])
-def directory(request, tmp_path):
-    if request.param == "local":
-        return tmp_path / "cache"
-    return request.getfixturevalue("in_bucket")
-
-
-def test_processes_share_a_cache_and_do_what_a_killed_one_had_begun(directory, tmp_path):
+def test_processes_share_a_cache_and_do_what_a_killed_one_had_begun(anywhere, tmp_path):
+    directory = anywhere / "cache"
     storage.make_directory(directory)
     expected = tmp_path / "expected"
     expected.mkdir()

@@ -22,6 +22,7 @@ from dar_jax.common import storage
 from dar_jax.training import checkpoint
 from tests import tiny_model, tiny_transdiff
 from tests.data import tiny_sets
+from tests.emulator import readable
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "1"))
@@ -134,8 +135,10 @@ def addresses(emulator, tmp_path_factory):
     tiny_transdiff.save_vae(local / "models")
     tiny_sets.make_folder(local / "data")
     for name in ("models", "data"):
-        storage.upload_tree(local / name, storage.to_path(f"gs://bucket/kill/{name}"))
-    found = {name: f"gs://bucket/kill/{name}" for name in ("models", "data")}
+        storage.upload_tree(
+            local / name, storage.to_path(f"{emulator.scheme}://bucket/kill/{name}")
+        )
+    found = {name: f"{emulator.scheme}://bucket/kill/{name}" for name in ("models", "data")}
     found |= {"local": local, "cwd": local}
     finish("to_torch", local, found)
     found["cwd"] = local / "here"
@@ -211,8 +214,8 @@ def without_times(values):
 
 def state(directory):
     """Digest of a checkpoint's state, and its position in the data."""
-    with checkpoint.ocp.StandardCheckpointer() as reader:
-        restored = reader.restore(directory / "state")
+    with readable(directory) as copy, checkpoint.ocp.StandardCheckpointer() as reader:
+        restored = reader.restore(copy / "state")
     restored["rng"] = jax.random.key_data(restored["rng"])
     leaves = jax.tree_util.tree_leaves_with_path(restored)
     arrays = [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves]
@@ -222,20 +225,15 @@ def state(directory):
     return digest.hexdigest(), (directory / "data" / "metadata").read_text()
 
 
-def count_objects(emulator, workdir):
-    folder = emulator.folder / workdir.removeprefix("gs://")
-    return sum(len(names) for _, _, names in os.walk(folder))
-
-
 def kill_after(process, emulator, workdir, num_objects, delay):
     """Kill a process when so many objects are there, and some time later; False: it had ended."""
     end = time.monotonic() + TIMEOUT_S
     while process.poll() is None and time.monotonic() < end:
-        if count_objects(emulator, workdir) >= num_objects:
+        if emulator.count(workdir) >= num_objects:
             time.sleep(delay)
             process.kill()
             break
-        time.sleep(0.005)
+        time.sleep(0.02)
     _, error = process.communicate()
     assert process.returncode in (0, -9), error
     return process.returncode == -9
@@ -262,15 +260,15 @@ def test_mode_in_a_bucket_ends_as_in_a_folder_after_kills_too(
     for number in range(KILLS + 1):
         workdir = f"{in_bucket}/{number}"
         prepare(mode, workdir, addresses)
-        begun, moment = count_objects(emulator, workdir), None
+        begun, moment = emulator.count(workdir), None
         while number and (moment is None or when.random() < 0.5):
-            begun = max(begun, count_objects(emulator, workdir))
+            begun = max(begun, emulator.count(workdir))
             moment = when.randint(begun, max(begun, total)), when.uniform(0, MAX_DELAY_S)
             process = start(mode, workdir, addresses)
             if not kill_after(process, emulator, workdir, *moment):
                 break
         finish(mode, workdir, addresses)
-        total = total or count_objects(emulator, workdir)
+        total = total or emulator.count(workdir)
         assert content(workdir) == expected, f"{number}, killed after {moment}"
 
 
@@ -282,9 +280,9 @@ def test_bucket_that_is_gone_for_a_while_costs_nothing(
     expected, workdir = undisturbed(mode), str(in_bucket)
     process = start(mode, workdir, addresses)
     for num_objects in OUTAGES:
-        while count_objects(emulator, workdir) < num_objects:
+        while emulator.count(workdir) < num_objects:
             assert process.poll() is None, "it ended too early to be disturbed"
-            time.sleep(0.005)
+            time.sleep(0.02)
         emulator.kill()
         time.sleep(OUTAGE_S)
         emulator.start()

@@ -21,8 +21,9 @@ import dar_jax
 from dar_jax.common import model_dir, storage
 from dar_jax.generation.resumable_arrays import is_whole_archive
 from dar_jax.modes import train
-from dar_jax.training import checkpoint
+from dar_jax.training import checkpoint, staged_checkpoints
 from tests import tiny_model
+from tests.emulator import readable
 from tests.modes.train_test import KILL_TIMEOUT_S, RUN_TOY, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,11 +46,11 @@ def curve(workdir):
 
 
 def state(workdir, step):
-    path = storage.to_path(str(workdir)) / "checkpoints" / str(step)
-    with checkpoint.ocp.StandardCheckpointer() as reader:
+    kept = storage.to_path(str(workdir)) / "checkpoints" / str(step)
+    with readable(kept) as path, checkpoint.ocp.StandardCheckpointer() as reader:
         restored = reader.restore(path / "state")
     restored["rng"] = np.asarray(jax.random.key_data(restored["rng"]))
-    return jax.device_get(restored), json.loads((path / "data" / "metadata").read_text())
+    return jax.device_get(restored), json.loads((kept / "data" / "metadata").read_text())
 
 
 def assert_same_run(first, second, step):
@@ -80,8 +81,14 @@ def test_run_that_resumes_in_a_bucket_equals_one_in_a_folder_bitwise(whole, in_b
     missing = {name for name in promised - found if not name.startswith(("checkpoints/", "events"))}
     assert not missing and sum(name.startswith("events") for name in found) == 2
     assert not any(path.name.startswith(".") for path in in_bucket.iterdir())
-    assert (in_bucket / "checkpoints" / "4" / "commit_success.txt").exists()
+    assert marker(in_bucket / "checkpoints" / "4").exists()
     export(in_bucket)
+
+
+def marker(directory):
+    """What says that all of a checkpoint is there."""
+    staged = staged_checkpoints.is_staged(directory)
+    return directory / ("digests.json" if staged else "commit_success.txt")
 
 
 def export(workdir):
@@ -93,7 +100,7 @@ def export(workdir):
 @pytest.mark.slow
 def test_checkpoint_that_is_half_written_is_passed_over_and_written_again(whole, in_bucket):
     run(in_bucket, steps=4, image_every=2)
-    (in_bucket / "checkpoints" / "4" / "commit_success.txt").unlink()
+    marker(in_bucket / "checkpoints" / "4").unlink()
     storage.delete_tree(in_bucket / "checkpoints" / "4" / "state")
     assert checkpoint.latest_step(in_bucket / "checkpoints") == 2
     run(in_bucket, steps=4, image_every=2)
@@ -111,8 +118,9 @@ def test_damaged_checkpoint_is_set_aside(whole, in_bucket):
 
 
 def test_bucket_that_does_not_exist_is_one_line_before_anything_is_compiled(emulator):
-    with pytest.raises(ValueError, match="cannot use gs://nowhere/run: there is no such bucket"):
-        run("gs://nowhere/run", steps=2)
+    address = f"{emulator.scheme}://nowhere/run"
+    with pytest.raises(ValueError, match=f"cannot use {address}: there is no such bucket"):
+        run(address, steps=2)
 
 
 def test_path_of_an_object_is_no_workdir(in_bucket):
@@ -158,19 +166,31 @@ def start(model, workdir, *arguments, **options):
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """A bucket that may be read, has no objects, and may not be written."""
+    """A bucket of either service that may be read, has no objects, and may not be written."""
+
+    def do_HEAD(self):
+        self.answer(404, b"")
 
     def do_GET(self):
-        status = 404 if "/o/" in self.path else 200
-        self.answer(status, b'{"kind": "storage#objects"}')
+        if "list-type=2" in self.path:
+            self.answer(200, b"<ListBucketResult></ListBucketResult>")
+            return
+        self.answer(404 if "/o/" in self.path else 200, b'{"kind": "storage#objects"}')
 
     def do_POST(self):
-        self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.create"}}')
+        self.answer(
+            403, b'{"error": {"code": 403, "message": "Forbidden: storage.objects.create"}}'
+        )
+
+    def do_PUT(self):
+        self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Forbidden</Message></Error>")
 
     def answer(self, status, body):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        is_json = body.startswith(b"{")
+        self.send_header("Content-Type", "application/json" if is_json else "application/xml")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -182,17 +202,19 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 def refusing(emulator, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        for name in ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
         yield
         server.shutdown()
 
 
 @pytest.mark.usefixtures("refusing")
-def test_bucket_that_may_not_be_written_is_one_line_before_any_work(model):
-    process = start(model, "gs://bbb/run", "--mode=sample", stdout=PIPE, stderr=PIPE, text=True)
+def test_bucket_that_may_not_be_written_is_one_line_before_any_work(model, emulator):
+    address = f"{emulator.scheme}://bbb/run"
+    process = start(model, address, "--mode=sample", stdout=PIPE, stderr=PIPE, text=True)
     output, error = process.communicate()
     assert process.returncode == 2 and "Model" not in output
-    assert re.fullmatch("dar_jax: error: cannot use gs://bbb/run: Forbidden.*rights.*\n", error)
+    assert re.fullmatch(f"dar_jax: error: cannot use {address}: Forbidden.*rights.*\n", error)
 
 
 def pieces(workdir):
@@ -209,12 +231,9 @@ def merged(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["folder", "bucket"])
-def test_set_of_four_processes_two_of_them_killed_equals_that_of_one(
-    where, model, request, tmp_path
-):
+def test_set_of_four_processes_two_of_them_killed_equals_that_of_one(model, anywhere, tmp_path):
     """One of those that are left came late."""
-    workdir = tmp_path / "set" if where == "folder" else request.getfixturevalue("in_bucket")
+    workdir = anywhere / "set"
     assert start(model, tmp_path / "one", *SET).wait() == 0
     processes = [start(model, workdir, *SET) for _ in range(3)]
     for count in (2, 4):
@@ -287,7 +306,7 @@ def test_two_runs_in_one_workdir_refuse_each_other(in_bucket):
     with (
         mock.patch("dar_jax.parallel.leases.RENEW_SECONDS", 0.1),
         train.exclusive(in_bucket),
-        pytest.raises(ValueError, match=r"another run is at work in gs://.* \(process \d+ on"),
+        pytest.raises(ValueError, match=rf"another run is at work in {in_bucket} \(process \d+ on"),
     ):
         run(in_bucket, steps=2)
     assert storage.entries(in_bucket) == []
