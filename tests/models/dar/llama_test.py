@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import pytest
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import dar as convert
 from dar_jax.convert.rules import to_state_dict
-from dar_jax.models.dar import decoding, sampler
+from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import SIZES, Llama, LlamaConfig, cache_mask, ffn_hidden_dim
 from dar_jax.models.dar.options import DarSampling
@@ -219,6 +218,10 @@ def check_generation(golden, run, options, condition, key_mask):
 
 
 def test_class_generation_equals_the_reference():
+    check_class_generation()
+
+
+def check_class_generation():
     folder = "dar/gpt_tiny"
     with fixtures.Compare(folder, "io_generate") as golden:
         for run, options in fixtures.load_json(folder, "runs").items():
@@ -268,45 +271,9 @@ def test_logits_depend_on_earlier_tokens_only(folder):
     np.testing.assert_array_equal(influence[:, : config.num_tokens] > 0, expected)
 
 
-@pytest.fixture
-def as_on_a_tpu(monkeypatch):
-    """Caches as for TPUs, whose rows have 128 numbers."""
-    devices = [types.SimpleNamespace(platform="tpu")]
-    monkeypatch.setattr(decoding, "traced_devices", lambda: devices)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-def test_heads_share_rows_on_tpus_only(request):
-    def rows(size, **changes):
-        model = FunctionalModel(Llama, LlamaConfig(**SIZES[size], **changes))
-        caches = jax.eval_shape(lambda: model.bind(model.init(jax.random.key(0))).empty_caches(2))
-        return caches[0].keys.shape
-
-    assert rows("l") == (2, 16, 0, 64)
-    request.getfixturevalue("as_on_a_tpu")
-    assert rows("l") == (2, 8, 0, 128)
-    assert rows("xl") == (2, 10, 0, 128)
-    assert rows("b", num_kv_heads=3) == (2, 3, 0, 64)  # do not pair
-    assert rows("b", num_kv_heads=6) == (2, 3, 0, 128)
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_cached_decoding_equals_the_full_forward(folder):
     check_cached_decoding(folder)
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_heads_that_share_rows_change_nothing(folder, as_on_a_tpu):
-    config = models.prior(folder)[0].config
-    heads = config.num_kv_heads or config.num_heads
-    assert decoding.heads_together(config.head_dim, heads) == heads > 1
-    check_cached_decoding(folder)
-
-
-def test_generation_on_tpus_equals_the_reference(as_on_a_tpu):
-    test_class_generation_equals_the_reference()
 
 
 def check_cached_decoding(folder):
