@@ -119,7 +119,9 @@ def _check_conditions(token: Path) -> None:
     """Raise OSError if what is there can be created once more."""
     # Others delete it at times, but not every time.
     if all(create(token, "") for _ in range(NUM_TRIES)):
-        raise OSError("the service creates what is there already (it ignores If-None-Match)")
+        raise OSError(
+            f"it ignores If-None-Match and creates {token.name} twice; use another service"
+        )
 
 
 def make_directory(path: Path) -> None:

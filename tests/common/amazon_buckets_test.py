@@ -104,7 +104,7 @@ def test_service_that_creates_what_is_there_is_refused(where, monkeypatch):
     monkeypatch.setattr(
         system, "pipe_file", lambda path, data, mode="overwrite": pipe_file(path, data)
     )
-    with pytest.raises(ValueError, match=rf"cannot use {where}: .* \(it ignores If-None-Match"):
+    with pytest.raises(ValueError, match=rf"cannot use {where}: it ignores If-None-Match and"):
         storage.check_writable(where)
 
 
