@@ -50,7 +50,7 @@ def page(browser, server):
 def test_previews_grow_into_images(page):
     elsewhere, broken = [], []
     page.on("request", lambda request: elsewhere.append(request.url))
-    page.on("pageerror", broken.append)
+    page.on("pageerror", lambda error: broken.append(error))
     page.evaluate(RECORD)
     page.fill("#prompt", "dog")
     page.fill("#seed", "5")
