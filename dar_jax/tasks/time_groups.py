@@ -8,6 +8,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics
 
 from dar_jax.common.typing import Array, Float, Int
@@ -36,8 +37,8 @@ def group_average(group: int) -> type[metrics.Metric]:
 
     @flax.struct.dataclass
     class GroupAverage(metrics.Average):
-        total: Array
-        count: Array
+        total: Array | np.ndarray  # the second, where an interval is resumed
+        count: Array | np.ndarray
 
         @classmethod
         def from_model_output(cls, *, group_sums: Array, **_) -> "GroupAverage":

@@ -13,6 +13,7 @@ from dar_jax.models.dar.tokenizer import ConditionConfig, TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.tasks.codebook import CodebookPerplexity, CodebookUsage, code_counts
 from dar_jax.tasks.dar_tokenizer import DarTokenizerTask, TokenizerLossConfig
+from dar_jax.tasks.time_groups import group_average
 
 CONFIG = TokenizerConfig(
     image_size=16,
@@ -122,3 +123,9 @@ def test_codebook_metrics_accumulate_over_steps():
 def test_config_refuses_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_group_averages_go_on_from_an_interval_that_was_kept():
+    """A resumed run has the numbers of a file, not of a device."""
+    kept = jax.tree.map(np.asarray, group_average(1)(total=jnp.array(6.0), count=jnp.array(3.0)))
+    assert kept.merge(kept).compute() == 2
