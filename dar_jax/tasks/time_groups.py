@@ -8,10 +8,9 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu import metrics
 
-from dar_jax.common.typing import Array, Float, Int
+from dar_jax.common.typing import Any, Array, Float, Int
 
 
 def time_group(u: Float[Array, " B"], num_groups: int) -> Int[Array, " B"]:
@@ -37,8 +36,8 @@ def group_average(group: int) -> type[metrics.Metric]:
 
     @flax.struct.dataclass
     class GroupAverage(metrics.Average):
-        total: Array | np.ndarray  # the second, where an interval is resumed
-        count: Array | np.ndarray
+        total: Any  # of JAX, or of NumPy where an interval is resumed
+        count: Any
 
         @classmethod
         def from_model_output(cls, *, group_sums: Array, **_) -> "GroupAverage":
