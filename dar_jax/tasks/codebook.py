@@ -6,7 +6,7 @@ import flax.struct
 import jax.numpy as jnp
 from clu import metrics
 
-from dar_jax.common.typing import Array, Int
+from dar_jax.common.typing import Any, Array, Int
 
 
 def code_counts(indices: Int[Array, "B N"], codebook_size: int) -> Int[Array, " V"]:
@@ -18,7 +18,7 @@ def code_counts(indices: Int[Array, "B N"], codebook_size: int) -> Int[Array, " 
 class CodeCounts(metrics.Metric):
     """Sum of the `code_counts` output of several steps."""
 
-    counts: Array
+    counts: Any  # of JAX, or of NumPy where an interval is resumed
 
     @classmethod
     def from_model_output(cls, *, code_counts: Array, **_) -> "CodeCounts":

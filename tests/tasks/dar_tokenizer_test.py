@@ -125,7 +125,9 @@ def test_config_refuses_what_does_not_fit(change, message):
         dataclasses.replace(CONFIG, **change)
 
 
-def test_group_averages_go_on_from_an_interval_that_was_kept():
+def test_metrics_go_on_from_an_interval_that_was_kept():
     """A resumed run has the numbers of a file, not of a device."""
-    kept = jax.tree.map(np.asarray, group_average(1)(total=jnp.array(6.0), count=jnp.array(3.0)))
+    average = group_average(1)(total=jnp.array(6.0), count=jnp.array(3.0))
+    kept, usage = jax.tree.map(np.asarray, (average, CodebookUsage(counts=jnp.array([2, 0, 1, 0]))))
     assert kept.merge(kept).compute() == 2
+    assert usage.merge(usage).compute() == 0.5
