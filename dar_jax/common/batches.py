@@ -65,7 +65,7 @@ def side_by_side(
         for count, item in enumerate(items):
             pending.append(pool.submit(lambda item=item: fetch(dispatch(item))))
             if count == 0:
-                concurrent.futures.wait(pending)
+                pending[0].result()  # which raises before another is taken
             if len(pending) > threads:
                 yield pending.popleft().result()
         while pending:

@@ -259,6 +259,7 @@ def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
     """
 
     def listed(address: str) -> dict[str, tuple[int, int]]:
+        system = _connect(address)
         found = system.find(address, detail=True)
         return {
             f"{scheme_of(address)}://{name}": (
@@ -268,9 +269,11 @@ def objects(addresses: Sequence[str]) -> list[dict[str, tuple[int, int]]]:
             for name, about in found.items()
         }
 
-    system = _connect(addresses[0])
-    with _briefly(system), ThreadPoolExecutor(NUM_THREADS) as pool:
-        return list(pool.map(listed, addresses))
+    with contextlib.ExitStack() as stack:
+        for system in {id(each): each for each in map(_connect, addresses)}.values():
+            stack.enter_context(_briefly(system))
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            return list(pool.map(listed, addresses))
 
 
 def download_object(address: str, size: int, target: pathlib.Path) -> None:

@@ -17,7 +17,8 @@ from dar_jax.nn.rope import Rope, apply_rope
 
 class KVCache(NamedTuple):
     """Keys and values of one layer, [B, kv_heads, M, head_dim]: heads lead, so that the batched
-    products of decoding need no transposed copy of the cache."""
+    products of decoding need no transposed copy of the cache. On TPUs neighbouring heads of a
+    prior share rows, see `models.dar.decoding`."""
 
     keys: Array
     values: Array

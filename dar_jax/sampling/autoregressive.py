@@ -304,8 +304,7 @@ def generate(
         run: calls jitted functions, or records them; see `common.compiled`.
     """
     device_scales = jnp.asarray(scales)
-    start = prefix.shape[1] + 1
-    beyond = decoder.num_condition - 1 + max(window - 1, 0)
+    start, beyond = prefix.shape[1] + 1, decoder.num_condition - 1 + max(window - 1, 0)
     all_slots = beyond + len(scales)
     grows = not attends_filled and _are_large(decoder.model, params, len(condition) * all_slots)
     least_slots = 0 if grows else all_slots
@@ -320,12 +319,11 @@ def generate(
             state = run(without_unconditional, state)
         if stop > start:
             fixed = (decoder, params, state, rngs, device_scales)
-            num_slots = max(beyond + stop, least_slots)
+            ends = dict(stop=stop, num_slots=max(beyond + stop, least_slots))
             if window:
-                options = dict(stop=stop, window=window, num_slots=num_slots)
-                state = run(decode_ahead, *fixed, **options)
+                state = run(decode_ahead, *fixed, window=window, **ends)
             else:
-                state = run(decode, *fixed, start=start, stop=stop, num_slots=num_slots)
+                state = run(decode, *fixed, start=start, **ends)
             start = stop
         parents = yield run(tokens_between, state.tokens, start=0, stop=stop)
         if parents is not None:

@@ -18,7 +18,7 @@ def code_counts(indices: Int[Array, "B N"], codebook_size: int) -> Int[Array, " 
 class CodeCounts(metrics.Metric):
     """Sum of the `code_counts` output of several steps."""
 
-    counts: Any  # of JAX, or of NumPy where an interval is resumed
+    counts: Any  # of JAX, or of NumPy on the host
 
     @classmethod
     def from_model_output(cls, *, code_counts: Array, **_) -> "CodeCounts":

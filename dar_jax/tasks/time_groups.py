@@ -36,7 +36,7 @@ def group_average(group: int) -> type[metrics.Metric]:
 
     @flax.struct.dataclass
     class GroupAverage(metrics.Average):
-        total: Any  # of JAX, or of NumPy where an interval is resumed
+        total: Any  # of JAX, or of NumPy on the host
         count: Any
 
         @classmethod

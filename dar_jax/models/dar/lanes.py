@@ -103,7 +103,7 @@ class Lanes(NamedTuple):
         scales: guidance scale of every token, float32 [L, N].
         temperature: float32 [L].
         tokens: int32 [L, N], those that are known and then others.
-        caches: of the prior, [L, 2, kv_heads, N, head_dim]: conditional and unconditional.
+        caches: of the prior, [L, 2, ...], see `Llama.empty_caches`: conditional and unconditional.
         condition: of the flow decoder.
         noise: float32 [L, H, W, 3].
         flow: state of the solver.
