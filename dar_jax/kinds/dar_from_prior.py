@@ -6,13 +6,11 @@ from typing import Any
 from dar_jax.common import model_dir
 from dar_jax.data.base import DataConfig
 from dar_jax.kinds.dar_prior import TOKENIZER, DarPrior
-from dar_jax.models.dar.llama import LlamaConfig
+from dar_jax.models.dar.llama import SHARED, LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.compute import Compute
 from dar_jax.tasks.base import FrozenModel
 from dar_jax.tasks.dar_from_prior import FromPriorTask
-
-SHARED = ("vocab_size", "num_tokens", "num_classes", "caption_dim", "condition_tokens")
 
 
 class FromPrior(DarPrior):

@@ -27,7 +27,8 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel import sharding
 from dar_jax.performance.programs import Program, abstract, over_all_devices, sampling_params
-from dar_jax.pipelines.dar import DarPipeline, PriorPipeline
+from dar_jax.pipelines.dar import DarPipeline
+from dar_jax.pipelines.dar_prior import PriorPipeline
 from dar_jax.pipelines.dar_prompts import open_encoder_of
 from dar_jax.sampling import autoregressive
 from dar_jax.sampling.logits import SamplingConfig

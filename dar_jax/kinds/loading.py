@@ -140,6 +140,8 @@ def from_pretrained(
         mesh=mesh,
     )
     pipeline.sampling, pipeline.batch_size = sampling, batch_size
+    if isinstance(pipeline, Autoencoder):
+        pipeline.directory = directory
     return pipeline
 
 

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import difflib
 import functools
+import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -80,10 +81,12 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
         sampling: the options that the model is best used with; those of its directory, which
             otherwise hold what the class does.
         batch_size: images that are best decoded at a time.
+        directory: that it was read from; None if it was made of weights.
     """
 
     sampling_class: type | None = None
     batch_size: int = BATCH_SIZE
+    directory: pathlib.Path | None = None
 
     @functools.cached_property
     def sampling(self) -> Any:

@@ -7,23 +7,19 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.checks import check_microbatch, check_shape
 from dar_jax.common.image import as_image
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
 from dar_jax.models.dar import sampler, search
-from dar_jax.models.dar.decoding import decoding_params
-from dar_jax.models.dar.llama import Llama, LlamaConfig
+from dar_jax.models.dar.draft import check_tokenizer
 from dar_jax.models.dar.options import DarSampling, FlowSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.nn.int8 import check_finite
 from dar_jax.pipelines.base import (
     Autoencoder,
     Labels,
-    ModelPipeline,
     Reconstruction,
-    cast_kernels,
     image_keys,
     last_of,
     require_rng,
@@ -36,6 +32,7 @@ from dar_jax.pipelines.dar_inputs import (
     check_steps,
 )
 from dar_jax.pipelines.dar_likelihood import LikelihoodPipeline
+from dar_jax.pipelines.dar_prior import PriorPipeline
 from dar_jax.pipelines.dar_prompts import encode_texts
 from dar_jax.pipelines.options import takes_options
 
@@ -182,68 +179,6 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         return sampler.initial_noise(rngs, (self.config.image_size,) * 2)
 
 
-class PriorPipeline(ModelPipeline[Llama]):
-    """Class labels (or captions) to indices."""
-
-    config: LlamaConfig
-
-    @functools.cached_property
-    def sampling_params(self) -> Params:
-        """Per-layer parameters, matrices as decoding reads them, made once; see `Compute`."""
-        params = cast_kernels(self.params, self.model.compute.jnp_dtype)
-        return check_finite(decoding_params(params, self.model.compute.decode_weights))
-
-    def logits(
-        self, labels: Array | np.ndarray, indices: Shaped[Array | np.ndarray, "B n"]
-    ) -> Float[Array, "B n V"]:
-        """Teacher-forced logits: position i predicts token i from the tokens before it.
-
-        Args:
-            labels: class labels [B] in 0 .. num_classes, or captions [B, T, F].
-            indices: image tokens; the last one is not looked at.
-
-        Raises:
-            ValueError: a label or token out of range, or captions of another shape.
-        """
-        labels = self.put(check_condition(labels, self.config, null=True))
-        check_range("indices", indices, self.config.vocab_size)
-        return _logits(self.model, self.params, labels, self.put(indices))
-
-    def generate_indices(
-        self,
-        labels: Array | np.ndarray | Sequence[int],
-        *,
-        rng: PRNGKeyArray | int | None = None,
-        sampling: DarSampling = DarSampling(),
-        prefix: Shaped[Array | np.ndarray, "B K"] | None = None,
-        caption_mask: Array | np.ndarray | None = None,
-        **options: Any,
-    ) -> Int[Array, "B N"]:
-        """Generate all tokens of one image per label; the arguments are those of `stream`.
-
-        No key is needed at temperature 0. `labels` may be captions [B, T, F].
-        """
-        sampling = dataclasses.replace(sampling, **options)
-        if sampling.search.method:
-            raise ValueError("search needs the groups of a tokenizer: draw with both models")
-        # Greedy decoding draws nothing.
-        greedy = sampling.temperature == 0 and rng is None
-        rng = jax.random.key(0) if greedy else require_rng(rng)
-        config = self.config
-        labels = check_condition(labels, config, null=True)
-        put = self.put
-        groups = sampler.generate_indices(
-            self.model.unstacked(),
-            self.sampling_params,
-            put(labels),
-            put(image_keys(rng, len(labels))),
-            sampling,
-            prefix=put(check_prefix(prefix, len(labels), config)),
-            key_mask=put(caption_mask),
-        )
-        return list(groups)[-1]
-
-
 class DarPipeline(LikelihoodPipeline):
     """A prior and its tokenizer: class labels to images, and their likelihood."""
 
@@ -279,7 +214,9 @@ class DarPipeline(LikelihoodPipeline):
         return self.tokenizer.config.num_tokens
 
     def settings(self, sampling: DarSampling) -> dict[str, Any]:
-        return {**super().settings(sampling), **sampling.search.content()}
+        settings = {**super().settings(sampling), **sampling.search.content()}
+        del settings["draft"]  # a set may go on with another one, or without: it draws the same
+        return settings
 
     @takes_options(DarSampling)
     def stream(
@@ -337,10 +274,18 @@ class DarPipeline(LikelihoodPipeline):
             how,
             prefix=put(check_prefix(prefix, batch_size, config)),
             key_mask=put(caption_mask),
+            draft=self._draft(how, batch_size),
             known=put(check_known(known, mask, (batch_size, size, size))),
             microbatch=check_microbatch(microbatch, batch_size),
         )
         return stream if previews else map(last_of, (stream,))
+
+    def _draft(self, how: DarSampling, batch_size: int) -> Any:
+        """See `PriorPipeline.draft`; one of another tokenizer is refused."""
+        draft = self.prior.draft(how, batch_size)
+        if draft is not None:
+            check_tokenizer(how.draft, self.tokenizer.directory)
+        return draft
 
     def _start(self, method: str, *inputs: Any, **options: Any) -> Iterator[sampler.DarPreview]:
         """Call `stream` of the sampler, or of a search, with both models."""
@@ -390,9 +335,3 @@ def _decode(model, params, indices, noise, *, num_steps, stop_step, **options):
 @functools.partial(jax.jit, static_argnames=("model", "solver", "num_steps"))
 def _previews(model, params, indices, noise, **how):
     return sampler.decode_indices(model, params, indices, noise, **how).previews
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _logits(model: FunctionalModel[Llama], params: Params, labels: Array, indices: Array) -> Array:
-    logits = model.bind(params).logits(labels, indices[:, :-1])
-    return logits[:, model.config.condition_tokens - 1 :]

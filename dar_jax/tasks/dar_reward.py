@@ -22,7 +22,7 @@ from clu import metrics
 
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray
 from dar_jax.flow.times import check_num_steps
-from dar_jax.models.dar import sampler, search
+from dar_jax.models.dar import draws, sampler, search
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.sampling.rewards import load_reward
@@ -120,7 +120,7 @@ class DarRewardTask(FromPriorTask):
         """Draw tokens, and judge them after every group."""
         rngs = jax.random.split(rng, len(labels))
         sampling = DarSampling(num_steps=self.config.num_steps)
-        groups = sampler.generate_indices(
+        groups = draws.generate_indices(
             self.model.unstacked(),
             decoding_params(params),
             labels,

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dar_jax.models.dar import draws
 from dar_jax.models.dar import options as options_lib
-from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn import decode_kernels
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
-from dar_jax.sampling import autoregressive
-from dar_jax.sampling.autoregressive import TokenDecoder
+from dar_jax.sampling import autoregressive, groups
+from dar_jax.sampling.autoregressive import Conditioned, TokenDecoder
 from dar_jax.sampling.logits import NO_TOKEN, SamplingConfig
+from dar_jax.sampling.lookahead import decode_ahead
 from tests.golden import models
 
 FOLDERS = ("dar/gpt_tiny", "dar/gpt_gqa_tiny", "dar/gpt_t2i_tiny")
@@ -55,7 +56,7 @@ def generate(folder, rows, *, scale=1.0, interval=(), lookahead=0, **options):
     )
     key_mask = None if valid is None else valid[rows]
     return list(
-        sampler.generate_indices(
+        draws.generate_indices(
             model,
             params,
             condition[rows],
@@ -90,7 +91,7 @@ def test_groups_yield_the_tokens_so_far():
     model, params = unstacked(folder)
     whole = generate(folder, slice(0, 2))
     condition, _ = conditions(model.config, 16)
-    groups = sampler.generate_indices(
+    drawn = draws.generate_indices(
         model,
         params,
         condition[:2],
@@ -99,7 +100,7 @@ def test_groups_yield_the_tokens_so_far():
         prefix=whole[:, :6],
         boundaries=(4, 7, 8, 16),
     )
-    for tokens, length in zip(groups, (4, 7, 8, 16), strict=True):
+    for tokens, length in zip(drawn, (4, 7, 8, 16), strict=True):
         np.testing.assert_array_equal(tokens, whole[:, :length])
 
 
@@ -128,7 +129,7 @@ def test_lookahead_draws_the_same_tokens(folder, num_images, options):
 def test_lookahead_ends_where_logits_are_not_finite():
     model, params = unstacked("dar/gpt_tiny")
     params = {**params, "output": jax.tree.map(lambda x: x * np.nan, params["output"])}
-    (tokens,) = sampler.generate_indices(
+    (tokens,) = draws.generate_indices(
         model,
         params,
         jnp.arange(2),
@@ -157,12 +158,10 @@ def test_guidance_of_one_equals_no_guidance():
     results = []
     for guided in (False, True):
         decoder = TokenDecoder(model, config.condition_tokens, SAMPLING, guided)
-        rows = sampler.embed_rows(model, params, condition, guided=guided)
+        rows = draws.embed_rows(model, params, condition, guided=guided)
         assert len(rows) == (6 if guided else 3)
-        (tokens,) = autoregressive.generate(
-            decoder,
-            params,
-            rows,
+        (tokens,) = groups.generate(
+            Conditioned(decoder, params, rows, None),
             jnp.zeros((3, 0), jnp.int32),
             rngs,
             scales,
@@ -180,8 +179,8 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
         rows.append(len(x))
         return extend(self, x, *arguments)
 
-    monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
-    monkeypatch.setattr(autoregressive, "SMALL_SHARE", 0)
+    monkeypatch.setattr(groups, "SMALL_CACHES", 0)
+    monkeypatch.setattr(groups, "SMALL_SHARE", 0)
     whole = generate("dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=(16,))
     monkeypatch.setattr(Llama, "extend", recording)
     autoregressive.decode.clear_cache()
@@ -208,12 +207,12 @@ def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
     whole = generate("dar/gpt_tiny", slice(0, 2), **options)
     beyond = max(lookahead - 1, 0)
     for share, expected in ((10.0, {16 + beyond}), (0.0, {1, 4 + beyond, 8 + beyond, 16 + beyond})):
-        monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
-        monkeypatch.setattr(autoregressive, "SMALL_SHARE", share)
+        monkeypatch.setattr(groups, "SMALL_CACHES", 0)
+        monkeypatch.setattr(groups, "SMALL_SHARE", share)
         for program in (
             autoregressive.prefill,
             autoregressive.decode,
-            autoregressive.decode_ahead,
+            decode_ahead,
         ):
             program.clear_cache()
         slots.clear()
@@ -229,8 +228,8 @@ def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, mo
     for name in ("extend_and_attend", "product"):
         interpreted = functools.partial(getattr(decode_kernels, name), interpret=True)
         monkeypatch.setattr(decode_kernels, name, interpreted)
-    monkeypatch.setattr(autoregressive, "SMALL_CACHES", 0)
-    monkeypatch.setattr(autoregressive, "SMALL_SHARE", 0.0)
+    monkeypatch.setattr(groups, "SMALL_CACHES", 0)
+    monkeypatch.setattr(groups, "SMALL_SHARE", 0.0)
     config = LlamaConfig(
         num_layers=2, num_heads=4, dim=128, ffn_dim=128, vocab_size=32, num_tokens=8, num_classes=3
     )
@@ -240,12 +239,12 @@ def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, mo
     noise = nnx.initializers.normal(0.3)  # logits start at zero
     params["output"]["kernel"] = noise(jax.random.key(1), params["output"]["kernel"].shape)
     sampling = DarSampling(guidance_scale=2.0, lookahead=lookahead)
-    programs = autoregressive.decode_ahead if lookahead else autoregressive.decode
+    programs = decode_ahead if lookahead else autoregressive.decode
     drawn, counts = [], []
     for each in (model, kernels):
         programs.clear_cache()
         inputs = (jnp.arange(3), jax.random.split(jax.random.key(0), 3), sampling)
-        *_, tokens = sampler.generate_indices(each, params, *inputs, boundaries=(4, 8))
+        *_, tokens = draws.generate_indices(each, params, *inputs, boundaries=(4, 8))
         drawn.append(tokens)
         counts.append(programs._cache_size())
     np.testing.assert_array_equal(*drawn)

@@ -23,12 +23,12 @@ from dar_jax.common.typing import Any, Array, Float, Int, Params
 from dar_jax.flow import solvers
 from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar import conditioning
+from dar_jax.models.dar.draws import embed_rows
 from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.sampler import (
     Known,
     constraint,
-    embed_rows,
     group_boundaries,
     initial_noise,
     to_image,

@@ -30,6 +30,8 @@ from dar_jax.nn.stack import Stack
 INIT = nnx.initializers.normal(0.02)
 KERNEL_HEAD_DIMS, KERNEL_WIDTHS, KERNEL_TOKENS = (16, 32, 64, 128), 128, 16
 """What `nn.decode_kernels` takes."""
+SHARED = ("vocab_size", "num_tokens", "num_classes", "caption_dim", "condition_tokens")
+"""Fields of `LlamaConfig` that say which tokens and conditions a prior is of."""
 
 
 @dataclasses.dataclass(frozen=True)

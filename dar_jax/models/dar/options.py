@@ -6,6 +6,7 @@ no guidance; recipes set what makes good images.
 
 import dataclasses
 import numbers
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from dar_jax.common.checks import Numbers, check_number, read_numbers
 from dar_jax.common.typing import Float
 from dar_jax.flow import solvers
 from dar_jax.flow.times import check_num_steps
+from dar_jax.models.dar.draft import open_draft
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.target import traced_devices
@@ -67,6 +69,9 @@ class DarSampling(FlowSampling):
             tokens in fewer calls, but for ties, which products of another shape round the other
             way: in float32 one digit of 4,000, in bfloat16 with guidance up to a third. Pays for
             few images at a time. 0 is off, -1 chooses by the device and the batch size.
+        draft: model directory of a smaller prior over the tokens of the same tokenizer, that
+            guesses for look-ahead; empty: the tokens that the call before has drawn there. It may
+            be a distilled one. What is drawn does not depend on it.
         search: draw several candidates and keep the best, e.g. `dar_jax.Search("groups", num=2)`.
     """
 
@@ -77,6 +82,7 @@ class DarSampling(FlowSampling):
     top_k: int = 0
     top_p: float = 1.0
     lookahead: int = 0
+    draft: str = ""
     search: Search = Search()
 
     def __post_init__(self):
@@ -89,6 +95,14 @@ class DarSampling(FlowSampling):
             raise ValueError(
                 f"lookahead={self.lookahead} must be at least 2 (0 is off, -1 chooses by the "
                 "device and the batch size)"
+            )
+        if not isinstance(self.draft, str | os.PathLike):
+            raise ValueError(f"draft={self.draft!r} must be the path of a model directory")
+        object.__setattr__(self, "draft", str(self.draft))
+        if self.draft and not self.lookahead:
+            raise ValueError(
+                f"draft={self.draft!r} guesses for look-ahead, which is off: set lookahead, e.g. "
+                "to 4, or leave draft empty"
             )
         for name in ("temperature", "top_p"):
             check_number(name, getattr(self, name))
@@ -122,12 +136,16 @@ class DarSampling(FlowSampling):
 
     def check(self, config: LlamaConfig) -> None:
         """Raise ValueError unless these options suit a prior of this architecture."""
+        models = {"the model": config}
+        if self.draft:
+            models[f"draft={self.draft!r}"] = open_draft(self.draft, config).config
         largest = self.scales(config.num_tokens).max()
-        if 0 < config.max_guidance < largest:
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} must be at most {config.max_guidance:g}, up "
-                "to which the model was distilled"
-            )
+        for name, each in models.items():
+            if 0 < each.max_guidance < largest:
+                raise ValueError(
+                    f"guidance_scale={self.guidance_scale} must be at most {each.max_guidance:g}, "
+                    f"up to which {name} was distilled"
+                )
         if not self.search.method:
             return
         self.search.check_file()

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +28,8 @@ from dar_jax.flow import solvers
 from dar_jax.flow.path import interpolate
 from dar_jax.flow.times import shifted_grid
 from dar_jax.models.dar import conditioning
-from dar_jax.models.dar.llama import Llama, caption_key_mask, has_kernels
+from dar_jax.models.dar.draws import generate_indices
+from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig, step_starts
 from dar_jax.nn.functional_model import FunctionalModel
@@ -38,8 +38,6 @@ from dar_jax.sampling import autoregressive
 
 NOISE_STREAM = 2**31 - 1
 """Folded into an image's key for its initial noise; token n folds in n."""
-GROUP_SIZE = 32
-"""Tokens that one compiled program decodes where no tokenizer says otherwise."""
 
 
 @jax.tree_util.register_dataclass
@@ -190,68 +188,6 @@ def to_image(
     return resize_bicubic(image, (size, size)) if is_larger else image
 
 
-def generate_indices(
-    model: FunctionalModel[Llama],
-    params: Params,
-    condition: Array,
-    rngs: PRNGKeys,
-    sampling: DarSampling,
-    *,
-    prefix: Int[Array, "B K"] | None = None,
-    boundaries: tuple[int, ...] | None = None,
-    key_mask: Array | None = None,
-    run: Callable[..., Any] = call,
-) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
-    """Yield the tokens so far after every group; sends are those of `autoregressive.generate`.
-
-    Args:
-        model: the prior, unstacked.
-        params: its unstacked parameters.
-        condition: labels [B] or captions [B, T, F].
-        rngs: one key per image.
-        sampling: how tokens are drawn.
-        prefix: tokens to start from.
-        boundaries: token counts to yield at; None yields after every 32 tokens.
-        key_mask: False for padded condition tokens, [B, T]; see `llama.caption_key_mask`.
-        run: see `autoregressive.generate`.
-    """
-    scales = sampling.scales(model.config.num_tokens)
-    guided = bool(np.any(scales != 1)) and not model.config.max_guidance
-    decoder = autoregressive.TokenDecoder(
-        model, model.config.condition_tokens, sampling.tokens, guided
-    )
-    if prefix is None:
-        prefix = jnp.zeros((len(condition), 0), jnp.int32)
-    window = sampling.window(len(condition))
-    if key_mask is not None:
-        key_mask = caption_key_mask(decoder.rows(key_mask), model.config.num_tokens + window)
-    yield from autoregressive.generate(
-        decoder,
-        params,
-        run(embed_rows, model, params, condition, guided=guided),
-        prefix,
-        rngs,
-        scales,
-        boundaries=boundaries or _ends(model.config.num_tokens, GROUP_SIZE),
-        key_mask=key_mask,
-        window=window,
-        attends_filled=key_mask is None and has_kernels(model.config, model.compute, window),
-        run=run,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("model", "guided"))
-def embed_rows(
-    model: FunctionalModel[Llama], params: Params, condition: Array, *, guided: bool
-) -> Float[Array, "R T D"]:
-    """Embed the conditions; if guided, the null condition follows each."""
-    prior = model.bind(params)
-    if guided:
-        null = prior.null_condition(len(condition)).astype(condition.dtype)
-        condition = einops.rearrange([condition, null], "two b ... -> (b two) ...")
-    return prior.embed_condition(condition)
-
-
 def stream(
     prior: FunctionalModel[Llama],
     prior_params: Params,
@@ -263,6 +199,7 @@ def stream(
     *,
     prefix: Int[Array, "B K"] | None = None,
     key_mask: Array | None = None,
+    draft: tuple[FunctionalModel[Llama], Params] | None = None,
     known: Known | None = None,
     microbatch: int | None = None,
 ) -> Iterator[DarPreview]:
@@ -283,6 +220,7 @@ def stream(
             prefix=prefix,
             boundaries=group_boundaries(tokenizer.config),
             key_mask=key_mask,
+            draft=draft,
             run=run,
         )
         flow = (tokenizer, tokenizer_params, groups, rngs, sampling)
@@ -290,7 +228,7 @@ def stream(
 
     if isinstance(rngs.sharding, SingleDeviceSharding):
         shapes = str(jax.tree.map(jnp.shape, (condition, prefix, key_mask, known)))
-        compile_once(work, (prior, tokenizer, sampling, microbatch, shapes))
+        compile_once(work, (prior, draft and draft[0], tokenizer, sampling, microbatch, shapes))
     return one_ahead(work(call))
 
 
@@ -380,8 +318,3 @@ def _flow_step(
 def group_boundaries(config: TokenizerConfig) -> tuple[int, ...]:
     """Number of tokens after each group; all N after the last."""
     return tuple(config.num_tokens * (g + 1) // config.num_groups for g in range(config.num_groups))
-
-
-def _ends(num_tokens: int, group_size: int) -> tuple[int, ...]:
-    """Number of tokens after each full group, and all of them."""
-    return (*range(group_size, num_tokens, group_size), num_tokens)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dar_jax.common.batches import one_ahead
 from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeys
-from dar_jax.models.dar import sampler
+from dar_jax.models.dar import draws, sampler
 from dar_jax.models.dar.likelihood import class_log_likelihoods, token_log_likelihood
 from dar_jax.models.dar.llama import Llama, LlamaConfig
 from dar_jax.models.dar.options import DarSampling
@@ -70,6 +70,7 @@ def stream(
     scorer: tuple[FunctionalModel[Llama], Params],
     prefix: Int[Array, "B K"] | None = None,
     key_mask: None = None,
+    draft: tuple[FunctionalModel[Llama], Params] | None = None,
     known: sampler.Known | None = None,
     microbatch: int | None = None,
 ) -> Iterator[sampler.DarPreview]:
@@ -83,7 +84,7 @@ def stream(
     condition, own, known_all, prefix = jax.tree.map(
         lambda rows: jnp.repeat(rows, search.num, axis=0), (condition, rngs, known, prefix)
     )
-    groups = sampler.generate_indices(
+    groups = draws.generate_indices(
         prior,
         prior_params,
         condition,
@@ -91,6 +92,7 @@ def stream(
         sampling,
         prefix=prefix,
         boundaries=boundaries,
+        draft=draft,
     )
     flow = (tokenizer, tokenizer_params)
     if search.reward in TOKEN_REWARDS:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dar_jax.common.tree import tree_bytes
-from dar_jax.models.dar import sampler
+from dar_jax.models.dar import draws
 from dar_jax.models.dar.decoding import READ_PER_TOKEN, decoding_params
 from dar_jax.models.dar.llama import Llama
 from dar_jax.nn.compute import Compute
@@ -74,7 +74,7 @@ def test_compiled_decoding_holds_no_copy_of_a_matrix(monkeypatch):
     model, params, config = pipeline.model.unstacked(), pipeline.sampling_params, pipeline.config
     decoder = autoregressive.TokenDecoder(model, 1, SamplingConfig(), guided=False)
     rngs, scales = jax.random.split(jax.random.key(0), 1), jnp.ones(config.num_tokens)
-    condition = sampler.embed_rows(model, params, jnp.zeros(1, jnp.int32), guided=False)
+    condition = draws.embed_rows(model, params, jnp.zeros(1, jnp.int32), guided=False)
     prefix = jnp.zeros((1, 0), jnp.int32)
     slots = dict(num_slots=config.num_tokens)
     state = autoregressive.prefill(decoder, params, condition, prefix, rngs, scales, None, **slots)

@@ -12,9 +12,16 @@ import pytest
 from dar_jax.common.tree import num_parameters
 from dar_jax.convert import dar as convert
 from dar_jax.convert.rules import to_state_dict
-from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
-from dar_jax.models.dar.llama import SIZES, Llama, LlamaConfig, cache_mask, ffn_hidden_dim
+from dar_jax.models.dar.draws import generate_indices
+from dar_jax.models.dar.llama import (
+    SIZES,
+    Llama,
+    LlamaConfig,
+    cache_mask,
+    caption_key_mask,
+    ffn_hidden_dim,
+)
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
@@ -179,7 +186,7 @@ def check_generation(golden, run, options, condition, key_mask):
             read_scale(options["cfg_scale"]), num_tokens, interval=options["cfg_interval"]
         )
     rngs = jax.random.split(jax.random.key(0), len(condition))
-    generated = sampler.generate_indices(
+    generated = generate_indices(
         model,
         params,
         condition,
@@ -201,7 +208,7 @@ def check_generation(golden, run, options, condition, key_mask):
         key_mask = None if key_mask is None else jnp.concatenate([key_mask, key_mask])
     if key_mask is not None:
         num_slots = -(-(num_condition + num_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
-        padded = sampler.caption_key_mask(key_mask, num_slots - num_condition)
+        padded = caption_key_mask(key_mask, num_slots - num_condition)
         golden.check(f"{run}/causal_mask", cache_mask(0, num_slots, num_slots, padded)[:, 0])
         key_mask = padded[:, : num_condition + num_tokens]
     logits = cached_logits(model, params, condition, tokens, key_mask).transpose(1, 0, 2)
@@ -282,7 +289,7 @@ def check_cached_decoding(folder):
     key_mask = full_mask = None
     if model.config.caption_dim is not None:
         valid = jnp.arange(model.config.condition_tokens) >= jnp.array([[2], [0]])
-        key_mask = sampler.caption_key_mask(valid, model.config.num_tokens)
+        key_mask = caption_key_mask(valid, model.config.num_tokens)
         size = key_mask.shape[1] - 1
         full_mask = cache_mask(0, size, size, key_mask)[:, 0]
     full = full_logits(model, params, condition, tokens[:, :-1], full_mask)
@@ -295,7 +302,7 @@ def test_padded_caption_tokens_do_not_matter():
     model, params = unstacked(CAPTION_FOLDER)
     captions, tokens = conditions(model), image_tokens(model)
     valid = jnp.arange(model.config.condition_tokens) >= jnp.array([[2], [3]])
-    key_mask = sampler.caption_key_mask(valid, model.config.num_tokens)
+    key_mask = caption_key_mask(valid, model.config.num_tokens)
     changed = jnp.where(valid[..., None], captions, 7.0)
     a, b = (cached_logits(model, params, c, tokens, key_mask) for c in (captions, changed))
     np.testing.assert_array_equal(a, b)

@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from dar_jax.config import build as read_config
-from dar_jax.models.dar import sampler
+from dar_jax.models.dar import draws
 from dar_jax.models.dar import search as dar_search
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.options import DarSampling
@@ -92,7 +92,7 @@ def test_every_group_is_the_best_continuation_of_those_before(dar, lookahead):
         continued = []
         for candidate in range(2):
             prefix = jnp.asarray(tokens[:, :start])
-            draw = functools.partial(sampler.generate_indices, prior, params, jnp.asarray(LABELS))
+            draw = functools.partial(draws.generate_indices, prior, params, jnp.asarray(LABELS))
             groups = draw(keys[:, candidate], options, prefix=prefix, boundaries=(stop,))
             continued.append(next(groups))
         reward = dar_search.token_reward("likelihood", *scorer, labels)
@@ -108,7 +108,7 @@ def test_reward_of_a_file_sees_the_images(dar, tmp_path):
     found = dar.generate(LABELS, rng=rng, search=Search("end", 3, str(path)))
     keys = search.candidate_keys(image_keys(rng, len(LABELS)), 3).reshape(-1, 3)
     model, params = dar.prior.model.unstacked(), dar.prior.sampling_params
-    draw = functools.partial(sampler.generate_indices, model, params, jnp.asarray(LABELS))
+    draw = functools.partial(draws.generate_indices, model, params, jnp.asarray(LABELS))
     brightness = []
     for candidate in range(3):
         *_, indices = draw(keys[:, candidate], DarSampling(), boundaries=GROUPS)

@@ -1,0 +1,113 @@
+"""Decoding in groups of tokens.
+
+Large caches grow from group to group, each a compiled program that attends a prefix of static
+length: half the bytes that one padded cache would have it read. Small ones have all slots from the
+beginning, and all groups share one program.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.common.compiled import call
+from dar_jax.common.tree import tree_bytes
+from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
+from dar_jax.sampling.autoregressive import (
+    Conditioned,
+    decode,
+    prefill,
+    slot_bytes,
+    take,
+    tokens_between,
+    without_unconditional,
+)
+from dar_jax.sampling.lookahead import AheadState, decode_ahead, start_ahead
+
+SMALL_CACHES = 2**25
+"""Bytes of caches that fit beside the compute units, where reading all of them costs little."""
+SMALL_SHARE = 0.1
+"""Likewise, as a share of the weights, which are read with them."""
+
+
+def generate(
+    model: Conditioned,
+    prefix: Int[Array, "B K"],
+    rngs: PRNGKeys,
+    scales: Float[np.ndarray, " N"],
+    *,
+    boundaries: Sequence[int],
+    window: int = 0,
+    draft: Conditioned | None = None,
+    attends_filled: bool = False,
+    run: Callable[..., Any] = call,
+) -> Generator[Int[Array, "B n"], Int[Array, "B n"] | None, None]:
+    """Yield all tokens so far, the prefix included, whenever a group is complete.
+
+    What is sent back, if anything, says which rows to go on with; see `take`. Nothing waits for the
+    device: the next group can be dispatched while the last one is used.
+
+    Args:
+        model: which model draws, and what for.
+        prefix: given image tokens, K < N.
+        rngs: one key per image.
+        scales: guidance scale of every image token. Where no later one differs from 1, a group is
+            decoded without unconditional rows.
+        boundaries: increasing numbers of tokens after which to yield; the last one ends.
+        window: tokens that a call of look-ahead draws; 0 is none.
+        draft: a smaller model, of as many tokens and condition tokens, that guesses them.
+        attends_filled: slots that are not filled are not read, so that caches need not grow.
+        run: calls jitted functions, or records them; see `common.compiled`.
+    """
+    device_scales, num_condition = jnp.asarray(scales), model.decoder.num_condition
+    start, beyond = prefix.shape[1] + 1, num_condition - 1 + max(window - 1, 0)
+    all_slots = beyond + len(scales)
+    num_all = len(model.condition) * all_slots
+    grows = not attends_filled and _are_large(model.decoder.model, model.params, num_all)
+    least_slots = 0 if grows else all_slots
+    num_slots = max(num_condition - 1 + start, least_slots)
+
+    def begin(each: Conditioned) -> Any:
+        inputs = (each.condition, prefix, rngs, device_scales, each.key_mask)
+        return run(prefill, each.decoder, each.params, *inputs, num_slots=num_slots)
+
+    state: Any = begin(model)
+    if window:
+        guessing = None if draft is None else begin(draft)
+        state = run(start_ahead, state, guessing, start, window=window)
+    for stop in boundaries:
+        if np.all(scales[start:] == 1):
+            model, state = _without_guidance(model, state, run)
+            if window and draft is not None:
+                draft, guessing = _without_guidance(draft, state.draft, run)
+                state = state._replace(draft=guessing)
+        if stop > start:
+            fixed = (model.decoder, model.params, state, rngs, device_scales)
+            ends = dict(stop=stop, num_slots=max(beyond + stop, least_slots))
+            if window:
+                state = run(decode_ahead, *fixed, draft and draft[:2], window=window, **ends)
+            else:
+                state = run(decode, *fixed, start=start, **ends)
+            start = stop
+        parents = yield run(tokens_between, state.tokens, start=0, stop=stop)
+        if parents is not None:
+            state = take(state, parents)
+            if isinstance(state, AheadState):  # beyond, tokens are the parent's draws
+                state = state._replace(known=jnp.minimum(state.known, stop))
+
+
+def _without_guidance(
+    model: Conditioned, state: Any, run: Callable[..., Any]
+) -> tuple[Conditioned, Any]:
+    """Go on without unconditional rows, if there are some."""
+    if not model.decoder.guided:
+        return model, state
+    decoder = dataclasses.replace(model.decoder, guided=False)
+    return model._replace(decoder=decoder), run(without_unconditional, state)
+
+
+def _are_large(model: Any, params: Params, num_slots: int) -> bool:
+    """Whether caches of so many slots in all are so large that they had better grow."""
+    num_bytes = num_slots * slot_bytes(model)
+    return num_bytes > max(SMALL_CACHES, SMALL_SHARE * tree_bytes(params))
