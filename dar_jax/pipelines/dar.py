@@ -284,7 +284,7 @@ class DarPipeline(LikelihoodPipeline):
         """See `PriorPipeline.draft`; one of another tokenizer is refused."""
         draft = self.prior.draft(how, batch_size)
         if draft is not None:
-            check_tokenizer(how.draft, self.tokenizer.directory)
+            check_tokenizer(str(how.draft), self.tokenizer.directory)
         return draft
 
     def _start(self, method: str, *inputs: Any, **options: Any) -> Iterator[sampler.DarPreview]:

@@ -46,7 +46,7 @@ class PriorPipeline(ModelPipeline[Llama]):
         Raises:
             ValueError: it cannot be read, or is over other tokens or conditions.
         """
-        path = sampling.draft
+        path = str(sampling.draft)
         if not path or not sampling.window(batch_size):
             return None
         if path not in self._drafts:

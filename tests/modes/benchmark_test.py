@@ -34,7 +34,7 @@ FIELDS = {
 """Names in every line, whatever is timed."""
 DAR_FIELDS = {
     *("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "num_layers"),
-    "lookahead",
+    *("lookahead", "draft"),
 }
 TRANSDIFF_FIELDS = {
     *("guidance_times", "drift_scale", "noise_scale", "encoder_depth", "decoder_depth"),

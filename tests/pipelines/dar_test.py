@@ -17,7 +17,7 @@ from dar_jax.models.dar.sampler import initial_noise
 from dar_jax.nn.compute import Compute
 from dar_jax.pipelines.base import image_keys
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
-from dar_jax.sampling import autoregressive
+from dar_jax.sampling import groups
 from tests.golden import fixtures, models
 
 LABELS = (3, 1)
@@ -82,19 +82,19 @@ def test_previews_are_decoded_prefixes(tokenizer, previews):
 
 
 def test_next_group_is_under_way_when_a_preview_is_handed_out(dar, previews, monkeypatch):
-    groups, decode = [], autoregressive.decode
+    stops, decode = [], groups.decode
 
     def recording(*arguments, **options):
-        groups.append(options["stop"])
+        stops.append(options["stop"])
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(autoregressive, "decode", recording)
+    monkeypatch.setattr(groups, "decode", recording)
     stream = dar.stream(LABELS, rng=jax.random.key(0), guidance_scale=2.0)
     first = next(stream)
-    assert (first.num_tokens, groups) == (4, [4, 8])
+    assert (first.num_tokens, stops) == (4, [4, 8])
     np.testing.assert_array_equal(first.images, previews[0].images)
     assert len(list(stream)) == NUM_GROUPS - 1
-    assert groups == [4, 8, 12, 16]
+    assert stops == [4, 8, 12, 16]
 
 
 def test_known_pixels_are_kept_in_every_preview(dar, previews):

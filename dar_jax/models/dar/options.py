@@ -82,7 +82,7 @@ class DarSampling(FlowSampling):
     top_k: int = 0
     top_p: float = 1.0
     lookahead: int = 0
-    draft: str = ""
+    draft: str | os.PathLike = ""
     search: Search = Search()
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ class DarSampling(FlowSampling):
         """Raise ValueError unless these options suit a prior of this architecture."""
         models = {"the model": config}
         if self.draft:
-            models[f"draft={self.draft!r}"] = open_draft(self.draft, config).config
+            models[f"draft={self.draft!r}"] = open_draft(str(self.draft), config).config
         largest = self.scales(config.num_tokens).max()
         for name, each in models.items():
             if 0 < each.max_guidance < largest:
