@@ -56,7 +56,8 @@ def generate(
             decoded without unconditional rows.
         boundaries: increasing numbers of tokens after which to yield; the last one ends.
         window: tokens that a call of look-ahead draws; 0 is none.
-        draft: a smaller model, of as many tokens and condition tokens, that guesses them.
+        draft: a smaller model, of as many tokens and condition tokens, that guesses them; None
+            without look-ahead.
         attends_filled: slots that are not filled are not read, so that caches need not grow.
         run: calls jitted functions, or records them; see `common.compiled`.
     """
@@ -74,14 +75,10 @@ def generate(
 
     state: Any = begin(model)
     if window:
-        guessing = None if draft is None else begin(draft)
-        state = run(start_ahead, state, guessing, start, window=window)
+        state = run(start_ahead, state, draft and begin(draft), start, window=window)
     for stop in boundaries:
         if np.all(scales[start:] == 1):
-            model, state = _without_guidance(model, state, run)
-            if window and draft is not None:
-                draft, guessing = _without_guidance(draft, state.draft, run)
-                state = state._replace(draft=guessing)
+            model, draft, state = _without_guidance(model, draft, state, run)
         if stop > start:
             fixed = (model.decoder, model.params, state, rngs, device_scales)
             ends = dict(stop=stop, num_slots=max(beyond + stop, least_slots))
@@ -98,13 +95,19 @@ def generate(
 
 
 def _without_guidance(
-    model: Conditioned, state: Any, run: Callable[..., Any]
-) -> tuple[Conditioned, Any]:
-    """Go on without unconditional rows, if there are some."""
-    if not model.decoder.guided:
-        return model, state
-    decoder = dataclasses.replace(model.decoder, guided=False)
-    return model._replace(decoder=decoder), run(without_unconditional, state)
+    model: Conditioned, draft: Conditioned | None, state: Any, run: Callable[..., Any]
+) -> tuple[Conditioned, Conditioned | None, Any]:
+    """Go on without unconditional rows, where there are some."""
+    if model.decoder.guided:
+        model, state = _unguided(model), run(without_unconditional, state)
+    if draft is not None and draft.decoder.guided:
+        draft = _unguided(draft)
+        state = state._replace(draft=run(without_unconditional, state.draft))
+    return model, draft, state
+
+
+def _unguided(model: Conditioned) -> Conditioned:
+    return model._replace(decoder=dataclasses.replace(model.decoder, guided=False))
 
 
 def _are_large(model: Any, params: Params, num_slots: int) -> bool:
