@@ -82,8 +82,8 @@ def test_lookahead_draws_the_same_digits(scale, temperature):
     options = dict(rng=jax.random.key(0), guidance_scale=scale, temperature=temperature)
     labels = np.arange(100) % 10
     images, indices = dar.generate(labels, **options)
-    for lookahead in (2, 16):
-        ahead = dar.generate(labels, **options, lookahead=lookahead)
+    for lookahead, draft in ((2, ""), (16, ""), (4, ADDRESS)):
+        ahead = dar.generate(labels, **options, lookahead=lookahead, draft=draft)
         np.testing.assert_array_equal(ahead.indices, indices)
         np.testing.assert_array_equal(ahead.images, images)
 

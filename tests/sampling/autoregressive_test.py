@@ -223,8 +223,8 @@ def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lookahead", [0, 3])
-def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, monkeypatch):
+@pytest.mark.parametrize(("lookahead", "guesses"), [(0, False), (3, False), (3, True)])
+def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, guesses, monkeypatch):
     for name in ("extend_and_attend", "product"):
         interpreted = functools.partial(getattr(decode_kernels, name), interpret=True)
         monkeypatch.setattr(decode_kernels, name, interpreted)
@@ -244,7 +244,8 @@ def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, mo
     for each in (model, kernels):
         programs.clear_cache()
         inputs = (jnp.arange(3), jax.random.split(jax.random.key(0), 3), sampling)
-        *_, tokens = draws.generate_indices(each, params, *inputs, boundaries=(4, 8))
+        how = dict(boundaries=(4, 8), draft=(each, params) if guesses else None)
+        *_, tokens = draws.generate_indices(each, params, *inputs, **how)
         drawn.append(tokens)
         counts.append(programs._cache_size())
     np.testing.assert_array_equal(*drawn)
