@@ -112,6 +112,7 @@ def test_set_may_go_on_with_another_draft(path, dar, small):
         ({"draft": "runs/small"}, "draft='runs/small' guesses for look-ahead, which is off: set"),
         ({"draft": 3, "lookahead": 4}, "draft=3 must be the path of a model directory"),
         ({"draft": "nowhere", "lookahead": 4}, "draft='nowhere' is no prior .*not a readable"),
+        ({"draft": "x" * 10_000, "lookahead": 4}, "is no prior that guesses: .*too long"),
         ({"draft": "", "lookahead": 1}, "lookahead=1 must be at least 2"),
     ],
 )

@@ -36,7 +36,7 @@ def open_draft(path: str, prior: LlamaConfig) -> Draft:
         loaded = model_dir.load_config(directory)
         config = build(LlamaConfig, loaded["model"], str(directory))
         check_sizes(config, str(directory))
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # a name may be too long for the system
         raise ValueError(f"draft={path!r} is no prior that guesses: {error}") from error
     for name in (*SHARED, *TEXTS):
         ours, theirs = getattr(prior, name), getattr(config, name)
