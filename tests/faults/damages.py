@@ -168,12 +168,22 @@ def _heard(said):
         logger.removeHandler(handler)
 
 
-def outcome(run, expected: dict) -> tuple[str, str]:
+def undisturbed(run) -> tuple[dict, set[str]]:
+    """Run a command where nothing is damaged; return what it comes to, and what it says then."""
+    said: list[str] = []
+    with _heard(said) as failed:
+        expected = run()
+    assert expected and not failed
+    return expected, set(said)
+
+
+def outcome(run, expected: dict, usual: set[str]) -> tuple[str, str]:
     """Run a command; return what came of it, and what was said.
 
     Args:
         run: the command.
         expected: what it comes to where nothing is damaged.
+        usual: what it says then, which warns of nothing.
     """
     said: list[str] = []
     with _heard(said) as failed:
@@ -185,6 +195,7 @@ def outcome(run, expected: dict) -> tuple[str, str]:
             return TRACEBACK, f"{type(error).__name__}: {error}"
     if failed:
         return TRACEBACK, str(failed[0])
+    said = [line for line in said if line not in usual]
     differing = [name for name in expected if found.get(name) != expected[name]]
     if not differing:
         return SAME, "; ".join(said)
