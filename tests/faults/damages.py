@@ -18,6 +18,8 @@ WRONG = (SILENT, TRACEBACK)
 """Outcomes that may not be."""
 ONE_LINE = (ValueError, OSError)
 """What the command line turns into one line."""
+OF_SPEED = "of a step is waiting for data"
+"""What may be said of a run at any time."""
 MAX_EDITS = 12
 """Keys of a JSON file that are edited, spread over all of them."""
 
@@ -155,7 +157,8 @@ def _heard(said):
 
     class Handler(logging.Handler):
         def emit(self, record):
-            said.append(record.getMessage())
+            if OF_SPEED not in record.getMessage():
+                said.append(record.getMessage())
 
     handler, logger = Handler(logging.WARNING), absl_logging.get_absl_logger()
     logger.addHandler(handler)
