@@ -97,7 +97,7 @@ def fit(config, workdir, steps):
     train.train_and_evaluate(build(config), str(workdir))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
-    kept = files(workdir, "model/*.json", "model/**/*.safetensors", "config.json")
+    kept = files(workdir, "model/**/config.json", "model/**/*.safetensors", "config.json")
     return {**kept, **files(workdir, f"images/*{steps:07d}.png"), "curve": curve}
 
 
