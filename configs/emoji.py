@@ -30,19 +30,19 @@ from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 TOKENIZERS = {
     32: TokenizerConfig(
         image_size=32,
-        num_tokens=32,
-        num_groups=4,
+        num_tokens=64,
+        num_groups=8,
         num_steps=8,
-        codebook_size=512,
-        code_dim=4,
-        max_tokens=32,
-        encoder=EncoderConfig(patch_size=8, dim=96, depth=2, head_dim=32),
-        condition=ConditionConfig(dim=64, depth=1, head_dim=32),
+        codebook_size=1024,
+        code_dim=6,
+        max_tokens=64,
+        encoder=EncoderConfig(patch_size=4, dim=96, depth=2, head_dim=32),
+        condition=ConditionConfig(dim=96, depth=1, head_dim=32),
         decoder=FlowDecoderConfig(
             patch_size=4,
-            dim=64,
+            dim=96,
             depth=3,
-            head_dim=8,
+            head_dim=12,
             rope_base=100.0,
             time_shift=10.0,
             feature_layer=None,
@@ -85,9 +85,6 @@ def tokenizer(config: ConfigDict, image_size: int) -> None:
     config.optimizer.weight_decay = 0.1
     schedule(config, steps=STEPS[image_size], learning_rate=1e-2)
     config.sample.solver = "euler"
-    if image_size == 32:
-        # The digits have taught where a token is and how noise passes, which takes longest.
-        config.train.init_from = "package://mnist/tokenizer"
 
 
 def schedule(config: ConfigDict, steps: int, learning_rate: float) -> None:

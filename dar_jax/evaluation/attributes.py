@@ -71,7 +71,7 @@ class AttributeJudges:
                 )
             kept = labels >= 0
             logging.info("Fitting the judge of %s to %d real images", name, kept.sum())
-            self._judges[name] = Classifier(pixels[kept], labels[kept], colour=True)
+            self._judges[name] = Classifier(pixels[kept], labels[kept])
         found = self.metrics(read_all(test), test.captions())
         self.on_real = {f"{name}_on_real": value for name, value in found.items()}
 

@@ -10,16 +10,10 @@ REGULARISATION = 10.0
 
 class Classifier:
     """Support vector machine with a Gaussian kernel on the grey values of small images, or on
-    their colours.
+    their colours where the real ones have any.
     """
 
-    def __init__(
-        self,
-        pixels: UInt8[np.ndarray, "N H W 3"],
-        labels: Int[np.ndarray, " N"],
-        *,
-        colour: bool = False,
-    ):
+    def __init__(self, pixels: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"]):
         """Fit to labelled images.
 
         Raises:
@@ -36,7 +30,7 @@ class Classifier:
             raise ValueError(
                 "this evaluation needs scikit-learn; run pip install 'dar-jax[quickstart]'"
             ) from error
-        self._colour = colour
+        self._in_colour = bool(np.any(pixels != pixels[..., :1]))
         self._svm = SVC(C=REGULARISATION).fit(self._features(pixels), labels)
 
     def predict(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> Int[np.ndarray, " N"]:
@@ -50,5 +44,5 @@ class Classifier:
         return float(np.mean(self.predict(pixels) == labels))
 
     def _features(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
-        values = pixels if self._colour else pixels.mean(axis=-1)
+        values = pixels if self._in_colour else pixels.mean(axis=-1)
         return values.reshape(len(pixels), -1) / 255.0

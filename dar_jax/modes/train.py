@@ -223,8 +223,8 @@ def _finish(run: Run, state: TrainState) -> None:
 
 def _restore_or_create(
     run: Run, abstract: TrainState, initial: Params | None
-) -> tuple[TrainState, list[Any]]:
-    """Return the state, and the metrics of a logging interval that is not over."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """Return the state, and what its report goes on from."""
     if run.checkpoints.latest_step is not None:
         return run.checkpoints.restore(abstract, run.iterator)
     logging.info("Compiling the initial parameters, and drawing them")
@@ -232,10 +232,10 @@ def _restore_or_create(
     state = state_lib.create_state(
         run.task, run.config.optimizer, rng, mesh=run.mesh, params=initial
     )
-    return state, []
+    return state, {"metrics": [], "written": {}}
 
 
-def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
+def _fit(run: Run, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
     config = run.config.train
     first_step = int(state.step)
     missed = find_missed(run.workdir, config, first_step)
@@ -247,13 +247,15 @@ def _fit(run: Run, state: TrainState, interval: list[Any]) -> TrainState:
             config.steps,
         )
         return state
-    writer = metrics.Writer(run.workdir, first_step, config.steps, wandb=run.config.wandb)
+    writer = metrics.Writer(
+        run.workdir, first_step, config.steps, written=saved["written"], wandb=run.config.wandb
+    )
     averages = metrics.Interval(
         run.config.data.batch_size,
         step_lib.flops_per_image(run.task),
         list(run.mesh.devices.flat),
     )
-    averages.resume(interval)
+    averages.resume(saved["metrics"])
     report = Report(
         config,
         writer,
@@ -311,7 +313,7 @@ def _loop(
         if preempted or is_due(step, config.checkpoint_every, config.steps):
             report.flush()
             check_parameters(step, state.params, run.checkpoints.describe_latest)
-            run.checkpoints.save(state, step, run.iterator, report.interval())
+            run.checkpoints.save(state, step, run.iterator, report.save())
             report.restart_clock(step)
         if preempted and step < config.steps:  # what else is due is made up for
             logging.info("Stopped after step %d, all is saved; run the same command to go on", step)
@@ -327,7 +329,7 @@ def _loop(
         if step < config.steps and patience.has_ended(run.workdir, config, step):
             logging.info("The held-out loss fell no more: training ends after step %d", step)
             if not is_due(step, config.checkpoint_every, config.steps):
-                run.checkpoints.save(state, step, run.iterator, report.interval())
+                run.checkpoints.save(state, step, run.iterator, report.save())
             break
     profile.close()
     return state

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -130,7 +130,7 @@ class Checkpoints:
         state: TrainState,
         step: int,
         iterator: grain.DatasetIterator,
-        interval: Sequence[Any] = (),
+        report: Mapping[str, Any] = types.MappingProxyType({"metrics": ()}),
     ) -> None:
         """Save in the background; `state` may be donated and `iterator` advanced right after.
 
@@ -138,7 +138,7 @@ class Checkpoints:
             state: after `step` updates.
             step: names the checkpoint.
             iterator: whose state must be the same on all processes.
-            interval: metrics of a logging interval that is not over, as JSON types.
+            report: what `training.report` goes on from, as JSON types.
 
         Raises:
             ValueError: this save or the one before it failed.
@@ -151,7 +151,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=ocp.args.JsonSave(iterator.get_state()),
-                    interval=ocp.args.JsonSave({"metrics": list(interval)}),
+                    interval=ocp.args.JsonSave(dict(report)),
                     config=ocp.args.JsonSave(self._config),
                 ),
             )
@@ -173,10 +173,10 @@ class Checkpoints:
 
     def restore(
         self, abstract: TrainState, iterator: grain.DatasetIterator
-    ) -> tuple[TrainState, list[Any]]:
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Load the latest checkpoint, bitwise, and move `iterator` to where it was.
 
-        Returns the state, and the metrics of the interval as they were saved.
+        Returns the state, and the report as it was saved.
 
         Args:
             abstract: a `TrainState` of `ShapeDtypeStruct`s, whose shardings may differ from
@@ -196,14 +196,15 @@ class Checkpoints:
         with self._explained_damage(step):
             restored: Any = self._manager.restore(step, args=args)
             iterator.set_state(restored.data)
-            metrics = restored.interval["metrics"]
+            report = {"written": {}, **restored.interval}
+            report["metrics"] = list(report["metrics"])
         if int(restored.state.step) != step:
             # Orbax would save no step before the latest, without a word.
             raise ValueError(
                 f"{self._directory / str(step)} is the checkpoint of step "
                 f"{int(restored.state.step)}: give it that name, or move it away"
             )
-        return restored.state, metrics
+        return restored.state, report
 
     def close(self) -> None:
         """Stop the background threads; a save under way ends first, and its failure is dropped."""

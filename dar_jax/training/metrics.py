@@ -2,9 +2,11 @@
 
 import datetime
 import functools
+import hashlib
 import json
 import math
 import time
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -146,9 +148,18 @@ class Writer:
         first_step: int,
         num_steps: int,
         *,
+        written: Mapping[str, Any] = types.MappingProxyType({}),
         wandb: WandbConfig | None = None,
     ):
-        """Drop what an interrupted run wrote after `first_step`, the step it resumes from."""
+        """Drop what an interrupted run wrote after `first_step`, the step it resumes from.
+
+        Args:
+            workdir: of the run.
+            first_step: no line of a later one is kept.
+            num_steps: of the whole run.
+            written: what `written` returned at that step; a file that differs is warned of.
+            wandb: the project, if any.
+        """
         self._num_steps = num_steps
         self._active = jax.process_index() == 0
         if not self._active:
@@ -156,7 +167,15 @@ class Writer:
         self._images = workdir / "images"
         storage.make_directory(self._images)
         self._path = workdir / FILE_NAME
-        cut_lines(self._path, first_step)
+        kept = cut_lines(self._path, first_step)
+        size = written.get("bytes", 0)
+        if written and hashlib.sha256(kept[:size]).hexdigest() != written["sha256"]:
+            logging.warning(
+                "%s is not as it was at step %d: lines are gone or changed, and the curves go on "
+                "from what is left; for all of them bring it back from a copy",
+                *(self._path, first_step),
+            )
+        self._size, self._digest = len(kept), hashlib.sha256(kept)
         # The suffix tells apart files begun in the same second, which is all their names say.
         import tensorboardX  # imports torch, where that is installed
 
@@ -171,13 +190,22 @@ class Writer:
         if not self._active:
             return
         logging.info("%s", _progress(step, self._num_steps, values))
-        storage.append(self._path, f"{json.dumps({'step': step, **values})}\n".encode())
+        line = f"{json.dumps({'step': step, **values})}\n".encode()
+        storage.append(self._path, line)
+        self._size += len(line)
+        self._digest.update(line)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
         self._copies.send(at_most_every=EVENTS_SECONDS)
         if self._tracker is not None:
             self._tracker.scalars(step, values)
+
+    def written(self) -> dict[str, Any]:
+        """Return size and digest of the metrics file, as JSON types, for a checkpoint."""
+        if not self._active:
+            return {}
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
         """Write each picture to `images/{name}_{step:07d}.png` and to TensorBoard."""
@@ -204,14 +232,16 @@ class Writer:
             self._tracker.close()
 
 
-def cut_lines(path: storage.Path, last_step: int) -> None:
+def cut_lines(path: storage.Path, last_step: int) -> bytes:
     """Keep the lines of a metrics file up to `last_step`, so that a resumed curve has no doubles.
+
+    Returns what is kept.
 
     A last line that a killed run left half-written is dropped as well. Other lines that are none,
     because the file was damaged or edited, are set aside, to the file's name with `BAD_SUFFIX`.
     """
     if not path.exists():
-        return
+        return b""
     kept, bad = [], []
     for line in path.read_bytes().splitlines(keepends=True):
         values = _read_line(line)
@@ -225,8 +255,10 @@ def cut_lines(path: storage.Path, last_step: int) -> None:
         aside = path.with_name(path.name + BAD_SUFFIX)
         logging.warning("%s: %d lines are no figures, moved to %s", path, len(bad), aside.name)
         storage.append(aside, b"".join(bad))
+    content = b"".join(kept)
     with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
+        temporary.write_bytes(content)
+    return content
 
 
 def _read_line(line: bytes) -> dict[str, Any] | None:

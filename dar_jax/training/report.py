@@ -85,9 +85,9 @@ class Report:
         self._pending = None
         self._advised = False
 
-    def interval(self) -> list[Any]:
-        """Return the metrics of the steps since the last line."""
-        return self._interval.save()
+    def save(self) -> dict[str, Any]:
+        """Return, as JSON types, the metrics since the last line, and what the file had then."""
+        return {"metrics": self._interval.save(), "written": self._writer.written()}
 
     def _wait(self) -> dict[str, float]:
         """Return how long a step waited for data; say once what helps, if that is long."""

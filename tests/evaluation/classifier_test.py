@@ -17,6 +17,14 @@ def test_classifier_judges_held_out_digits():
     assert classifier.accuracy(noise, test.labels()) < 0.3
 
 
+def test_colours_are_judged_where_there_are_any():
+    """Two colours of one grey."""
+    colours = np.array([[90, 0, 0], [0, 90, 0]], np.uint8)
+    labels = np.arange(8) % 2
+    pixels = np.broadcast_to(colours[labels][:, None, None], (8, 4, 4, 3))
+    assert Classifier(pixels, labels).accuracy(pixels[::-1], labels[::-1]) == 1
+
+
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match=r"two classes, .* --config.evaluate.classifier=false"):
         Classifier(np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int32))

@@ -18,6 +18,8 @@ WRONG = (SILENT, TRACEBACK)
 """Outcomes that may not be."""
 ONE_LINE = (ValueError, OSError)
 """What the command line turns into one line."""
+OF_SPEED = "of a step is waiting for data"
+"""What may be said of a run at any time."""
 MAX_EDITS = 12
 """Keys of a JSON file that are edited, spread over all of them."""
 
@@ -155,7 +157,8 @@ def _heard(said):
 
     class Handler(logging.Handler):
         def emit(self, record):
-            said.append(record.getMessage())
+            if OF_SPEED not in record.getMessage():
+                said.append(record.getMessage())
 
     handler, logger = Handler(logging.WARNING), absl_logging.get_absl_logger()
     logger.addHandler(handler)
@@ -168,12 +171,22 @@ def _heard(said):
         logger.removeHandler(handler)
 
 
-def outcome(run, expected: dict) -> tuple[str, str]:
+def undisturbed(run) -> tuple[dict, set[str]]:
+    """Run a command where nothing is damaged; return what it comes to, and what it says then."""
+    said: list[str] = []
+    with _heard(said) as failed:
+        expected = run()
+    assert expected and not failed
+    return expected, set(said)
+
+
+def outcome(run, expected: dict, usual: set[str]) -> tuple[str, str]:
     """Run a command; return what came of it, and what was said.
 
     Args:
         run: the command.
         expected: what it comes to where nothing is damaged.
+        usual: what it says then, which warns of nothing.
     """
     said: list[str] = []
     with _heard(said) as failed:
@@ -185,6 +198,7 @@ def outcome(run, expected: dict) -> tuple[str, str]:
             return TRACEBACK, f"{type(error).__name__}: {error}"
     if failed:
         return TRACEBACK, str(failed[0])
+    said = [line for line in said if line not in usual]
     differing = [name for name in expected if found.get(name) != expected[name]]
     if not differing:
         return SAME, "; ".join(said)

@@ -4,15 +4,11 @@ A place is prepared once, by the commands that users type; each of its files can
 and its command be run.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-import types
 from collections.abc import Callable
-from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -20,11 +16,10 @@ from PIL import Image
 from configs import mnist
 from dar_jax.config import build
 from dar_jax.data.sources import load_source
-from dar_jax.evaluation.evaluators import base as evaluators
 from dar_jax.modes import cache, evaluate, sample, train
-from dar_jax.training import step as step_lib
 from tests import tiny_model, tiny_text, tiny_transdiff
 from tests.data import tiny_sets
+from tests.faults.cheap import MeanExtractor
 
 SIZE, CAPTION_TOKENS = tiny_model.SIZE, 8
 TIMINGS = "perf/"
@@ -96,18 +91,13 @@ def files(root, *patterns):
     return {path.relative_to(root).as_posix(): content(path) for path in sorted(found)}
 
 
-@functools.cache
-def _train_step(*arguments, **options):
-    return step_lib.make_train_step(*arguments, **options)
-
-
 def fit(config, workdir, steps):
     """Train; return what the run promises."""
     config.train.steps = steps
     train.train_and_evaluate(build(config), str(workdir))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
-    kept = files(workdir, "model/*.json", "model/**/*.safetensors", "config.json")
+    kept = files(workdir, "model/**/config.json", "model/**/*.safetensors", "config.json")
     return {**kept, **files(workdir, f"images/*{steps:07d}.png"), "curve": curve}
 
 
@@ -217,30 +207,6 @@ def draw(model, variant="dar", **settings):
     return run
 
 
-class BrightnessClassifier(evaluators.Classifier):
-    """Calls everything by the tens digit of its mean."""
-
-    def __init__(self, *_):
-        pass
-
-    def predict(self, pixels):
-        return (pixels.mean(axis=(1, 2, 3)) // 10 % 10).astype(int)
-
-
-class MeanExtractor:
-    """Features that need no network: means of the rows and columns."""
-
-    name = identity = "means"
-    dims = types.MappingProxyType({"pool": 6})
-
-    def __init__(self, *_, **options):
-        pass
-
-    def features(self, pixels):
-        means = [pixels[:, ::2].mean(axis=(1, 2)), pixels[:, :, ::2].mean(axis=(1, 2))]
-        return {"pool": np.concatenate(means, axis=1).astype(np.float32)}
-
-
 def judge(root, **settings):
     """`--mode=evaluate`; return the figures."""
     config = config_of("dar", root)
@@ -273,16 +239,6 @@ def judge_images(root):
             f"{name} {k}": v for k, v in judge(root, evaluators="generation", **options).items()
         }
     return found
-
-
-@contextlib.contextmanager
-def cheap_parts():
-    """Networks of evaluations that cost nothing, and train steps that are compiled once."""
-    with (
-        mock.patch.object(evaluators, "Classifier", BrightnessClassifier),
-        mock.patch.object(evaluators, "FeatureExtractor", MeanExtractor),
-    ):
-        yield
 
 
 def trained(make, before):

@@ -103,11 +103,11 @@ def final_state(workdir):
     iterator = pipeline.train_iterator(settings.data, settings.seed)
     bound = read_config(job_config()).bound()
     checkpoints = Checkpoints(workdir / train.CHECKPOINTS, bound, keep=3)
-    state, interval = checkpoints.restore(
+    state, report = checkpoints.restore(
         abstract_state(ToyTask(), settings.optimizer, mesh), iterator
     )
     checkpoints.close()
-    return jax.device_get(state.replace(rng=None)), interval, iterator.get_state()
+    return jax.device_get(state.replace(rng=None)), report["metrics"], iterator.get_state()
 
 
 def assert_same_end(workdir, other):

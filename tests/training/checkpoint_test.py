@@ -15,6 +15,7 @@ from tests.training.toy_task import ToyTask
 
 DATA = DataConfig(source="synthetic", image_size=8, batch_size=16)
 CONFIG = {"task": "toy", "data": {"batch_size": 16, "sizes": (1, 2)}}
+REPORT = {"metrics": [1.5, [2, 3]], "written": {"bytes": 7, "sha256": "ab"}}
 
 
 def _state(mesh, optimizer):
@@ -37,16 +38,16 @@ def test_state_and_iterator_come_back_on_another_mesh(tmp_path, config, num_devi
     for _ in range(3):
         next(iterator)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CONFIG, keep=2)
-    checkpoints.save(saved, 3, iterator, [1.5, [2, 3]])
+    checkpoints.save(saved, 3, iterator, REPORT)
     expected = next(iterator)
     checkpoints.close()
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", CONFIG, keep=2)
     fresh = pipeline.train_iterator(DATA, seed=0)
     mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
-    restored, interval = checkpoints.restore(abstract_state(ToyTask(), optimizer, mesh), fresh)
+    restored, report = checkpoints.restore(abstract_state(ToyTask(), optimizer, mesh), fresh)
     checkpoints.close()
-    assert interval == [1.5, [2, 3]]
+    assert report == REPORT
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
     np.testing.assert_array_equal(jax.random.key_data(restored.rng), jax.random.key_data(saved.rng))
     jax.tree.map(np.testing.assert_array_equal, restored.replace(rng=None), saved.replace(rng=None))

@@ -153,3 +153,33 @@ def test_lines_that_are_no_figures_are_set_aside(tmp_path):
     assert path.read_bytes() == b"".join(good)
     assert (tmp_path / "metrics.jsonl.bad").read_bytes() == b"".join(bad)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "is_said"),
+    [
+        (lambda lines: lines, False),
+        (lambda lines: [*lines, lines[-1], b'{"step": 3}\n'], False),  # after the checkpoint
+        (lambda lines: lines[1:], True),
+        (lambda lines: lines[:-1], True),
+        (lambda lines: [lines[0].replace(b"0.5", b"0.7"), *lines[1:]], True),
+        (lambda lines: [], True),
+    ],
+)
+def test_lines_that_a_checkpoint_knew_are_missed(tmp_path, caplog, change, is_said):
+    writer = metrics.Writer(tmp_path, first_step=0, num_steps=10)
+    for step in (1, 2):
+        writer.scalars(step, {"train/loss": 0.5})
+    written = writer.written()
+    writer.close()
+    path = tmp_path / metrics.FILE_NAME
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    caplog.clear()
+    writer = metrics.Writer(tmp_path, first_step=2, num_steps=10, written=written)
+    said = "is not as it was at step 2" in caplog.text
+    assert said == is_said
+    # What is left is what counts from here on.
+    again = metrics.Writer(tmp_path, first_step=2, num_steps=10, written=writer.written())
+    assert caplog.text.count("is not as it was") == is_said
+    again.close()
+    writer.close()
