@@ -39,7 +39,8 @@ def get_config(name: str = "32") -> ConfigDict:
     config.model.update(text_encoder="minilm", caption_dim=384, condition_tokens=24, num_classes=1)
     config.data.update(captions=True, padding=0)  # codes are of one crop
     config.cache.kind = "codes"
-    config.evaluate.evaluators = "generation"
+    config.evaluate.update(evaluators="generation", classifier=False)
+    config.sample.untrained_model = ""
     config.evaluate.reference = "test"
     config.evaluate.attributes = "; ".join(f"{n}={values}" for n, values in ATTRIBUTES.items())
     return config

@@ -25,8 +25,9 @@ import numpy as np
 from absl import logging
 
 from dar_jax.common import storage
-from dar_jax.common.typing import Float
+from dar_jax.common.typing import Float, UInt8
 from dar_jax.data.base import SPLITS, DataConfig
+from dar_jax.evaluation import neighbours
 from dar_jax.evaluation.feature_store import FeatureStore
 from dar_jax.evaluation.features import INCEPTION, Extractor, metric_name
 from dar_jax.evaluation.frechet import frechet_distance
@@ -102,6 +103,17 @@ class Comparison:
             values["precision"], values["recall"] = precision_recall(real, pool)
             metrics |= {self._name(name): value for name, value in values.items()}
         return metrics
+
+    def neighbours(self, images: Images, names: list[str]) -> UInt8[np.ndarray, "_ _ 3"] | None:
+        """Draw images beside the real ones that are nearest, see `evaluation.neighbours`.
+
+        None where the reference has no images.
+        """
+        real = self._reference.features
+        if self._images is None or real is None:
+            return None
+        features = self._store.features(images)["pool"]
+        return neighbours.picture(images, features, self._images, real, names)
 
     def _distances(self, images: Images, features: dict[str, np.ndarray]) -> dict[str, float | int]:
         pool, known = features["pool"], self._reference

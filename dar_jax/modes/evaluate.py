@@ -47,7 +47,8 @@ def evaluate(config: Config, workdir: str) -> None:
     """Print the metrics that the config asks for and write them to `WORKDIR/evaluation.json`.
 
     Curves over previews, guidance or confidence are drawn to
-    `WORKDIR/evaluation/{previews,guidance,calibration}.png`.
+    `WORKDIR/evaluation/{previews,guidance,calibration}.png`, and images beside the real ones that
+    are nearest to `neighbours.png`.
 
     Raises:
         ValueError: model, images, data, weights or reference cannot be had or do not fit.

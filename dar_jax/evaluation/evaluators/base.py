@@ -14,8 +14,10 @@ from typing import Protocol, cast, runtime_checkable
 import jax
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from dar_jax.common import model_dir, storage
+from dar_jax.common.files import replacing
 from dar_jax.common.typing import Any
 from dar_jax.data.base import DataConfig
 from dar_jax.evaluation.attributes import AttributeJudges, read_attributes
@@ -33,7 +35,14 @@ from dar_jax.evaluation.image_sources import (
     read_all,
 )
 from dar_jax.evaluation.perceptual import LpipsMetric
-from dar_jax.generation.batches import check, drawn_of, identity, load_model, takes_texts
+from dar_jax.generation.batches import (
+    check,
+    class_name,
+    drawn_of,
+    identity,
+    load_model,
+    takes_texts,
+)
 from dar_jax.generation.config import SampleConfig
 from dar_jax.generation.image_set import ImageSet
 from dar_jax.generation.image_sets import fill
@@ -256,6 +265,18 @@ class Evaluation:
             prompts = images.pieces.labels_of(0, len(images)).tolist()
             metrics |= self.attributes.metrics(read_all(images), prompts) | self.attributes.on_real
         return metrics
+
+    def show(self, images: GeneratedImages, subject: Subject) -> None:
+        """Write images beside the nearest real ones to `neighbours.png`, if these are there."""
+        if self._comparison is None or jax.process_index() != 0:
+            return
+        names = [class_name(subject.generator, label) for label in images.pieces.labels]
+        picture = self._comparison.neighbours(images, names)
+        if picture is not None:
+            path = self.directory / "neighbours.png"
+            with replacing(path) as temporary:
+                Image.fromarray(picture).save(temporary)
+            logging.info("Wrote %s", path)
 
     def path(self, name: str, made_with: Mapping[str, Any]) -> storage.Path:
         """Directory of what is made with some settings."""

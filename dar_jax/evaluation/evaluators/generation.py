@@ -7,4 +7,6 @@ def evaluate(evaluation: Evaluation, subject: Subject) -> Metrics:
     """Judge one set of images."""
     previews = "previews" in evaluation.settings.names  # the set that they share
     images = evaluation.generated(subject, evaluation.sampling, previews=previews)
-    return below("generation", evaluation.judge(images))
+    metrics = evaluation.judge(images)
+    evaluation.show(images, subject)
+    return below("generation", metrics)

@@ -16,5 +16,6 @@ def evaluate(evaluation: Evaluation, subject: Subject) -> Metrics:
     ordered = [PREVIEW.format(group + 1) for group in range(len(names))]
     after = [evaluation.judge(dataclasses.replace(images, name=name)) for name in ordered]
     metrics = [*after, evaluation.judge(images)]
+    evaluation.show(images, subject)
     lists = {f"{name}{LIST_SUFFIX}": [each[name] for each in metrics] for name in metrics[0]}
     return below("generation", {**metrics[-1], **lists})
