@@ -21,23 +21,26 @@ from dar_jax.kinds.loading import from_pretrained
 from tests.architecture_test import ROOT
 
 ADDRESS = "package://mnist"
-MAX_BYTES = 4 * 2**20
+EMOJI = "package://emoji"
+MAX_BYTES = {ADDRESS: 4 * 2**20, EMOJI: 12 * 2**20}
 PER_CLASS = 4
 RECOGNISED = 0.8  # of 40 digits, where 9 of 10 are; the classifier names 97 % of real ones
 
 
-def test_shipped_model_is_small_and_whole():
-    directory = model_dir.locate(ADDRESS)
+@pytest.mark.parametrize("address", MAX_BYTES)
+def test_shipped_model_is_small_and_whole(address):
+    directory = model_dir.locate(address)
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*.*")}
     names = ("config.json", "model.safetensors")
     assert set(files) == {*names, *(f"tokenizer/{name}" for name in names)}
-    assert sum(path.stat().st_size for path in files.values()) < MAX_BYTES
-    assert model_dir.locate(f"{ADDRESS}/tokenizer") == directory / "tokenizer"
+    assert sum(path.stat().st_size for path in files.values()) < MAX_BYTES[address]
+    assert model_dir.locate(f"{address}/tokenizer") == directory / "tokenizer"
 
 
 def test_model_that_is_not_shipped_is_one_line():
     for address in ("package://imagenet", "package://", "package://mnist/model.safetensors"):
-        with pytest.raises(ValueError, match=f"{address} is not shipped; there is {ADDRESS}"):
+        message = f"{address} is not shipped; there is {EMOJI}, {ADDRESS}"
+        with pytest.raises(ValueError, match=message):
             model_dir.locate(address)
 
 
@@ -73,6 +76,20 @@ def test_shipped_digits_are_recognised():
     train = load_source(DataConfig(source="mnist", image_size=32), "train")
     classifier = Classifier(train.pixels, train.labels)
     assert classifier.accuracy(np.asarray(images.to_pixels(out.images)), labels) >= RECOGNISED
+
+
+def test_shipped_emoji_are_drawn_in_the_colours_of_their_classes():
+    """As a user draws them: with the options that the model recommends."""
+    dar = from_pretrained(EMOJI)
+    assert len(dar.class_names) == dar.prior.config.num_classes
+    out = dar.generate(["heart"] * 4 + ["keycap"] * 4, rng=0)
+    pixels = np.asarray(images.to_pixels(out.images))
+    middle = pixels[:, 8:24, 8:24].astype(float).mean(axis=(1, 2))
+    hearts, keycaps = middle[:4], middle[4:]
+    assert (hearts[:, 0] > hearts[:, 2]).sum() >= 3  # red ones are most of the hearts
+    assert (keycaps[:, 2] > keycaps[:, 0]).sum() >= 3  # blue tiles
+    corners = pixels[:, :2, :2]
+    assert corners[:4].mean() > 240  # on white
 
 
 @pytest.mark.slow

@@ -141,8 +141,9 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
 def _locate_shipped(address: str) -> pathlib.Path:
     directory = SHIPPED / address.removeprefix(SHIPPED_SCHEME)
     if not (directory / CONFIG_NAME).is_file():
-        shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG_NAME}"))
-        raise ValueError(f"{address} is not shipped; there is {SHIPPED_SCHEME}{', '.join(shipped)}")
+        names = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG_NAME}"))
+        shipped = ", ".join(f"{SHIPPED_SCHEME}{name}" for name in names)
+        raise ValueError(f"{address} is not shipped; there is {shipped}")
     return directory
 
 
