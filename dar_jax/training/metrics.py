@@ -247,8 +247,8 @@ def cut_lines(path: storage.Path, last_step: int) -> bytes:
         values = _read_line(line)
         if values is None:
             bad.append(line)
-        elif values["step"] <= last_step and line.endswith(b"\n"):
-            kept.append(line)
+        elif values["step"] <= last_step:
+            kept.append(line.removesuffix(b"\n") + b"\n")
     if bad and not bad[-1].endswith(b"\n"):
         bad.pop()
     if bad:

@@ -160,6 +160,8 @@ def test_lines_that_are_no_figures_are_set_aside(tmp_path):
     [
         (lambda lines: lines, False),
         (lambda lines: [*lines, lines[-1], b'{"step": 3}\n'], False),  # after the checkpoint
+        (lambda lines: [*lines[:-1], lines[-1].removesuffix(b"\n")], False),  # all of it but that
+        (lambda lines: [*lines[:-1], lines[-1][:-2]], True),
         (lambda lines: lines[1:], True),
         (lambda lines: lines[:-1], True),
         (lambda lines: [lines[0].replace(b"0.5", b"0.7"), *lines[1:]], True),
