@@ -16,8 +16,7 @@ def nearest(
     features: Float[np.ndarray, "N D"], real: Float[np.ndarray, "M D"], count: int
 ) -> Int[np.ndarray, "N n"]:
     """Indices of the `count` real images, or all, whose features are nearest, the nearest first."""
-    distances = cdist(np.asarray(features, np.float64), np.asarray(real, np.float64))
-    return np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return np.argsort(cdist(features, real), axis=1, kind="stable")[:, :count]
 
 
 def picture(

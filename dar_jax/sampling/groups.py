@@ -13,7 +13,7 @@ import numpy as np
 
 from dar_jax.common.compiled import call
 from dar_jax.common.tree import tree_bytes
-from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeys
+from dar_jax.common.typing import Any, Array, Float, Int, PRNGKeys
 from dar_jax.sampling.autoregressive import (
     Conditioned,
     decode,
@@ -64,8 +64,7 @@ def generate(
     device_scales, num_condition = jnp.asarray(scales), model.decoder.num_condition
     start, beyond = prefix.shape[1] + 1, num_condition - 1 + max(window - 1, 0)
     all_slots = beyond + len(scales)
-    num_all = len(model.condition) * all_slots
-    grows = not attends_filled and _are_large(model.decoder.model, model.params, num_all)
+    grows = not attends_filled and _are_large(model, all_slots)
     least_slots = 0 if grows else all_slots
     num_slots = max(num_condition - 1 + start, least_slots)
 
@@ -110,7 +109,7 @@ def _unguided(model: Conditioned) -> Conditioned:
     return model._replace(decoder=dataclasses.replace(model.decoder, guided=False))
 
 
-def _are_large(model: Any, params: Params, num_slots: int) -> bool:
-    """Whether caches of so many slots in all are so large that they had better grow."""
-    num_bytes = num_slots * slot_bytes(model)
-    return num_bytes > max(SMALL_CACHES, SMALL_SHARE * tree_bytes(params))
+def _are_large(model: Conditioned, num_slots: int) -> bool:
+    """Whether caches of so many slots a row are so large that they had better grow."""
+    num_bytes = len(model.condition) * num_slots * slot_bytes(model.decoder.model)
+    return num_bytes > max(SMALL_CACHES, SMALL_SHARE * tree_bytes(model.params))

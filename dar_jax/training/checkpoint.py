@@ -196,8 +196,8 @@ class Checkpoints:
         with self._explained_damage(step):
             restored: Any = self._manager.restore(step, args=args)
             iterator.set_state(restored.data)
-            report = {"written": {}, **restored.interval}
-            report["metrics"] = list(report["metrics"])
+            saved = restored.interval
+            report = {"metrics": saved["metrics"], "written": saved.get("written", {})}
         if int(restored.state.step) != step:
             # Orbax would save no step before the latest, without a word.
             raise ValueError(

@@ -12,7 +12,6 @@ from configs import common
 from dar_jax.common.image import to_float, to_pixels
 from dar_jax.config import build as read_config
 from dar_jax.data.base import DataConfig
-from dar_jax.evaluation.classifier import Classifier
 from dar_jax.evaluation.config import EvaluateConfig
 from dar_jax.evaluation.evaluators import base as evaluators
 from dar_jax.evaluation.evaluators.likelihood import calibration
@@ -21,22 +20,13 @@ from dar_jax.generation import batches
 from dar_jax.generation.resumable_arrays import Pieces
 from dar_jax.modes.evaluate import evaluate
 from tests import tiny_model, tiny_transdiff
+from tests.faults.cheap import BrightnessClassifier
 from tests.tiny_model import NUM_CLASSES, SIZE
 
 NUM_IMAGES = 12
 ONE_LEVEL = 1  # a compiled program per batch size rounds differently
 CLOSE = 0.05  # of figures of images that differ by one level here and there
 BASIC = dict(features="", lpips="", classifier=True, num_images=NUM_IMAGES)
-
-
-class BrightnessClassifier(Classifier):
-    """Calls everything by the tens digit of its mean."""
-
-    def __init__(self, *_):
-        pass
-
-    def predict(self, pixels):
-        return (pixels.mean(axis=(1, 2, 3)) // 10 % 10).astype(int)
 
 
 @pytest.fixture(scope="module")
