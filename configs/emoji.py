@@ -34,44 +34,46 @@ TOKENIZERS = {
     32: TokenizerConfig(
         image_size=32,
         num_tokens=64,
-        num_groups=8,
+        num_groups=4,
         num_steps=8,
         codebook_size=1024,
         code_dim=6,
         max_tokens=64,
         encoder=EncoderConfig(patch_size=4, dim=96, depth=2, head_dim=32),
-        condition=ConditionConfig(dim=96, depth=1, head_dim=32),
+        condition=ConditionConfig(dim=96, depth=2, head_dim=12),
         decoder=FlowDecoderConfig(
             patch_size=4,
             dim=96,
             depth=3,
-            head_dim=12,
+            head_dim=24,
             rope_base=100.0,
-            time_shift=10.0,
+            time_shift=30.0,
             feature_layer=None,
         ),
     ),
     64: TokenizerConfig(
         image_size=64,
         num_tokens=64,
-        num_groups=8,
+        num_groups=4,
         num_steps=8,
         codebook_size=1024,
         code_dim=6,
         max_tokens=64,
         encoder=EncoderConfig(patch_size=8, dim=128, depth=3, head_dim=32),
-        condition=ConditionConfig(dim=128, depth=1, head_dim=32),
+        condition=ConditionConfig(dim=128, depth=2, head_dim=16),
         decoder=FlowDecoderConfig(
             patch_size=8,
             dim=192,  # no less than the numbers of a patch, whose noise has to pass
             depth=3,
-            head_dim=16,
+            head_dim=24,
             rope_base=100.0,
-            time_shift=10.0,
+            time_shift=30.0,
             feature_layer=None,
         ),
     ),
 }
+PERCEPTUAL_EVERY = 16
+"""LPIPS of all images would take longer than all else."""
 PRIORS = {32: (4, 4, 128), 64: (4, 4, 160)}
 """Layers, heads and width by image size."""
 STEPS = {32: (6000, 4400), 64: (10_000, 5000)}
@@ -81,7 +83,14 @@ STEPS = {32: (6000, 4400), 64: (10_000, 5000)}
 def tokenizer(config: ConfigDict, image_size: int) -> None:
     config.task = "dar_tokenizer"
     config.model = common.block(TOKENIZERS[image_size])
-    config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
+    config.loss = common.block(
+        TokenizerLossConfig(
+            entropy_weight=0.02,
+            perceptual_weight=0.5,
+            perceptual_every=PERCEPTUAL_EVERY,
+            perceptual_start=STEPS[image_size][0] * 2 // 3,
+        )
+    )
     config.evaluate.evaluators = "reconstruction"
     config.compute.unroll = True
     config.data.update(batch_size=32, padding=image_size // 32)
@@ -124,12 +133,43 @@ def dar(config: ConfigDict, image_size: int) -> None:
     config.sample.prefix_tokens = (1, 2, 4, 8)
 
 
+def kl_vae(config: ConfigDict) -> None:
+    """An autoencoder of 8x8x4 latents for a 32x32 image."""
+    mnist.kl_vae(config)
+    config.model.latent_scale = 1.0
+    config.data.padding = 1
+    schedule(config, steps=1500, learning_rate=2e-3)
+    config.optimizer.name = "adamw"
+
+
+def transdiff(config: ConfigDict) -> None:
+    mnist.transdiff(config)
+    config.vae = "runs/emoji/kl_vae/model"
+    config.model.update(num_classes=0, dim=96, num_heads=6)
+    schedule(config, steps=3000, learning_rate=1e-2)
+    judged(config)
+
+
+def transdiff_mrar(config: ConfigDict) -> None:
+    """The same with four references of 16 tokens each, from the one-step model."""
+    mnist.transdiff_mrar(config)
+    config.vae = "runs/emoji/kl_vae/model"
+    config.train.init_from = "runs/emoji/transdiff/model"
+    config.model.update(num_classes=0, dim=96, num_heads=6)
+    schedule(config, steps=1200, learning_rate=5e-3)
+    judged(config)
+
+
+def judged(config: ConfigDict) -> None:
+    config.evaluate.update(evaluators="reconstruction,generation", classifier=True)
+
+
 def get_config(name: str = "dar_32") -> ConfigDict:
     variants = {
         f"{part.__name__}_{size}": (functools.partial(part, image_size=size), size)
         for part in (tokenizer, dar)
         for size in TOKENIZERS
-    }
+    } | {part.__name__: (part, 32) for part in (kl_vae, transdiff, transdiff_mrar)}
     config = common.base()
     fill, image_size = common.variant(name, variants)
     config.evaluate.update(features="vgg16", lpips="vgg16", num_images=1000)

@@ -10,11 +10,11 @@ The second command trains on the tokens of the first one's model. Both are for 1
 have any size, and nothing has to be prepared. A fiftieth of every class is held out, or
 `DIR/val/CLASS` where there is a `DIR/train/CLASS`. A folder of pictures without classes is one
 class. The sizes suit tens of thousands of pictures on one accelerator; any of them can be changed.
-`tokenizer_32` and `dar_32` are the quickstart's model and short schedule, for a CPU and a few
-hundred pictures.
+`tokenizer_32` and `dar_32` are those of `configs/emoji.py` with short schedules, for a CPU and a
+thousand pictures.
 
     variant  tokens  tokenizer  prior
-    32       32      0.6M       0.9M
+    32       64      1.2M       1.1M
     64       64      15M        28M
     128      128     49M        66M
     256      256     300M       110M
@@ -30,7 +30,7 @@ Other forms of data: `--config.data.source=tar` (WebDataset), `records` (`--mode
 import dataclasses
 import functools
 
-from configs import common, mnist
+from configs import common, emoji, mnist
 from dar_jax.config import ConfigDict
 from dar_jax.models.dar.decoder import FlowDecoderConfig
 from dar_jax.models.dar.encoder import EncoderConfig
@@ -135,17 +135,19 @@ def dar(config: ConfigDict, image_size: int) -> None:
 
 
 def tokenizer_32(config: ConfigDict) -> None:
-    mnist.tokenizer(config)
+    emoji.tokenizer(config, image_size=32)
     mnist.quick_evaluation(config)
+    config.loss.update(perceptual_weight=0.0, perceptual_every=1, perceptual_start=0)
     config.data.update(crop="random", flip=True, padding=0)
+    emoji.schedule(config, steps=2000, learning_rate=1e-2)
 
 
 def dar_32(config: ConfigDict) -> None:
-    mnist.dar(config)
+    emoji.dar(config, image_size=32)
     mnist.quick_evaluation(config)
     config.tokenizer = "runs/images/tokenizer/model"
-    config.model.num_classes = 0
-    config.data.crop = "ten_crop"
+    config.data.update(crop="ten_crop", padding=0)
+    emoji.schedule(config, steps=1000, learning_rate=4e-3)
     config.sample.untrained_model = ""
 
 

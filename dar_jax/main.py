@@ -23,8 +23,9 @@ Modes:
     export    the latest checkpoint of a run that is not over -> WORKDIR/model
     sample    WORKDIR/model -> a labelled grid, a strip of previews, indices as .npz; or, with
               config.sample.num_images, a large set that resumes; with .prefix_image, layout
-              control or variations; with .inpaint_image and .inpaint_mask, in-painting; with
-              .originals, or of a tokenizer or autoencoder, reconstructions
+              control, variations or, with .prefix_image_to, interpolation; with .inpaint_image
+              and .inpaint_mask, in-painting; with .originals, or of a tokenizer or autoencoder,
+              reconstructions
     evaluate  WORKDIR/model -> figures, printed and written to WORKDIR/evaluation.json; which, by
               config.evaluate.evaluators: reconstruction, generation, previews, guidance (with
               .guidance_scales); or, with config.evaluate.images, of a folder or .npz of images;

@@ -33,6 +33,8 @@ class SampleConfig:
             tokens and draw every label. Like what follows for models of tokens only.
         prefix_tokens: numbers of tokens to keep.
         variations: draw this many images of one label from each prefix instead.
+        prefix_image_to: picture as above: draw what lies between the first tokens of the two, as
+            many images as `images_per_class`, of one label.
         inpaint_image: picture as above, to redraw in part.
         inpaint_mask: file as large as that picture, white where it is redrawn.
         originals: pictures as above, to draw beside their reconstructions; of a tokenizer or
@@ -53,6 +55,7 @@ class SampleConfig:
     prefix_image: str = ""
     prefix_tokens: tuple[int, ...] = (8, 16, 32)
     variations: int = 0
+    prefix_image_to: str = ""
     inpaint_image: str = ""
     inpaint_mask: str = ""
     originals: tuple[str, ...] = ()
@@ -76,6 +79,10 @@ class SampleConfig:
             raise ValueError(f"format={self.format!r} must be one of {', '.join(FORMATS)}")
         if self.variations and not self.prefix_image:
             raise ValueError(f"variations={self.variations} needs prefix_image=FILE")
+        if self.prefix_image_to and (self.variations or not self.prefix_image):
+            raise ValueError(
+                f"prefix_image_to={self.prefix_image_to!r} needs prefix_image=FILE and variations=0"
+            )
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
         for name in ("num_images", "prefix_image", "inpaint_image"):

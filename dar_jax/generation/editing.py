@@ -5,6 +5,7 @@ The first tokens of an image fix its layout, whatever class the others are drawn
 """
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -12,7 +13,7 @@ from absl import logging
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
 from dar_jax.common.files import read_regular
-from dar_jax.common.typing import Bool, UInt8
+from dar_jax.common.typing import Bool, Int, UInt8
 from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError, decode
 from dar_jax.data.sources import load_source
@@ -42,29 +43,67 @@ def prefixes(
     """
     _check_prefix_tokens(config.prefix_tokens, pipeline.prior.config.num_tokens)
     classes = drawn_of(pipeline.prior.config, pipeline.class_names, config)
-    if config.variations and len(classes) != 1:
-        raise ValueError(
-            f"variations={config.variations} are of one class, not {len(classes)}: "
-            "set config.sample.labels (or prompts) to it"
-        )
-    picture = read_picture("config.sample.prefix_image", config.prefix_image, data)
-    cropped = center_crop(picture, pipeline.image_size)[None]
-    batch = pad(images.to_float(cropped), whole_batch(pipeline, 1))
-    reference = center_crop(picture, pipeline.output_size)[None]
-    tokens = np.asarray(pipeline.autoencoder.encode(batch))[:1]
+    if config.variations:
+        _check_one_class(f"variations={config.variations}", classes)
+    reference, tokens = _reference(pipeline, "prefix_image", config.prefix_image, data)
     labels = np.repeat(label_array(classes), config.variations or 1)
     rows = []
     for count in config.prefix_tokens:
-        logging.info("%d of %d tokens kept", count, tokens.shape[1])
-        prefix = np.repeat(tokens[:, :count], len(labels), axis=0)
+        logging.info("%d of %d tokens kept", count, len(tokens))
+        prefix = np.repeat(tokens[None, :count], len(labels), axis=0)
         drawn = [batch.previews[-1] for batch in generate(pipeline, labels, config, prefix=prefix)]
-        rows += [reference, *drawn]
+        rows += [reference[None], *drawn]
     return images.labelled_grid(
         np.concatenate(rows),
         [f"{count} token{'s' * (count != 1)}" for count in config.prefix_tokens],
         columns=1 + len(labels),
         header=["reference", *(class_name(pipeline, label) for label in labels.tolist())],
     )
+
+
+def interpolation(
+    pipeline: Pipeline, config: SampleConfig, data: DataConfig
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draw a row per number of kept tokens: two pictures, and images whose first tokens lie between
+    theirs. All draw the same noise.
+
+    Raises:
+        ValueError: a picture cannot be read, more than one label, fewer than two images, or a
+            number of tokens is out of range.
+    """
+    _check_prefix_tokens(config.prefix_tokens, pipeline.prior.config.num_tokens)
+    classes = drawn_of(pipeline.prior.config, pipeline.class_names, config)
+    _check_one_class("images between two pictures", classes)
+    pictures = {name: getattr(config, name) for name in ("prefix_image", "prefix_image_to")}
+    ends = [_reference(pipeline, name, picture, data) for name, picture in pictures.items()]
+    indices = np.stack([tokens for _, tokens in ends])
+    between = np.asarray(pipeline.autoencoder.between(indices, config.images_per_class))
+    rows = []
+    for count in config.prefix_tokens:
+        # One image a call: each is the first of its call, which decides its noise.
+        drawn = [
+            batch.previews[-1]
+            for prefix in between[:, None, :count]
+            for batch in generate(pipeline, label_array(classes), config, prefix=prefix)
+        ]
+        rows += [ends[0][0][None], *drawn, ends[1][0][None]]
+    return images.labelled_grid(
+        np.concatenate(rows),
+        [f"{count} token{'s' * (count != 1)}" for count in config.prefix_tokens],
+        columns=2 + len(between),
+        header=["from", *[""] * len(between), "to"],
+    )
+
+
+def _reference(
+    pipeline: Pipeline, name: str, picture: str, data: DataConfig
+) -> tuple[UInt8[np.ndarray, "H W 3"], Int[np.ndarray, " N"]]:
+    """Read the picture of a config key, as large as images are drawn, and encode it."""
+    pixels = read_picture(f"config.sample.{name}", picture, data)
+    cropped = center_crop(pixels, pipeline.image_size)[None]
+    batch = pad(images.to_float(cropped), whole_batch(pipeline, 1))
+    tokens = np.asarray(pipeline.autoencoder.encode(batch))[0]
+    return center_crop(pixels, pipeline.output_size), tokens
 
 
 def inpainting(
@@ -142,6 +181,14 @@ def read_mask(
     if not redrawn.any():
         raise ValueError(f"{where}={name} is white nowhere: there is nothing to redraw")
     return redrawn
+
+
+def _check_one_class(what: str, classes: Sequence[int | str]) -> None:
+    if len(classes) != 1:
+        raise ValueError(
+            f"{what} are of one class, not {len(classes)}: set config.sample.labels (or prompts) "
+            "to it"
+        )
 
 
 def _check_prefix_tokens(counts: tuple[int, ...], num_tokens: int) -> None:

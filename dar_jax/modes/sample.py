@@ -41,7 +41,7 @@ def sample(config: Config, workdir: str) -> None:
     """Write to `WORKDIR/samples` what the config asks for.
 
     - `num_images`: a resumable set, and `samples_NxHxWx3.npz` for the ADM evaluation suite;
-    - `prefix_image`: `layout.png`, or `variations.png`;
+    - `prefix_image`: `layout.png`, `variations.png` or `interpolation.png`;
     - `inpaint_image`: `inpainting.png`;
     - `originals`, or nothing of a tokenizer or autoencoder: `reconstructions.png`;
     - none of them: `grid.png`, `previews.png` and `samples.npz`.
@@ -65,8 +65,11 @@ def sample(config: Config, workdir: str) -> None:
         return
     pictures = {}
     if settings.prefix_image:
-        name = "variations.png" if settings.variations else "layout.png"
-        pictures[name] = editing.prefixes(pipeline, settings, data)
+        if settings.prefix_image_to:
+            pictures["interpolation.png"] = editing.interpolation(pipeline, settings, data)
+        else:
+            name = "variations.png" if settings.variations else "layout.png"
+            pictures[name] = editing.prefixes(pipeline, settings, data)
     if settings.inpaint_image:
         pictures["inpainting.png"] = editing.inpainting(pipeline, settings, data)
     arrays = None

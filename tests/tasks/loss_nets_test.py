@@ -104,6 +104,41 @@ def test_loss_is_the_weighted_sum_of_its_terms(batch, frozen):
     assert before < loss
 
 
+def test_perceptual_term_is_of_one_in_so_many_images(frozen):
+    image, predicted = jax.random.uniform(jax.random.key(1), (2, 5, 16, 16, 3), minval=-1.0)
+
+    def loss_of(task):
+        return jax.jit(task.nets.perceptual_loss)(frozen, image, predicted)
+
+    every = make_task(perceptual_weight=1.0, perceptual_every=2)
+    chosen = jnp.array([0, 2, 4])
+    expected = jax.jit(every.nets.perceptual)(frozen, image[chosen], predicted[chosen])
+    np.testing.assert_allclose(loss_of(every), expected, rtol=1e-6)
+    assert abs(float(loss_of(make_task(perceptual_weight=1.0)) / expected) - 1) > 1e-3
+
+
+def test_perceptual_term_begins_in_time(batch, frozen):
+    late, always = (
+        make_task(perceptual_weight=1.0, perceptual_start=start) for start in (START, 0)
+    )
+    params = params_of(late)
+
+    def loss_and_gradient(task, step):
+        of = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+        (_, out), gradient = of(
+            params, {**batch, "step": jnp.int32(step)}, jax.random.key(2), frozen
+        )
+        return out["perceptual_loss"], gradient
+
+    before, without = loss_and_gradient(late, START - 1)
+    begun, with_it = loss_and_gradient(late, START)
+    expected, same = loss_and_gradient(always, START)
+    assert before == 0.0 != begun
+    np.testing.assert_allclose(begun, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), with_it, same)
+    assert optax.tree_utils.tree_norm(optax.tree_utils.tree_sub(with_it, without)) > 1e-3
+
+
 def check_time_groups(task, out):
     """The flow loss of a group is the mean over the samples whose time fell into it."""
     sums, counts = out["group_sums"]
@@ -229,3 +264,5 @@ def test_run_is_bound_to_the_networks_that_its_loss_needs():
 def test_negative_weight_is_refused():
     with pytest.raises(ValueError, match="perceptual_weight=-0.5 must not be negative"):
         TokenizerLossConfig(perceptual_weight=-0.5)
+    with pytest.raises(ValueError, match="perceptual_every=0 must be at least 1"):
+        TokenizerLossConfig(perceptual_every=0)

@@ -74,6 +74,11 @@ class Quantizer(nnx.Module):
         """Return the normalised codes of `indices`."""
         return l2_normalize(self.codebook[...][indices])
 
+    def between(self, ends: Int[Array, "2 N"], weights: Float[Array, " S"]) -> Int[Array, "S N"]:
+        """Return the codes nearest to the great circles from the first (weight 0) to the second."""
+        start, end = self.lookup(ends)
+        return self(start + weights[:, None, None] * (end - start)).indices
+
 
 def normalized(z: Float[Array, "B N C"]) -> Quantized:
     """Leave z continuous on the unit sphere: it is its own nearest code."""
