@@ -60,6 +60,10 @@ CONFIGS = {
         for part in ("tokenizer", "dar")
         for size in emoji.TOKENIZERS
     },
+    **{
+        f"emoji:{n}": lambda n=n: emoji.get_config(n)
+        for n in ("kl_vae", "transdiff", "transdiff_mrar")
+    },
     **{f"emoji_text:{n}": lambda n=n: emoji_text.get_config(n) for n in ("32", "64")},
     **{
         f"imagenet_transdiff:{n}": lambda n=n: imagenet_transdiff.get_config(n)
@@ -109,8 +113,8 @@ def task_of(config, directory):
         config.tokenizer = str(directory / "tokenizer")
         model_dir.save_model(config.tokenizer, tokenizer.task, tokenizer.model.to_dict(), {}, {})
     if config.task == "transdiff":
-        mnist_data = config.data.source == "mnist"
-        vae = mnist.get_config("kl_vae") if mnist_data else imagenet_kl_vae.get_config()
+        small = {"mnist": mnist, "emoji": emoji}.get(config.data.source)
+        vae = small.get_config("kl_vae") if small else imagenet_kl_vae.get_config()
         config.vae = str(directory / "vae")
         model_dir.save_model(config.vae, vae.task, vae.model.to_dict(), {}, {})
     # Captions are encoded before there is something to train on.
