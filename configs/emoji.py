@@ -72,8 +72,10 @@ TOKENIZERS = {
         ),
     ),
 }
-PERCEPTUAL_EVERY = 16
-"""LPIPS of all images would take longer than all else."""
+PERCEPTUAL_WEIGHT, PERCEPTUAL_EVERY = 0.03, 16
+"""LPIPS of all images would take longer than all else. That of two is a noisy gradient, which Muon
+makes as long as any other: with a weight of 0.5 it undid what the flow had learnt.
+"""
 PRIORS = {32: (4, 4, 128), 64: (4, 4, 160)}
 """Layers, heads and width by image size."""
 STEPS = {32: (6000, 4400), 64: (10_000, 5000)}
@@ -86,7 +88,7 @@ def tokenizer(config: ConfigDict, image_size: int) -> None:
     config.loss = common.block(
         TokenizerLossConfig(
             entropy_weight=0.02,
-            perceptual_weight=0.5,
+            perceptual_weight=PERCEPTUAL_WEIGHT,
             perceptual_every=PERCEPTUAL_EVERY,
             perceptual_start=STEPS[image_size][0] * 2 // 3,
         )

@@ -10,7 +10,8 @@
 
 Of a role, a gender and a skin tone no two are the same combination, and some of these are held out:
 names that were never seen, of words that were. Evaluation draws these, and asks judges of what they
-say (`dar_jax.evaluation.attributes`), beside the pictures that they name. Not trained yet.
+say (`dar_jax.evaluation.attributes`), beside the pictures that they name. `package://emoji_text` is
+what came of the 32 pixels, see `dar_jax/shipped/README.md`.
 """
 
 from configs import common, emoji
@@ -40,7 +41,7 @@ def get_config(name: str = "32") -> ConfigDict:
     config.data.update(captions=True, padding=0)  # codes are of one crop
     config.cache.kind = "codes"
     config.evaluate.update(evaluators="generation", classifier=False)
-    config.sample.untrained_model = ""
+    config.sample.untrained_model = "package://emoji_text" if name == "32" else ""
     config.evaluate.reference = "test"
     config.evaluate.attributes = "; ".join(f"{n}={values}" for n, values in ATTRIBUTES.items())
     return config

