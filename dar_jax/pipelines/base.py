@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dar_jax.common.batches import pad, padded_size, side_by_side
 from dar_jax.common.checks import check_seed
 from dar_jax.common.tree import num_parameters
-from dar_jax.common.typing import Any, Array, Bool, Float, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params, PRNGKeyArray, PRNGKeys
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel, M
 from dar_jax.parallel.sharding import (
@@ -119,6 +119,17 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
     ) -> Float[Array, "steps B H W 3"]:
         """Return what `reconstruct` makes, after what it went through if there is something."""
         return self.reconstruct(images, rng=rng, sampling=sampling).images[None]
+
+    def between(
+        self, ends: Int[Array | np.ndarray, "2 N"], num_images: int
+    ) -> Int[Array, "num_images N"]:
+        """Return the indices of images on the way from one to another, both of them included.
+
+        Raises:
+            ValueError: fewer than two images, other than two ends, an index that is no code, or a
+                model without a codebook.
+        """
+        raise ValueError("a model without a codebook has no indices between those of two images")
 
     def check_image_size(self, image_size: int) -> None:
         """Raise ValueError unless square images of this size can be reconstructed."""

@@ -116,16 +116,12 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
     def between(
         self, ends: Int[Array | np.ndarray, "2 N"], num_images: int
     ) -> Int[Array, "num_images N"]:
-        """Return the indices of images on the way from one to another, both of them included.
+        """See `Autoencoder.between`.
 
         Every token is the code nearest to its place on the great circle between its two ends.
-
-        Raises:
-            ValueError: fewer than two images, other than two ends, an index that is no code, or a
-                model without a codebook.
         """
         if not self.codebook_size:
-            raise ValueError("a model whose codebook_size is 0 has no indices")
+            return super().between(ends, num_images)
         if num_images < 2:
             raise ValueError(f"num_images={num_images} must be at least 2: both ends are included")
         check_shape("ends", ends, (2, "N"))

@@ -178,7 +178,7 @@ class DarTokenizerTask(ModelTask):
             terms["entropy_loss"] = entropy_loss(distances)
         if "perceptual_loss" in weights:
             terms["perceptual_loss"] = nets.perceptual_loss(
-                frozen, image, out.predicted, batch.get("step")
+                frozen, image, out.predicted, batch.get("step", 0)
             )
         if "alignment_loss" in weights:
             terms["alignment_loss"] = nets.alignment(frozen, image, out.features)

@@ -152,7 +152,7 @@ class LossNets:
         frozen: Params,
         image: Float[Array, "B H W 3"],
         predicted: Float[Array, "B H W 3"],
-        step: Int[Array, ""] | None = None,
+        step: Int[Array, ""] | int = 0,
     ) -> Float[Array, ""]:
         """`perceptual` of one in `perceptual_every` images; 0 before `perceptual_start`."""
         every, start = self._config.perceptual_every, self._config.perceptual_start

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from dar_jax.common.image import to_float
+from dar_jax.kinds.loading import from_pretrained
 from dar_jax.pipelines.dar import TokenizerPipeline
+from tests import tiny_transdiff
 from tests.golden import models
 
 KEPT = 1e-5  # in float32, from noise to data and back
@@ -72,3 +74,9 @@ def test_between_refuses(tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             tokenizer.between(wrong, count)
+
+
+def test_latents_have_no_codes_between(tmp_path):
+    vae = from_pretrained(tiny_transdiff.save_vae(tmp_path))
+    with pytest.raises(ValueError, match="without a codebook has no indices between"):
+        vae.between(np.zeros((2, 16), np.int32), 3)

@@ -77,7 +77,8 @@ class Quantizer(nnx.Module):
     def between(self, ends: Int[Array, "2 N"], weights: Float[Array, " S"]) -> Int[Array, "S N"]:
         """Return the codes nearest to the great circles from the first (weight 0) to the second."""
         start, end = self.lookup(ends)
-        return self(start + weights[:, None, None] * (end - start)).indices
+        way = l2_normalize(start + weights[:, None, None] * (end - start))
+        return jnp.argmin(self.distances(way), axis=-1).astype(jnp.int32)
 
 
 def normalized(z: Float[Array, "B N C"]) -> Quantized:
