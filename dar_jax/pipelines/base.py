@@ -120,16 +120,9 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
         """Return what `reconstruct` makes, after what it went through if there is something."""
         return self.reconstruct(images, rng=rng, sampling=sampling).images[None]
 
-    def between(
-        self, ends: Int[Array | np.ndarray, "2 N"], num_images: int
-    ) -> Int[Array, "num_images N"]:
-        """Return the indices of images on the way from one to another, both of them included.
-
-        Raises:
-            ValueError: fewer than two images, other than two ends, an index that is no code, or a
-                model without a codebook.
-        """
-        raise ValueError("a model without a codebook has no indices between those of two images")
+    def between(self, ends: Array | np.ndarray, num_images: int) -> Int[Array, "num_images N"]:
+        """Return indices on the way between those of two images, where there is a codebook."""
+        raise ValueError(f"codebook_size={self.codebook_size}: it takes codes to be between two")
 
     def check_image_size(self, image_size: int) -> None:
         """Raise ValueError unless square images of this size can be reconstructed."""

@@ -116,9 +116,13 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
     def between(
         self, ends: Int[Array | np.ndarray, "2 N"], num_images: int
     ) -> Int[Array, "num_images N"]:
-        """See `Autoencoder.between`.
+        """Return the indices of images on the way from one to another, both of them included.
 
         Every token is the code nearest to its place on the great circle between its two ends.
+
+        Raises:
+            ValueError: fewer than two images, other than two ends, an index that is no code, or a
+                model without a codebook.
         """
         if not self.codebook_size:
             return super().between(ends, num_images)

@@ -146,7 +146,7 @@ def test_a_run_leaves_everything_that_is_promised(whole):
     assert read_config(written) == read_config(config)
     for step in (2, 4):
         picture = Image.open(whole / "images" / f"reconstruction_{step:07d}.png")
-        assert picture.height == 26 + 16 * 65  # a header, and a row per held-out picture
+        assert picture.height == 30 + 16 * 65  # a header, and a row per held-out picture
     events = EventAccumulator(str(whole)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Images("reconstruction")] == [2, 4]
