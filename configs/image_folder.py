@@ -137,7 +137,7 @@ def dar(config: ConfigDict, image_size: int) -> None:
 def tokenizer_32(config: ConfigDict) -> None:
     emoji.tokenizer(config, image_size=32)
     mnist.quick_evaluation(config)
-    config.loss.update(perceptual_weight=0.0, perceptual_every=1, perceptual_start=0)
+    config.loss = common.block(TokenizerLossConfig(entropy_weight=0.02))
     config.data.update(crop="random", flip=True, padding=0)
     emoji.schedule(config, steps=2000, learning_rate=1e-2)
 

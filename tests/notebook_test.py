@@ -93,7 +93,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
         assert picture.size == (columns * CELL, rows * CELL)
         assert np.asarray(picture).std() > 0
     (animation,) = pictures(outputs["## Previews while the tokens are written"], "image/gif")
-    assert animation.n_frames == 8
+    assert animation.n_frames == 4
     (state,) = (
         widget["state"]
         for widget in notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"][

@@ -177,9 +177,8 @@ class DarTokenizerTask(ModelTask):
             distances = tokenizer.quantizer.distances(out.quantized.z)
             terms["entropy_loss"] = entropy_loss(distances)
         if "perceptual_loss" in weights:
-            terms["perceptual_loss"] = nets.perceptual_loss(
-                frozen, image, out.predicted, batch.get("step", 0)
-            )
+            step = batch["step"] if self.loss_config.perceptual_start else 0
+            terms["perceptual_loss"] = nets.perceptual_loss(frozen, image, out.predicted, step)
         if "alignment_loss" in weights:
             terms["alignment_loss"] = nets.alignment(frozen, image, out.features)
         if "generator_loss" in weights:
