@@ -33,12 +33,12 @@ from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 TOKENIZERS = {
     32: TokenizerConfig(
         image_size=32,
-        num_tokens=64,
+        num_tokens=128,
         num_groups=4,
         num_steps=8,
         codebook_size=1024,
         code_dim=6,
-        max_tokens=64,
+        max_tokens=128,
         encoder=EncoderConfig(patch_size=4, dim=96, depth=2, head_dim=32),
         condition=ConditionConfig(dim=96, depth=2, head_dim=12),
         decoder=FlowDecoderConfig(
@@ -53,12 +53,12 @@ TOKENIZERS = {
     ),
     64: TokenizerConfig(
         image_size=64,
-        num_tokens=64,
+        num_tokens=128,
         num_groups=4,
         num_steps=8,
         codebook_size=1024,
         code_dim=6,
-        max_tokens=64,
+        max_tokens=128,
         encoder=EncoderConfig(patch_size=8, dim=128, depth=3, head_dim=32),
         condition=ConditionConfig(dim=128, depth=2, head_dim=16),
         decoder=FlowDecoderConfig(
@@ -78,7 +78,7 @@ makes as long as any other: with a weight of 0.5 it undid what the flow had lear
 """
 PRIORS = {32: (4, 4, 128), 64: (4, 4, 160)}
 """Layers, heads and width by image size."""
-STEPS = {32: (6000, 4400), 64: (10_000, 5000)}
+STEPS = {32: (5000, 2500), 64: (10_000, 5000)}
 """Of the tokenizer and the prior."""
 
 

@@ -38,7 +38,7 @@ def get_config(name: str = "32") -> ConfigDict:
     common.variant(name, dict.fromkeys(map(str, emoji.TOKENIZERS)))
     config = emoji.get_config(f"dar_{name}")
     config.model.update(text_encoder="minilm", caption_dim=384, condition_tokens=24, num_classes=1)
-    config.data.update(captions=True, padding=0)  # codes are of one crop
+    config.data.captions = True
     config.cache.kind = "codes"
     config.evaluate.update(evaluators="generation", classifier=False)
     config.sample.untrained_model = "package://emoji_text" if name == "32" else ""

@@ -1,9 +1,10 @@
 """`--mode=cache --config.cache.kind=codes`: a data set as the codes of a frozen tokenizer.
 
 Training pictures are encoded in all crops that `config.data.crop` may draw: one for "center", ten
-for "ten_crop" (the published recipe), and all of them mirrored as well with `config.data.flip`;
-held-out pictures in the centre crop. With `config.data.captions` every record has the features of
-the picture's captions too.
+for "ten_crop" (the published recipe); each of them in all (2 P + 1)^2 places where
+`config.data.padding` of P pixels may move it, and all of these mirrored as well with
+`config.data.flip`. Held-out pictures are encoded in the centre crop. With `config.data.captions`
+every record has the features of the picture's captions too.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from dar_jax.common.typing import Array, Int, Params, UInt8
 from dar_jax.data.base import DataConfig
 from dar_jax.data.codes import CAPTIONS, FORM, MAX_CODEBOOK_SIZE, pack_captioned
 from dar_jax.data.sources import SPLITS, load_source
-from dar_jax.data.transforms import center_crop, ten_crop
+from dar_jax.data.transforms import all_shifts, center_crop, ten_crop
 from dar_jax.kinds.dar_prior import described
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
 from dar_jax.kinds.loading import open_model
@@ -33,6 +34,8 @@ from dar_jax.parallel.workdir import open_workdir
 
 CROPS_PER_DEVICE = 64
 """Encoded at a time; their distances to 16,384 codes take 1 GB."""
+MAX_PADDING = 4
+"""81 places."""
 NUM_CROPS = {"center": 1, "ten_crop": 10}
 CROPS = {"center": lambda pixels, size: center_crop(pixels, size)[None], "ten_crop": ten_crop}
 
@@ -63,10 +66,10 @@ def write_codes(
             f"config.data.crop={data.crop!r} never repeats a crop, so its codes cannot be cached; "
             f"use {' or '.join(CROPS)}"
         )
-    if data.padding:
+    if data.padding > MAX_PADDING:
         raise ValueError(
-            f"config.data.padding={data.padding} moves a picture anew every time, so its codes "
-            "cannot be cached; use 0"
+            f"config.data.padding={data.padding} moves a picture to {(2 * data.padding + 1) ** 2} "
+            f"places, all of which would be encoded; use at most {MAX_PADDING}"
         )
     directory = model_dir.locate(tokenizer)
     model = open_tokenizer(directory, data.image_size)
@@ -77,10 +80,11 @@ def write_codes(
         "num_tokens": model.config.num_tokens,
         "crop": data.crop,
         "flip": data.flip,
+        "padding": data.padding or None,  # as where nobody asked yet
         CAPTIONS: text_encoder and described(text_encoder),
     }
     # What is held out is seen in one crop, as everywhere else.
-    held_out = dataclasses.replace(data, crop="center", flip=False)
+    held_out = dataclasses.replace(data, crop="center", padding=0, flip=False)
     write_encoded(
         data,
         open_workdir(workdir),
@@ -105,7 +109,8 @@ def _pack(text_encoder: TextEncoder, group: Encoded) -> Iterator[bytes]:
 
 def views_of(config: DataConfig) -> Views:
     """The crops that training may see of a picture."""
-    count = NUM_CROPS[config.crop] * (2 if config.flip else 1)
+    places = (2 * config.padding + 1) ** 2
+    count = NUM_CROPS[config.crop] * places * (2 if config.flip else 1)
     return Views(count, functools.partial(crops_of, config=config))
 
 
@@ -115,10 +120,11 @@ def crops_of(
     """All crops [crops, size, size, 3] that training may see of a picture.
 
     Returns:
-        The centre crop, or the ten in the order of `transforms.ten_crop`; then, with
-        `config.flip`, all of them mirrored.
+        The centre crop, or the ten in the order of `transforms.ten_crop`, each of them in all
+        places of `transforms.all_shifts`; then, with `config.flip`, all of them mirrored.
     """
     crops = CROPS[config.crop](pixels, config.image_size)
+    crops = np.concatenate([all_shifts(crop, config.padding) for crop in crops])
     return np.concatenate([crops, *([crops[:, :, ::-1]] if config.flip else [])])
 
 

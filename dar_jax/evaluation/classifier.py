@@ -46,3 +46,14 @@ class Classifier:
     def _features(self, pixels: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
         values = pixels if self._in_colour else pixels.mean(axis=-1)
         return values.reshape(len(pixels), -1) / 255.0
+
+
+def balanced_accuracy(named: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float:
+    """Mean over the classes of how often each is named right.
+
+    What accuracy on samples compares with, whose classes are drawn in turns, where the real images
+    are more of some classes than of others.
+    """
+    from sklearn.metrics import balanced_accuracy_score
+
+    return float(balanced_accuracy_score(labels, named))

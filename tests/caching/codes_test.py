@@ -122,6 +122,25 @@ def test_codes_are_those_of_all_crops_in_their_order(folder, tokenizer, whole):
     assert len(distinct) > 4  # else any order of pictures and crops would do
 
 
+@pytest.mark.parametrize("crop", ["center", "ten_crop"])
+def test_padding_caches_every_place_that_training_draws(folder, tokenizer, tmp_path, crop):
+    config = make_config(folder, tokenizer, crop=crop, padding=1, flip=True)
+    data = data_of(config)
+    pixels = load_source(data, "train")[0]["pixels"]
+    views = code_cache.crops_of(pixels, data)
+    rng = np.random.default_rng(0)
+    drawn = {pipeline.augment(pixels, data, rng).tobytes() for _ in range(3000)}
+    assert {view.tobytes() for view in views} == drawn
+    assert len(views) == {"center": 18, "ten_crop": 180}[crop]
+    cache.cache(read_config(config), str(tmp_path))
+    cached = data_of(from_codes(config, tmp_path))
+    assert load_source(cached, "train")[0]["codes"].shape == (len(views), NUM_TOKENS)
+    assert load_source(cached, "test")[0]["codes"].shape == (1, NUM_TOKENS)
+    config.data.padding = 0
+    with pytest.raises(ValueError, match="padding"):
+        cache.cache(read_config(config), str(tmp_path))
+
+
 def test_loss_from_codes_equals_the_loss_of_encoding_on_the_fly(folder, tokenizer, tmp_path):
     config = make_config(folder, tokenizer, crop="center")
     cache.cache(read_config(config), str(tmp_path))
@@ -207,7 +226,7 @@ def test_truncated_shard_is_refused(folder, tokenizer, whole, tmp_path):
     ("change", "message"),
     [
         ({"data.crop": "random"}, "data.crop='random' never repeats"),
-        ({"data.padding": 2}, "data.padding=2 moves a picture anew every time"),
+        ({"data.padding": 5}, "data.padding=5 moves a picture to 121 places"),
         ({"data.image_size": 32}, "image_size=32, but .* takes images of 16"),
         ({"tokenizer": "/nowhere"}, "/nowhere is not a readable model directory"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dar_jax.data.sources import DataConfig
-from dar_jax.evaluation.classifier import Classifier
+from dar_jax.evaluation.classifier import Classifier, balanced_accuracy
 from dar_jax.evaluation.image_sources import SplitImages, read_all
 
 
@@ -28,3 +28,8 @@ def test_colours_are_judged_where_there_are_any():
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match=r"two classes, .* --config.evaluate.classifier=false"):
         Classifier(np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int32))
+
+
+def test_balanced_accuracy_weighs_classes_alike():
+    labels, named = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+    assert balanced_accuracy(named, labels) == 0.5

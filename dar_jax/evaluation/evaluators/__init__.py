@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
+from dar_jax.evaluation.classifier import balanced_accuracy
 from dar_jax.evaluation.evaluators import (
     generation,
     guidance,
@@ -30,8 +33,9 @@ def evaluate_model(evaluation: Evaluation, subject: Subject) -> Metrics:
     metrics = {}
     if evaluation.classifier is not None:
         test = SplitImages(evaluation.data, "test")
-        accuracy = evaluation.classifier.accuracy(read_all(test), test.labels())
-        metrics["classifier/accuracy_on_real"] = accuracy
+        labels, named = test.labels(), evaluation.classifier.predict(read_all(test))
+        metrics["classifier/accuracy_on_real"] = float(np.mean(named == labels))
+        metrics["classifier/balanced_accuracy_on_real"] = balanced_accuracy(named, labels)
     for name in evaluation.settings.names:
         metrics |= EVALUATORS[name](evaluation, subject)
     return metrics
