@@ -132,7 +132,7 @@ def dar(config: ConfigDict, image_size: int) -> None:
     config.sample.guidance_scale = (2.5,)  # of so few pictures of a class, a ramp leaves many out
     config.sample.temperature = 0.6
     config.sample.solver = "euler"
-    config.sample.prefix_tokens = (1, 2, 4, 8)
+    config.sample.prefix_tokens = (2, 8, 32, 64)
 
 
 def kl_vae(config: ConfigDict) -> None:

@@ -85,7 +85,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
 
     text = "".join(output.get("text", "") for output in itertools.chain(*outputs.values()))
     assert "cannot get hf://owner/name" in text
-    assert "Using package://emoji: 64 tokens, classes face-smiling, " in text
+    assert "Using package://emoji: 128 tokens, classes face-smiling, " in text
     assert "Nothing is drawn: name a model in TRANSDIFF" in text
     for heading, rows in ROWS.items():
         (picture,) = pictures(outputs[heading], "image/png")
