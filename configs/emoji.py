@@ -78,7 +78,7 @@ makes as long as any other: with a weight of 0.5 it undid what the flow had lear
 """
 PRIORS = {32: (4, 4, 128), 64: (4, 4, 160)}
 """Layers, heads and width by image size."""
-STEPS = {32: (5000, 2500), 64: (10_000, 5000)}
+STEPS = {32: (5000, 4100), 64: (10_000, 5000)}
 """Of the tokenizer and the prior."""
 
 
@@ -129,7 +129,7 @@ def dar(config: ConfigDict, image_size: int) -> None:
     schedule(config, steps=STEPS[image_size][1], learning_rate=4e-3)
     config.evaluate.update(evaluators="reconstruction,previews", classifier=True)
     config.sample.untrained_model = "package://emoji" if image_size == 32 else ""
-    config.sample.guidance_scale = (2.5,)  # of so few pictures of a class, a ramp leaves many out
+    config.sample.guidance_scale = (4.0,)  # of so few pictures of a class, a ramp leaves many out
     config.sample.temperature = 0.6
     config.sample.solver = "euler"
     config.sample.prefix_tokens = (2, 8, 32, 64)

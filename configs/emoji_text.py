@@ -42,7 +42,7 @@ def get_config(name: str = "32") -> ConfigDict:
     config.cache.kind = "codes"
     config.evaluate.update(evaluators="generation", classifier=False)
     config.sample.untrained_model = "package://emoji_text" if name == "32" else ""
-    config.sample.update(guidance_scale=(1.0,), temperature=0.7)  # more makes roles alike
+    config.sample.update(guidance_scale=(2.0,), temperature=0.5)
     config.evaluate.reference = "test"
     config.evaluate.attributes = "; ".join(f"{n}={values}" for n, values in ATTRIBUTES.items())
     return config
