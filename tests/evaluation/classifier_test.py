@@ -31,5 +31,5 @@ def test_one_class_is_refused():
 
 
 def test_balanced_accuracy_weighs_classes_alike():
-    labels, named = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+    labels, named = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 2])
     assert balanced_accuracy(named, labels) == 0.5
