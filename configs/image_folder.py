@@ -147,7 +147,7 @@ def dar_32(config: ConfigDict) -> None:
     mnist.quick_evaluation(config)
     config.tokenizer = "runs/images/tokenizer/model"
     config.data.update(crop="ten_crop", padding=0)
-    emoji.schedule(config, steps=1000, learning_rate=4e-3)
+    emoji.schedule(config, steps=2000, learning_rate=4e-3)
     config.sample.untrained_model = ""
 
 
