@@ -12,6 +12,7 @@ import functools
 import pathlib
 from collections.abc import Iterator
 
+import einops
 import jax
 import numpy as np
 
@@ -124,7 +125,8 @@ def crops_of(
         places of `transforms.all_shifts`; then, with `config.flip`, all of them mirrored.
     """
     crops = CROPS[config.crop](pixels, config.image_size)
-    crops = np.concatenate([all_shifts(crop, config.padding) for crop in crops])
+    shifts = np.stack([all_shifts(crop, config.padding) for crop in crops])
+    crops = einops.rearrange(shifts, "crops top left h w c -> (crops top left) h w c")
     return np.concatenate([crops, *([crops[:, :, ::-1]] if config.flip else [])])
 
 

@@ -6,7 +6,6 @@ small is enlarged by the latter alone. Everything stays 8-bit RGB, as Pillow rou
 `common.image.to_float` maps it to [-1, 1].
 """
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -87,18 +86,14 @@ def random_shift(pixels: Pixels, padding: int, rng: np.random.Generator) -> Pixe
     The place is uniform, so the content moves by -padding .. padding pixels along each axis.
     Repeating the border suits any background; for CIFAR it is zeros (He et al. 2016, section 4.2).
     """
-    height, width, _ = pixels.shape
-    padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), "edge")
     top, left = rng.integers(2 * padding, size=2, endpoint=True)
-    return padded[top : top + height, left : left + width]
+    return all_shifts(pixels, padding)[top, left]
 
 
-def all_shifts(pixels: Pixels, padding: int) -> UInt8[np.ndarray, "places _ _ 3"]:
-    """All (2 padding + 1)^2 pictures that `random_shift` may return, row after row."""
-    height, width, _ = pixels.shape
+def all_shifts(pixels: Pixels, padding: int) -> UInt8[np.ndarray, "places places _ _ 3"]:
+    """All pictures that `random_shift` may return, by top and left: a view, not to be written."""
     padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), "edge")
-    places = itertools.product(range(2 * padding + 1), repeat=2)
-    return np.stack([padded[top : top + height, left : left + width] for top, left in places])
+    return np.lib.stride_tricks.sliding_window_view(padded, pixels.shape)[:, :, 0]
 
 
 def mirror(pixels: Pixels) -> Pixels:
