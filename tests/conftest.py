@@ -22,10 +22,10 @@ if jaxlib.version.__version_info__ < (0, 11):  # later ones may not know it, and
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # no program of an earlier run
 
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
-install_import_hook("dar_jax", "beartype.beartype")
+jaxtyping.install_import_hook("dar_jax", "beartype.beartype")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -45,6 +45,14 @@ TORCHVISION = (
 def pytest_xdist_auto_num_workers():
     """One more than there are cores, which idle while a test waits for a process it started."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.fixture
+def unchecked():
+    """No shape checks, as in production: the project's own messages come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import numpy as np
 
 from dar_jax.common import image as images
 from dar_jax.common.batches import pad
+from dar_jax.common.keys import image_keys
 from dar_jax.common.typing import Float, Int, UInt8
 from dar_jax.generation.batches import whole_batch
 from dar_jax.models.dar import sampler
-from dar_jax.pipelines.base import image_keys
 from dar_jax.pipelines.dar import TokenizerPipeline
 
 CELL_SIZE = 128

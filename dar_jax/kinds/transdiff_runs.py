@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dar_jax.common.flops import flops
+from dar_jax.common.keys import image_keys
 from dar_jax.common.tree import flatten, tree_bytes
 from dar_jax.common.typing import Array, Params, PRNGKeys
 from dar_jax.flow import solvers
@@ -20,7 +21,6 @@ from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.nn.attention import KVCache
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.runs import SEED, Part, Runs, Work
-from dar_jax.pipelines.base import image_keys
 from dar_jax.pipelines.transdiff import TransDiffPipeline
 
 CLASS_TABLE = "encoder/class_table"

@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dar_jax.common.batches import pad, padded_size, side_by_side
-from dar_jax.common.checks import check_seed
 from dar_jax.common.tree import num_parameters
-from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params, PRNGKeyArray, PRNGKeys
+from dar_jax.common.typing import Any, Array, Bool, Float, Int, Params, PRNGKeyArray
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel, M
 from dar_jax.parallel.sharding import (
@@ -103,19 +102,24 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
 
     @abc.abstractmethod
     def reconstruct(
-        self, images: Array | np.ndarray, *, rng: PRNGKeyArray, first_index: int = 0, sampling: Any
+        self,
+        images: Array | np.ndarray,
+        *,
+        rng: PRNGKeyArray | int,
+        first_index: int = 0,
+        sampling: Any,
     ) -> Reconstruction:
         """Encode and decode images [B, H, W, 3] in [-1, 1].
 
         Args:
             images: the originals.
-            rng: key of what is drawn; image i depends on `fold_in(rng, first_index + i)` only.
+            rng: key or seed; what is drawn for image i depends on `fold_in(rng, first_index + i)`.
             first_index: of the first image.
             sampling: options of its kind.
         """
 
     def previews(
-        self, images: Array | np.ndarray, *, rng: PRNGKeyArray, sampling: Any
+        self, images: Array | np.ndarray, *, rng: PRNGKeyArray | int, sampling: Any
     ) -> Float[Array, "steps B H W 3"]:
         """Return what `reconstruct` makes, after what it went through if there is something."""
         return self.reconstruct(images, rng=rng, sampling=sampling).images[None]
@@ -341,33 +345,9 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     )
 
 
-def image_keys(rng: PRNGKeyArray, num_images: int, first: int = 0) -> PRNGKeys:
-    """One key per image index, whatever the batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(num_images))
-
-
 def last_of(items: Iterable[T]) -> T:
     """Return the last item, without holding those before it."""
     return collections.deque(items, maxlen=1).pop()
-
-
-def require_rng(rng: PRNGKeyArray | int | None) -> PRNGKeyArray:
-    """Return the key, or that of a seed.
-
-    Raises:
-        ValueError: there is none, or it is something else.
-    """
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        check_seed("rng", int(rng))
-        return jax.random.key(rng)
-    if not isinstance(rng, jax.Array) or not (
-        jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.dtype == jnp.uint32
-    ):
-        what = "is missing" if rng is None else f"is no key but {rng!r}"
-        raise ValueError(f"rng {what}: pass rng=jax.random.key(seed), or a seed")
-    if rng.shape and rng.dtype != jnp.uint32:
-        raise ValueError(f"rng holds keys of shape {rng.shape}: pass one, jax.random.key(seed)")
-    return rng
 
 
 def _count(params: Params) -> str:

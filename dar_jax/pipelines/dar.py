@@ -9,6 +9,7 @@ import numpy as np
 
 from dar_jax.common.checks import check_microbatch, check_shape
 from dar_jax.common.image import as_image
+from dar_jax.common.keys import image_keys
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
 from dar_jax.models.dar import sampler, search
@@ -20,9 +21,7 @@ from dar_jax.pipelines.base import (
     Autoencoder,
     Labels,
     Reconstruction,
-    image_keys,
     last_of,
-    require_rng,
 )
 from dar_jax.pipelines.dar_inputs import (
     check_condition,
@@ -72,7 +71,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         self,
         images: Shaped[Array | np.ndarray, "B H W 3"],
         *,
-        rng: PRNGKeyArray,
+        rng: PRNGKeyArray | int,
         first_index: int = 0,
         sampling: FlowSampling = FlowSampling(),
     ) -> Reconstruction:
@@ -87,7 +86,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         self,
         images: Shaped[Array | np.ndarray, "B H W 3"],
         *,
-        rng: PRNGKeyArray,
+        rng: PRNGKeyArray | int,
         sampling: FlowSampling = FlowSampling(),
     ) -> Float[Array, "steps B height width 3"]:
         """Return what every step of `reconstruct` gives."""
@@ -152,7 +151,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         Args:
             indices: all N tokens, as `encode` gives them; with `num_groups`, at least those of the
                 groups.
-            rng: key of the initial noise; image i draws from `fold_in(rng, i)`.
+            rng: key or seed of the initial noise; image i draws from `fold_in(rng, i)`.
             noise: initial noise instead of `rng`; also sets the size.
             solver: "adams_bashforth2" or "euler".
             num_groups: decode from the first groups only: a preview.
@@ -194,7 +193,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         )
 
     def _noise(self, rng: PRNGKeyArray | int | None, count: int) -> Float[Array, "B H W 3"]:
-        rngs = self.put(image_keys(require_rng(rng), count))
+        rngs = self.put(image_keys(rng, count))
         return sampler.initial_noise(rngs, (self.config.image_size,) * 2)
 
 
@@ -289,7 +288,7 @@ class DarPipeline(LikelihoodPipeline):
         stream = self._start(
             how.search.method,
             put(condition),
-            put(image_keys(require_rng(rng), batch_size, first_index)),
+            put(image_keys(rng, batch_size, first_index)),
             how,
             prefix=put(check_prefix(prefix, batch_size, config)),
             key_mask=put(caption_mask),

@@ -9,6 +9,7 @@ import numpy as np
 
 from dar_jax.common import model_dir
 from dar_jax.common.checks import check_range
+from dar_jax.common.keys import image_keys
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
 from dar_jax.models.dar import draws
 from dar_jax.models.dar.decoding import decoding_params
@@ -18,7 +19,7 @@ from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.int8 import check_finite
 from dar_jax.parallel.sharding import fsdp_sharding
-from dar_jax.pipelines.base import ModelPipeline, cast_kernels, image_keys, require_rng
+from dar_jax.pipelines.base import ModelPipeline, cast_kernels
 from dar_jax.pipelines.dar_inputs import check_condition, check_prefix
 
 
@@ -94,7 +95,7 @@ class PriorPipeline(ModelPipeline[Llama]):
             raise ValueError("search needs the groups of a tokenizer: draw with both models")
         # Greedy decoding draws nothing.
         greedy = sampling.temperature == 0 and rng is None
-        rng = jax.random.key(0) if greedy else require_rng(rng)
+        rng = 0 if greedy else rng
         config = self.config
         labels = check_condition(labels, config, null=True)
         put = self.put

@@ -53,7 +53,7 @@ class KlVaePipeline(Autoencoder[KlVae]):
         self,
         images: Shaped[Array | np.ndarray, "B H W 3"],
         *,
-        rng: PRNGKeyArray,
+        rng: PRNGKeyArray | int,
         first_index: int = 0,
         sampling: Any = None,
     ) -> Reconstruction:

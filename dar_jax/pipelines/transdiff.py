@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.common.checks import check_labels, check_microbatch, check_shape
+from dar_jax.common.keys import image_keys
 from dar_jax.common.pictures import Images
 from dar_jax.common.typing import Any, Array, Float, PRNGKeyArray
 from dar_jax.models.transdiff import sampler, search
@@ -18,9 +19,7 @@ from dar_jax.pipelines.base import (
     Labels,
     ModelPipeline,
     Pipeline,
-    image_keys,
     last_of,
-    require_rng,
 )
 from dar_jax.pipelines.kl_vae import KlVaePipeline
 from dar_jax.pipelines.options import takes_options
@@ -37,7 +36,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         self,
         labels: Array | np.ndarray | Sequence[int],
         *,
-        rng: PRNGKeyArray | None = None,
+        rng: PRNGKeyArray | int | None = None,
         noise: Float[Array | np.ndarray, "B h w C"] | None = None,
         step_noise: Float[Array | np.ndarray, "*passes steps B h w C"] | None = None,
         sampling: TransDiffSampling = TransDiffSampling(),
@@ -47,7 +46,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
 
         Args:
             labels: classes in 0 .. num_classes (the null class).
-            rng: key of the noise; image i draws from `fold_in(rng, i)`.
+            rng: key or seed of the noise; image i draws from `fold_in(rng, i)`.
             noise: initial noise instead of `rng`.
             step_noise: noise of the num_steps - 1 stochastic steps instead of `rng`; an MRAR model
                 takes it for each of its passes.
@@ -63,7 +62,7 @@ class LatentPipeline(ModelPipeline[TransDiff]):
         config, size, num_steps = self.config, len(labels), sampling.num_steps
         latent = (size, config.latent_size, config.latent_size, config.channels)
         if noise is None or step_noise is None:
-            rngs = self.put(image_keys(require_rng(rng), size))
+            rngs = self.put(image_keys(rng, size))
             noise = sampler.initial_noise(rngs, config) if noise is None else noise
             step_noise = rngs if step_noise is None else step_noise
         check_shape("noise", noise, latent)
@@ -199,7 +198,7 @@ class TransDiffPipeline(Pipeline):
             raise ValueError(f"preview_every={preview_every} must be {least}")
         how.check(config)
         microbatch = check_microbatch(microbatch, len(classes))
-        rngs = self.prior.put(image_keys(require_rng(rng), len(classes), first_index))
+        rngs = self.prior.put(image_keys(rng, len(classes), first_index))
         if method:
             kept = self._search(np.asarray(classes), rngs, how, microbatch=microbatch)
             return kept if previews else map(last_of, (kept,))

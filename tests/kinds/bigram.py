@@ -15,13 +15,14 @@ from flax import nnx
 
 from dar_jax.common import image as images
 from dar_jax.common.flops import flops
+from dar_jax.common.keys import image_keys
 from dar_jax.kinds.base import Kind
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.runs import Part, Runs, Work
-from dar_jax.pipelines.base import ModelPipeline, Pipeline, image_keys
+from dar_jax.pipelines.base import ModelPipeline, Pipeline
 from dar_jax.pipelines.dar import Generated
 from dar_jax.tasks.base import ModelTask, picture_batch
 

@@ -5,17 +5,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 from dar_jax.common.batches import MAX_PADDED
 from dar_jax.common.image import to_float
+from dar_jax.common.keys import image_keys
 from dar_jax.common.model_dir import save_model
 from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.dar.sampler import initial_noise
 from dar_jax.nn.compute import Compute
-from dar_jax.pipelines.base import image_keys
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import groups
 from tests.golden import fixtures, models
@@ -48,14 +47,6 @@ def dar(prior, tokenizer):
 @pytest.fixture(scope="module")
 def previews(dar):
     return list(dar.stream(LABELS, rng=jax.random.key(0), guidance_scale=2.0))
-
-
-@pytest.fixture
-def unchecked():
-    """No shape checks, as in production: the pipelines' own messages come first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_stream_yields_every_group(previews):

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -39,14 +38,6 @@ def dar(path):
 @pytest.fixture
 def options(small):
     return dict(rng=0, guidance_scale=(1.0, 2.0), lookahead=3, draft=small)
-
-
-@pytest.fixture
-def unchecked():
-    """No shape checks, as in production: the pipelines' own messages come first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def without(options):

@@ -4,7 +4,6 @@ import functools
 import re
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -41,14 +40,6 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load(directory):
     return functools.cache(lambda name: from_pretrained(directory / name))
-
-
-@pytest.fixture
-def unchecked():
-    """No shape checks, as in production: the pipelines' own messages come first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_model_directory_holds_its_autoencoder(load):

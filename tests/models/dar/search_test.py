@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from configs import common
+from dar_jax.common.keys import image_keys
 from dar_jax.config import build as read_config
 from dar_jax.models.dar import draws
 from dar_jax.models.dar import search as dar_search
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.tokenizer import TokenizerConfig
-from dar_jax.pipelines.base import image_keys
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import autoregressive, search
 from dar_jax.sampling.rewards import load_reward

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax.common.keys import image_keys
 from dar_jax.flow import solvers
 from dar_jax.kinds.loading import from_pretrained
 from dar_jax.models.transdiff import sampler, search
 from dar_jax.models.transdiff.options import TransDiffSampling
 from dar_jax.parallel import sharding
 from dar_jax.parallel.sharding import MeshConfig
-from dar_jax.pipelines.base import image_keys
 from dar_jax.sampling.search import REWARD, Search, candidate_keys
 from tests import tiny_transdiff
 
