@@ -76,9 +76,9 @@ PERCEPTUAL_WEIGHT, PERCEPTUAL_EVERY = 0.03, 16
 """LPIPS of all images would take longer than all else. That of two is a noisy gradient, which Muon
 makes as long as any other: with a weight of 0.5 it undid what the flow had learnt.
 """
-PRIORS = {32: (4, 4, 128), 64: (4, 4, 160)}
+PRIORS = {32: (4, 6, 192), 64: (4, 6, 192)}
 """Layers, heads and width by image size."""
-STEPS = {32: (5000, 4100), 64: (10_000, 5000)}
+STEPS = {32: (5000, 5000), 64: (10_000, 5000)}
 """Of the tokenizer and the prior."""
 
 
@@ -107,22 +107,24 @@ def schedule(config: ConfigDict, steps: int, learning_rate: float) -> None:
     config.train.update(checkpoint_every=100, image_every=250)
 
 
-def dar(config: ConfigDict, image_size: int) -> None:
-    num_layers, num_heads, dim = PRIORS[image_size]
+def prior(image_size: int, num_layers: int, num_heads: int, dim: int) -> LlamaConfig:
+    """A prior of this size over the tokens of pictures."""
     of = TOKENIZERS[image_size]
+    return LlamaConfig(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        dim=dim,
+        ffn_dim=ffn_hidden_dim(dim, multiple_of=32),
+        vocab_size=of.codebook_size,
+        num_tokens=of.num_tokens,
+        num_classes=0,
+    )
+
+
+def dar(config: ConfigDict, image_size: int) -> None:
     config.task = "dar_prior"
     config.tokenizer = f"runs/emoji/tokenizer_{image_size}/model"
-    config.model = common.block(
-        LlamaConfig(
-            num_layers=num_layers,
-            num_heads=num_heads,
-            dim=dim,
-            ffn_dim=ffn_hidden_dim(dim, multiple_of=32),
-            vocab_size=of.codebook_size,
-            num_tokens=of.num_tokens,
-            num_classes=0,
-        )
-    )
+    config.model = common.block(prior(image_size, *PRIORS[image_size]))
     config.compute.unroll = True
     config.data.update(batch_size=64, padding=image_size // 32)
     config.optimizer.weight_decay = 0.05

@@ -37,7 +37,9 @@ ATTRIBUTES = {
 def get_config(name: str = "32") -> ConfigDict:
     common.variant(name, dict.fromkeys(map(str, emoji.TOKENIZERS)))
     config = emoji.get_config(f"dar_{name}")
+    config.model = common.block(emoji.prior(int(name), num_layers=4, num_heads=4, dim=128))
     config.model.update(text_encoder="minilm", caption_dim=384, condition_tokens=24, num_classes=1)
+    emoji.schedule(config, steps=4100, learning_rate=4e-3)
     config.data.captions = True
     config.cache.kind = "codes"
     config.evaluate.update(evaluators="generation", classifier=False)

@@ -14,7 +14,7 @@ class. The sizes suit tens of thousands of pictures on one accelerator; any of t
 thousand pictures.
 
     variant  tokens  tokenizer  prior
-    32       64      1.2M       1.1M
+    32       128     1.2M       2.2M
     64       64      15M        28M
     128      128     49M        66M
     256      256     300M       110M

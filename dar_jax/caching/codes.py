@@ -22,7 +22,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.typing import Array, Int, Params, UInt8
 from dar_jax.data.base import DataConfig
 from dar_jax.data.codes import CAPTIONS, FORM, MAX_CODEBOOK_SIZE, pack_captioned
-from dar_jax.data.sources import SPLITS, load_source
+from dar_jax.data.sources import SPLITS, load_pictures
 from dar_jax.data.transforms import all_shifts, center_crop, ten_crop
 from dar_jax.kinds.dar_prior import described
 from dar_jax.kinds.dar_tokenizer import DarTokenizer
@@ -75,7 +75,7 @@ def write_codes(
     directory = model_dir.locate(tokenizer)
     model = open_tokenizer(directory, data.image_size)
     encoder = FrozenEncoder(model, directory, _encode, rows_per_device=CROPS_PER_DEVICE)
-    sources = {split: load_source(data, split) for split in SPLITS}
+    sources = {split: load_pictures(data, split) for split in SPLITS}
     contents = {
         FORM.model: model_dir.fingerprint(directory),
         "num_tokens": model.config.num_tokens,

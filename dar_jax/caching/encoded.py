@@ -184,7 +184,7 @@ def _read(
         try:
             found = source[index]
         except UnreadablePictureError as error:
-            tally.add(index, error)
+            tally.add(error)
             return None
         about = Labelled(int(found["label"]), captions[index] if captions else ())
         return views.of(found["pixels"]), about

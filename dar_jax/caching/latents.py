@@ -14,7 +14,7 @@ from dar_jax.common import model_dir
 from dar_jax.common.typing import Array, Float, Params, UInt8
 from dar_jax.data.base import DataConfig
 from dar_jax.data.latents import FORM
-from dar_jax.data.sources import SPLITS, load_source
+from dar_jax.data.sources import SPLITS, load_pictures
 from dar_jax.data.transforms import center_crop, mirror
 from dar_jax.kinds.kl_vae import KlVaeKind
 from dar_jax.kinds.loading import open_model
@@ -55,7 +55,7 @@ def write_latents(data: DataConfig, vae: str, workdir: str, *, pictures_per_shar
             "shape": [*grid, 2 * config.latent_channels],
         },
         form=FORM,
-        sources={split: load_source(data, split) for split in SPLITS},
+        sources={split: load_pictures(data, split) for split in SPLITS},
         encoder=encoder,
         views=dict.fromkeys(SPLITS, views),
         pictures_per_shard=pictures_per_shard,

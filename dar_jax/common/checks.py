@@ -65,7 +65,7 @@ def check_labels(labels: Any, num_classes: int, *, null: bool = False) -> Any:
     check_integers("labels", labels, f"classes in 0..{num_classes - 1}")
     check_shape("labels", labels, ("B",))
     check_range("labels", labels, num_classes + null)
-    return labels
+    return labels.astype(np.int32)  # the null class need not fit what labels are of
 
 
 def check_number(name: str, value: Any, kind: type = numbers.Real) -> None:
@@ -119,6 +119,7 @@ def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:
     """
     if microbatch is None:
         return None
+    check_number("microbatch", microbatch, numbers.Integral)
     if microbatch < 1 or batch_size % min(microbatch, batch_size):
         raise ValueError(f"microbatch={microbatch} must divide the batch of {batch_size} images")
     return microbatch if microbatch < batch_size else None

@@ -155,7 +155,7 @@ def _csv_rows(text: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, An
 def _of_folder(source: FolderSource) -> list[Captions]:
     table = next((source.root / name for name in TABLES if (source.root / name).is_file()), None)
     if table is None:
-        return [_beside(source.path(index)) for index in range(len(source))]
+        return [_beside(source.root / path) for path in source.paths]
     found = read_table(table)
     return [found.get(os.path.normpath(path), ()) for path in source.paths]
 

@@ -29,6 +29,8 @@ from dar_jax.data.shards import POSITIVE, Key
 
 CODES, CAPTIONS, MASK = "codes", "captions", "caption_mask"
 KEYS = {"num_tokens": POSITIVE}
+VIEWS = ("crop", "flip", "padding")
+"""Keys of what the sidecar says of the views of a picture: fields of the data's config."""
 FORM = encoded.Form(CODES, CODES, np.dtype("<u2"), "tokenizer", KEYS)
 MAX_CODEBOOK_SIZE = 2 ** (8 * FORM.dtype.itemsize)
 HEADER = struct.Struct("<III")
@@ -127,6 +129,8 @@ def load_codes(config: DataConfig, split: str) -> encoded.CachedSource:
             f"data.captions={config.captions}, but the codes in {directory} were written "
             f"{'without' if captions is None else 'with'} captions"
         )
+    if split == "train":
+        _check_views(directory, contents, config)
     source = encoded.open_split(directory, split, FORM, (contents["num_tokens"],))
     if captions is None:
         return source
@@ -134,6 +138,17 @@ def load_codes(config: DataConfig, split: str) -> encoded.CachedSource:
     return CaptionedSource(
         source.records, source.form, source.shape, source.class_names, text_shape=shape
     )
+
+
+def _check_views(directory: Any, contents: Mapping[str, Any], config: DataConfig) -> None:
+    """Raise ValueError unless a cache has what training would see, where it says what it has."""
+    for name in VIEWS:
+        found, wanted = contents.get(name), getattr(config, name)
+        if name in contents and (found or 0) != wanted:
+            raise ValueError(
+                f"config.data.{name}={wanted!r}, but the codes in {directory} were written with "
+                f"{found or 0!r}: set it to that, or write them again with --mode=cache"
+            )
 
 
 def draw_caption(example: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:

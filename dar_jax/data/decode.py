@@ -78,20 +78,20 @@ class CorruptTally:
         self._count = count
         self._total: int | None = None
         self._max_fraction = max_fraction
-        self._found: set[int] = set()
+        self._found: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, index: int, error: UnreadablePictureError) -> None:
-        """Log the picture `index`, the first time.
+    def add(self, error: UnreadablePictureError) -> None:
+        """Log the picture that the error names, the first time.
 
         Raises:
             ValueError: there are too many.
         """
-        if index in self._found:
+        if str(error) in self._found:
             return
-        self._found.add(index)
+        self._found.add(str(error))
         logging.warning("Unreadable picture, number %d: %s", len(self), error)
         if self._total is None:
             self._total = self._count()

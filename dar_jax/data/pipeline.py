@@ -104,7 +104,7 @@ class TrainingExamples:
             try:
                 return self.source[index]
             except UnreadablePictureError as error:
-                self.tally.add(index, error)
+                self.tally.add(error)
             index = (index + 1) % len(self.source)
 
 
@@ -272,7 +272,8 @@ def train_iterator(config: DataConfig, seed: int, part: tuple[int, int] = (0, 1)
         )
     source = references.group(load_source(config, "train"), config, seed)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    tally = CorruptTally(source.__len__, config.max_corrupt_fraction)
+    pictures = getattr(source, "source", source)  # groups of pictures have one
+    tally = CorruptTally(pictures.__len__, config.max_corrupt_fraction)
     return TrainIterator(TrainingExamples(source, order, config, seed, part, 0, tally))
 
 
@@ -296,7 +297,7 @@ def eval_batches(
         try:
             found = source[index]
         except UnreadablePictureError as error:
-            tally.add(index, error)
+            tally.add(error)
             return None
         return held_out_view(found, config)
 

@@ -112,7 +112,7 @@ def _records(
             picture = source.read(index)
             pixels = decode(picture.data, picture.name)
         except UnreadablePictureError as error:
-            tally.add(index, error)
+            tally.add(error)
             return None
         data = encode_png(center_crop(pixels, image_size)) if image_size else picture.data
         return LABEL.pack(picture.label) + data

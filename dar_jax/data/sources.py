@@ -20,7 +20,9 @@ __all__ = [
     "DataConfig",
     "Source",
     "check_num_classes",
+    "check_pictures",
     "count_pictures",
+    "load_pictures",
     "load_source",
 ]
 
@@ -35,6 +37,9 @@ LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "emoji": load_emoji,
     "synthetic": load_synthetic,
 }
+
+ENCODED = ("codes", "latents", "latent_folder")
+"""Sources of what models have made of pictures."""
 
 
 def load_source(config: DataConfig, split: str) -> Source:
@@ -58,6 +63,25 @@ def load_source(config: DataConfig, split: str) -> Source:
     if not len(source):
         raise ValueError(f"the {split} split of source {config.source!r} has no pictures")
     return source
+
+
+def load_pictures(config: DataConfig, split: str) -> Source:
+    """Open a split of pictures.
+
+    Raises:
+        ValueError: the source holds something else; see also `load_source`.
+    """
+    check_pictures(config)
+    return load_source(config, split)
+
+
+def check_pictures(config: DataConfig) -> None:
+    """Raise ValueError if the source holds codes or latents."""
+    if config.source in ENCODED:
+        raise ValueError(
+            f"config.data.source={config.source!r} has no pictures, which are needed here; set "
+            "config.data.source and config.data.path to those that were encoded"
+        )
 
 
 def count_pictures(config: DataConfig) -> int:

@@ -32,7 +32,7 @@ from dar_jax.data.decode import (
 )
 from dar_jax.data.listing import list_files
 from dar_jax.data.pipeline import evaluation_tally
-from dar_jax.data.sources import Source, load_source
+from dar_jax.data.sources import Source, load_pictures
 from dar_jax.data.transforms import center_crop
 from dar_jax.evaluation.npz_images import NpzImages
 from dar_jax.generation.image_set import PIXELS, ImageSet
@@ -145,12 +145,7 @@ class SplitImages:
 
     @functools.cached_property
     def _source(self) -> Source:
-        if self.config.source == "codes":
-            raise ValueError(
-                "config.data.source='codes' has no pictures to compare with; set "
-                "config.data.source and config.data.path to those that were encoded"
-            )
-        return load_source(self.config, self.split)
+        return load_pictures(self.config, self.split)
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
@@ -194,7 +189,7 @@ class SplitImages:
             try:
                 return self._source[index % count]
             except UnreadablePictureError as error:
-                self._tally.add(index % count, error)
+                self._tally.add(error)
         raise ValueError(f"none of the {count} pictures of the {self.split} split can be read")
 
 

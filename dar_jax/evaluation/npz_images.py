@@ -44,9 +44,11 @@ class NpzImages:
         except ARCHIVE_ERRORS as error:
             reason = what_is(path) or error
             raise ValueError(f"{path} is not a readable .npz ({reason})") from error
-        if dtype != np.uint8 or is_fortran or len(self.shape) != 4 or self.shape[3] != 3:
+        is_pixels = dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] == 3
+        if not is_pixels or is_fortran or not self.shape[0]:
             raise ValueError(
-                f"{path}: {ARRAY} is {dtype} {self.shape}, expected uint8 (N, height, width, 3)"
+                f"{path}: {ARRAY} is {dtype} {self.shape}, expected uint8 (N, height, width, 3), "
+                "N images and at least one"
             )
         self._start = self._file.tell()
 

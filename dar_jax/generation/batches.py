@@ -118,6 +118,7 @@ def model_path(config: SampleConfig, workdir: str) -> str:
     own = storage.to_path(workdir) / model_dir.WORKDIR_NAME
     checkpoints = storage.to_path(workdir) / CHECKPOINTS
     if own.exists():
+        _warn_if_outdated(own, checkpoints)
         return str(own)
     if not checkpoints.exists():
         return config.untrained_model or str(own)
@@ -127,6 +128,21 @@ def model_path(config: SampleConfig, workdir: str) -> str:
         f"{workdir} holds a run that stopped {reached}, and no model yet: go on with --mode=train"
         + ("" if step is None else ", or write the model of that step with --mode=export")
     )
+
+
+def _warn_if_outdated(own: storage.Path, checkpoints: storage.Path) -> None:
+    reached = latest_step(checkpoints) if checkpoints.exists() else None
+    step = model_dir.load_config(model_dir.locate(own)).get("step")
+    if reached is not None and step is not None and step < reached:
+        logging.log_first_n(
+            logging.WARNING,
+            "%s is of step %d, and training has reached step %d: write the model of that one with "
+            "--mode=export",
+            1,
+            own,
+            step,
+            reached,
+        )
 
 
 def takes_texts(architecture: Any) -> bool:

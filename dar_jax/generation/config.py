@@ -85,9 +85,12 @@ class SampleConfig:
             )
         if bool(self.inpaint_image) != bool(self.inpaint_mask):
             raise ValueError("inpaint_image=FILE and inpaint_mask=FILE need each other")
-        for name in ("num_images", "prefix_image", "inpaint_image"):
-            if self.originals and getattr(self, name):
-                raise ValueError(f"originals={self.originals} and {name} are drawn one at a time")
+        asked = ("originals", "num_images", "prefix_image", "inpaint_image")
+        given = [f"{name}={getattr(self, name)!r}" for name in asked if getattr(self, name)]
+        if len(given) > 1 and (self.originals or self.num_images):
+            raise ValueError(
+                f"{' and '.join(given)} are drawn one at a time: leave all but one out"
+            )
 
     def sampling(self, recommended: Any) -> Any:
         """How a model draws images: as it is best used, but for what is set.

@@ -16,7 +16,7 @@ from dar_jax.common.files import read_regular
 from dar_jax.common.typing import Bool, Int, UInt8
 from dar_jax.data.base import SPLITS, DataConfig
 from dar_jax.data.decode import MAX_FILE_BYTES, UnreadablePictureError, decode
-from dar_jax.data.sources import load_source
+from dar_jax.data.sources import load_pictures
 from dar_jax.data.transforms import center_crop
 from dar_jax.generation.batches import class_name, drawn_of, generate, whole_batch
 from dar_jax.generation.config import SampleConfig
@@ -151,7 +151,7 @@ def read_picture(where: str, name: str, data: DataConfig) -> UInt8[np.ndarray, "
     """
     try:
         if match := SOURCE_PICTURE.fullmatch(name):
-            source, index = load_source(data, match[1]), int(match[2])
+            source, index = load_pictures(data, match[1]), int(match[2])
             if index >= len(source):
                 raise ValueError(f"{where}={name}: the split has pictures 0..{len(source) - 1}")
             return source[index]["pixels"]

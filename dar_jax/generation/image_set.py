@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from dar_jax.common import storage
 from dar_jax.common.files import ARCHIVE_ERRORS, replacing
 from dar_jax.common.typing import Shaped, UInt8
-from dar_jax.generation.resumable_arrays import MANIFEST_NAME, NUM_THREADS, Pieces
+from dar_jax.generation.resumable_arrays import MANIFEST_NAME, NUM_THREADS, Pieces, comment_of
 
 FORMATS = ("npz", "png")
 PIXELS = "arr_0"
@@ -94,6 +94,11 @@ class ImageSet(Pieces):
                     file.write(np.ascontiguousarray(pixels).data)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, self.labels_of(0, self.count))
+            archive.comment = self._mark(path).encode()
+
+    def is_merged(self, path: storage.Path) -> bool:
+        """Tell whether a file is what `merge` made of this set, not of one that was here before."""
+        return comment_of(path) == self._mark(path)
 
     def check_files(self) -> None:
         """Check that the files of a set of PNGs are those that were drawn, up to the last one.

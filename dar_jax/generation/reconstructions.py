@@ -10,7 +10,7 @@ from dar_jax.common import image as images
 from dar_jax.common.batches import pad
 from dar_jax.common.typing import UInt8
 from dar_jax.data.base import DataConfig
-from dar_jax.data.sources import load_source
+from dar_jax.data.sources import load_pictures
 from dar_jax.data.transforms import center_crop
 from dar_jax.generation.batches import whole_batch
 from dar_jax.generation.config import SampleConfig
@@ -33,7 +33,7 @@ def reconstructions(
     """
     model.check_image_size(data.image_size)
     if not config.originals:
-        count = min(NUM_PICTURES, len(load_source(data, "test")))
+        count = min(NUM_PICTURES, len(load_pictures(data, "test")))
         names = [f"test:{index}" for index in range(count)]
     else:
         names = _split(config.originals)

@@ -61,6 +61,15 @@ def is_whole_archive(path: storage.Path) -> bool:
         return False
 
 
+def comment_of(path: storage.Path) -> str | None:
+    """Return what an `.npz` says of itself; None where there is none that can be read."""
+    try:
+        with storage.open_binary(path) as file, zipfile.ZipFile(file) as archive:
+            return archive.comment.decode(errors="replace")
+    except ARCHIVE_ERRORS:
+        return None
+
+
 class _Work:
     """How long batches take this process, and how long it has had none."""
 
@@ -149,10 +158,7 @@ class Pieces:
 
         One that is older than marks has none.
         """
-        if not is_whole_archive(path):
-            return False
-        with storage.open_binary(path) as file, zipfile.ZipFile(file) as archive:
-            return archive.comment.decode(errors="replace") in ("", self._mark(path))
+        return is_whole_archive(path) and comment_of(path) in ("", self._mark(path))
 
     def _mark(self, path: storage.Path) -> str:
         """What a piece of this name says of itself: its rows, and what they are made with."""

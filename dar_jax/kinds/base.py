@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dar_jax.common.typing import Any, Params
 from dar_jax.convert.checkpoints import Checkpoint
 from dar_jax.data.base import DataConfig
+from dar_jax.data.sources import check_pictures
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.performance.programs import Program
@@ -43,6 +44,8 @@ class Kind(abc.ABC, Generic[C]):
         teachers: likewise, of models that only its training needs.
         trains: name of the kind whose models it trains in a way of its own; empty: its own.
         runs: what `--mode=benchmark` times; None if the kind draws no images.
+        caches: data sources of encoded pictures that it learns from as well.
+        takes_references: whether it learns from several pictures of a class at a time.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Kind(abc.ABC, Generic[C]):
     teachers: Mapping[str, str] = types.MappingProxyType({})
     trains: str = ""
     runs: type[Runs] | None = None
+    caches: tuple[str, ...] = ()
+    takes_references: bool = False
 
     @property
     def frozen(self) -> dict[str, str]:
@@ -132,7 +137,20 @@ class Kind(abc.ABC, Generic[C]):
         """
 
     def check_data(self, model: C, data: DataConfig, paths: Mapping[str, str]) -> None:
-        """Raise ValueError unless what a cache holds was made with the companions at `paths`."""
+        """Raise ValueError unless models of this kind can learn from the data.
+
+        Args:
+            model: the architecture.
+            data: where pictures, or what a cache holds of them, come from.
+            paths: of the companions, which a cache has to be made with.
+        """
+        if data.source not in self.caches:
+            check_pictures(data)
+        if data.num_references > 1 and not self.takes_references:
+            raise ValueError(
+                f"config.data.num_references={data.num_references}, but {self.noun} learns from "
+                "one picture at a time: set it to 1"
+            )
 
     @abc.abstractmethod
     def from_reference(self, checkpoint: Checkpoint, model: C) -> tuple[C, Params, Sequence[str]]:

@@ -48,6 +48,7 @@ class DarPrior(Kind[LlamaConfig]):
     pipeline = DarPipeline
     companions: ClassVar = {TOKENIZER: DarTokenizer.name}
     runs = DarRuns
+    caches = (codes.CODES,)
 
     def task(
         self,
@@ -85,6 +86,7 @@ class DarPrior(Kind[LlamaConfig]):
         check_pair(model, companion, where)
 
     def check_data(self, model: LlamaConfig, data: DataConfig, paths: Mapping[str, str]) -> None:
+        super().check_data(model, data, paths)
         check_captions(model, data)
         if self.reads_codes(data):
             encoded.check_model(data.path, codes.FORM, paths[TOKENIZER])

@@ -107,8 +107,8 @@ def from_pretrained(
 
     Args:
         path: directory with `config.json` and `model.safetensors` (and the models that it needs),
-            a workdir that holds it as `model`, `hf://owner/name[/directory]`, or the digits that
-            come with the package, `package://mnist`.
+            a workdir that holds it as `model`, an address in a bucket, `hf://owner/name[/directory]`,
+            or what comes with the package: `package://` and `mnist`, `emoji` or `emoji_text`.
         compute: execution choices, e.g. `Compute(dtype="bfloat16")`, which draws in bfloat16 and
             decodes in float32.
         mesh: spread parameters and batches over these devices; each one reads its own part only.
@@ -117,6 +117,8 @@ def from_pretrained(
         ValueError: no such directory, an unknown kind, weights that do not fit the config, or an
             attention that the devices do not have.
     """
+    if not isinstance(compute, Compute | None):
+        raise ValueError(f"compute={compute!r} must be an instance of dar_jax.Compute")
     directory, kind, architecture, class_names, sampling, batch_size = open_model(path)
     compute = compute or Compute()
     check_device(compute, jax.devices())

@@ -45,6 +45,8 @@ class TransDiffKind(Kind[TransDiffConfig]):
     pipeline = TransDiffPipeline
     companions: ClassVar = {VAE: KlVaeKind.name}
     runs = TransDiffRuns
+    caches = LATENT_SOURCES
+    takes_references = True
 
     def task(
         self,
@@ -84,6 +86,7 @@ class TransDiffKind(Kind[TransDiffConfig]):
     def check_data(
         self, model: TransDiffConfig, data: DataConfig, paths: Mapping[str, str]
     ) -> None:
+        super().check_data(model, data, paths)
         if data.source in LATENT_SOURCES:
             shape = (model.latent_size, model.latent_size, 2 * model.channels)
             latents.check_latents(data, paths[VAE], shape)

@@ -18,7 +18,7 @@ from dar_jax.caching import codes, latents
 from dar_jax.common.files import replacing
 from dar_jax.config import Config
 from dar_jax.data import records, references
-from dar_jax.data.sources import SPLITS, load_source
+from dar_jax.data.sources import SPLITS, load_pictures, load_source
 from dar_jax.kinds.dar_prior import TOKENIZER, check_captions
 from dar_jax.kinds.transdiff import VAE
 from dar_jax.parallel.workdir import open_workdir
@@ -44,7 +44,7 @@ def cache(config: Config, workdir: str) -> None:
 
 def _cache_images(config: Config, workdir: str) -> None:
     data = config.data
-    sources = {split: load_source(data, split) for split in SPLITS}
+    sources = {split: load_pictures(data, split) for split in SPLITS}
     records.write_images(
         data,
         open_workdir(workdir),

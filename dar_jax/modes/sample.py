@@ -95,10 +95,11 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     fill(image_set, pipeline, settings)
     size = pipeline.output_size
     path = directory / f"samples_{total}x{size}x{size}x3.npz"
-    if jax.process_index() == 0 and (lacking or not is_whole_archive(path)):
+    is_merged = image_set.is_merged(path) and is_whole_archive(path)
+    if jax.process_index() == 0 and not is_merged:
         image_set.merge(path)
     # A process that left a job long before the others would take them with it.
-    wait_for(path.exists, "process 0 to write the merged file")
+    wait_for(lambda: image_set.is_merged(path), "process 0 to write the merged file")
     logging.info("All images are in %s", path)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -107,7 +107,7 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
         *,
         rng: PRNGKeyArray | int,
         first_index: int = 0,
-        sampling: Any,
+        sampling: Any = None,
     ) -> Reconstruction:
         """Encode and decode images [B, H, W, 3] in [-1, 1].
 
@@ -115,11 +115,11 @@ class Autoencoder(ModelPipeline[M], abc.ABC):
             images: the originals.
             rng: key or seed; what is drawn for image i depends on `fold_in(rng, first_index + i)`.
             first_index: of the first image.
-            sampling: options of its kind.
+            sampling: options of its kind; None is as the model is best used.
         """
 
     def previews(
-        self, images: Array | np.ndarray, *, rng: PRNGKeyArray | int, sampling: Any
+        self, images: Array | np.ndarray, *, rng: PRNGKeyArray | int, sampling: Any = None
     ) -> Float[Array, "steps B H W 3"]:
         """Return what `reconstruct` makes, after what it went through if there is something."""
         return self.reconstruct(images, rng=rng, sampling=sampling).images[None]
@@ -192,12 +192,25 @@ class Pipeline(abc.ABC):
         """
         if isinstance(labels, str | int | np.integer):
             labels = [labels if isinstance(labels, str | bool) else int(labels)]
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "U":
+            labels = labels.tolist()
         if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
             names = self.class_names
             return [
                 class_index(label, names) if isinstance(label, str) else label for label in labels
             ]
         return labels
+
+    def options(self, sampling: Any, given: Mapping[str, Any]) -> Any:
+        """Return how images are drawn: as the model is best used, or as a caller says.
+
+        Raises:
+            ValueError: `sampling` is of another class than the kind's.
+        """
+        if not isinstance(sampling, self.sampling_class | None):
+            expected = self.sampling_class.__name__
+            raise ValueError(f"sampling={sampling!r} must be an instance of {expected}")
+        return dataclasses.replace(sampling or self.sampling, **given)
 
     def settings(self, sampling: Any) -> dict[str, Any]:
         """What images depend on of the options of the kind, and of the files that they name."""

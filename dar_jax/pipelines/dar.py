@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from dar_jax.common.checks import check_microbatch, check_shape
+from dar_jax.common.checks import check_finite, check_microbatch, check_shape
 from dar_jax.common.image import as_image
 from dar_jax.common.keys import image_keys
 from dar_jax.common.pictures import Images
@@ -24,6 +24,7 @@ from dar_jax.pipelines.base import (
     last_of,
 )
 from dar_jax.pipelines.dar_inputs import (
+    check_caption_mask,
     check_condition,
     check_indices,
     check_known,
@@ -73,8 +74,9 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         *,
         rng: PRNGKeyArray | int,
         first_index: int = 0,
-        sampling: FlowSampling = FlowSampling(),
+        sampling: FlowSampling | None = None,
     ) -> Reconstruction:
+        sampling = sampling or self.sampling
         tokens = self.encode(images)
         rngs = image_keys(rng, len(images), first_index)
         noise = sampler.initial_noise(rngs, images.shape[1:3])
@@ -87,9 +89,10 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         images: Shaped[Array | np.ndarray, "B H W 3"],
         *,
         rng: PRNGKeyArray | int,
-        sampling: FlowSampling = FlowSampling(),
+        sampling: FlowSampling | None = None,
     ) -> Float[Array, "steps B height width 3"]:
         """Return what every step of `reconstruct` gives."""
+        sampling = sampling or self.sampling
         tokens = self.encode(images)
         noise = sampler.initial_noise(image_keys(rng, len(images)), images.shape[1:3])
         how = dict(solver=sampling.solver, num_steps=sampling.steps(self.config))
@@ -174,10 +177,14 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         check_indices(indices, config, num_groups)
         if noise is None:
             noise = self._noise(rng, len(indices))
+        else:
+            check_finite("noise", noise)
         check_shape("noise", noise, (len(indices), "H", "W", 3))
         if start_image is not None:
             check_shape("start_image", start_image, noise.shape)
             start_image = as_image("start_image", start_image)
+            if not start_step:
+                raise ValueError("start_step=0 starts from noise: leave start_image out, or set it")
         return _decode(
             self.model,
             self.sampling_params,
@@ -278,13 +285,12 @@ class DarPipeline(LikelihoodPipeline):
                 does not divide over the mesh; at the call, not at the first preview.
         """
         config, size = self.prior.config, self.image_size
-        how = dataclasses.replace(sampling or self.sampling, **options)
+        how = self.options(sampling, options)
         how.check(config)
         labels, caption_mask = encode_texts(config, labels, caption_mask)
         condition = check_condition(self.class_indices(labels), config)
         batch_size, put = len(condition), self.prior.put
-        if how.search.method and caption_mask is not None:
-            raise ValueError("search takes no caption_mask: its rewards see whole captions")
+        caption_mask = check_caption_mask(caption_mask, batch_size, config)
         stream = self._start(
             how.search.method,
             put(condition),

@@ -30,6 +30,34 @@ def check_condition(labels: Any, config: LlamaConfig, *, null: bool = False) -> 
     return captions
 
 
+def check_caption_mask(mask: Any, batch_size: int, config: LlamaConfig) -> Array | None:
+    """Return the mask of captions as booleans.
+
+    Raises:
+        ValueError: another shape, other values than 0 and 1, or a prior of classes.
+    """
+    if mask is None:
+        return None
+    if config.caption_dim is None:
+        raise ValueError("caption_mask is for models of captions: leave it out for classes")
+    check_shape("caption_mask", mask, (batch_size, config.condition_tokens))
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("caption_mask must hold 0 (padding) and 1 (a token) only")
+    return jnp.asarray(mask, bool)
+
+
+def as_indices(indices: Any, codebook_size: int) -> np.ndarray | Array:
+    """Return tokens as an array.
+
+    Raises:
+        ValueError: another type, or one out of the codebook.
+    """
+    indices = indices if isinstance(indices, Array) else np.asarray(indices)
+    check_integers("indices", indices, "tokens")
+    check_range("indices", indices, codebook_size)
+    return indices
+
+
 def check_prefix(prefix: Any, batch_size: int, config: LlamaConfig) -> Array | None:
     """Return the prefix as an array.
 

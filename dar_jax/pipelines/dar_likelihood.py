@@ -5,12 +5,13 @@ import abc
 import jax
 import numpy as np
 
-from dar_jax.common.checks import check_microbatch, check_range, check_shape
+from dar_jax.common.checks import check_microbatch, check_shape
 from dar_jax.common.typing import Array, Float, Int
 from dar_jax.models.dar import likelihood
 from dar_jax.models.dar.llama import Llama
 from dar_jax.pipelines.base import Labels, ModelPipeline, Pipeline
-from dar_jax.pipelines.dar_inputs import check_condition
+from dar_jax.pipelines.dar_inputs import as_indices, check_caption_mask, check_condition
+from dar_jax.pipelines.dar_prompts import encode_texts
 
 
 class LikelihoodPipeline(Pipeline, abc.ABC):
@@ -24,6 +25,7 @@ class LikelihoodPipeline(Pipeline, abc.ABC):
         images_or_indices: Array | np.ndarray,
         labels: Labels,
         *,
+        caption_mask: Array | np.ndarray | None = None,
         microbatch: int | None = None,
     ) -> likelihood.LogLikelihood:
         """Score codes exactly, in one forward pass: `.tokens` [B, N], `.images` [B] in nats.
@@ -33,21 +35,27 @@ class LikelihoodPipeline(Pipeline, abc.ABC):
 
         Args:
             images_or_indices: images [B, H, W, 3] in [-1, 1], which are encoded, or codes [B, N].
-            labels: classes by index (0 .. num_classes) or name, [B], or captions [B, T, F].
+            labels: classes by index (0 .. num_classes) or name, [B]; or texts, or captions
+                [B, T, F].
+            caption_mask: False for padded caption tokens [B, T].
             microbatch: images that the prior sees at a time, a divisor of B: bounds memory.
 
         Raises:
             ValueError: another shape, a label or code out of range, or a batch that does not divide
                 over the mesh.
         """
-        labels = check_condition(self.class_indices(labels), self.prior.config, null=True)
+        config, put = self.prior.config, self.prior.put
+        labels, caption_mask = encode_texts(config, labels, caption_mask)
+        labels = check_condition(self.class_indices(labels), config, null=True)
+        caption_mask = check_caption_mask(caption_mask, len(labels), config)
         indices = self._indices_of(images_or_indices)
         check_shape("images_or_indices", indices, (len(labels), self.num_tokens))
         tokens = likelihood.token_log_likelihood(
             self.prior.model,
             self.prior.params,
-            self.prior.put(labels),
+            put(labels),
             indices,
+            caption_mask=put(caption_mask),
             microbatch=check_microbatch(microbatch, len(labels)),
         )
         return likelihood.LogLikelihood(tokens, self.image_size**2)
@@ -77,8 +85,8 @@ class LikelihoodPipeline(Pipeline, abc.ABC):
 
     def _indices_of(self, images_or_indices: Array | np.ndarray) -> Int[Array, "B N"]:
         """Encode images; check codes."""
-        if images_or_indices.ndim == 4:
+        if np.ndim(images_or_indices) == 4:
             return self.autoencoder.encode(images_or_indices)
-        check_shape("images_or_indices", images_or_indices, ("B", self.num_tokens))
-        check_range("indices", images_or_indices, self.prior.config.vocab_size)
-        return self.prior.put(images_or_indices)
+        indices = as_indices(images_or_indices, self.prior.config.vocab_size)
+        check_shape("images_or_indices", indices, ("B", self.num_tokens))
+        return self.prior.put(indices)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dar_jax.common import model_dir
-from dar_jax.common.checks import check_range
+from dar_jax.common.checks import check_shape
 from dar_jax.common.keys import image_keys
 from dar_jax.common.typing import Any, Array, Float, Int, Params, PRNGKeyArray, Shaped
 from dar_jax.models.dar import draws
@@ -20,7 +20,12 @@ from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.int8 import check_finite
 from dar_jax.parallel.sharding import fsdp_sharding
 from dar_jax.pipelines.base import ModelPipeline, cast_kernels
-from dar_jax.pipelines.dar_inputs import check_condition, check_prefix
+from dar_jax.pipelines.dar_inputs import (
+    as_indices,
+    check_caption_mask,
+    check_condition,
+    check_prefix,
+)
 
 
 class PriorPipeline(ModelPipeline[Llama]):
@@ -70,10 +75,15 @@ class PriorPipeline(ModelPipeline[Llama]):
             indices: image tokens; the last one is not looked at.
 
         Raises:
-            ValueError: a label or token out of range, or captions of another shape.
+            ValueError: a label or token out of range, or another shape.
         """
         labels = self.put(check_condition(labels, self.config, null=True))
-        check_range("indices", indices, self.config.vocab_size)
+        indices = as_indices(indices, self.config.vocab_size)
+        check_shape("indices", indices, (len(labels), "n"))
+        if not 1 <= indices.shape[1] <= self.config.num_tokens:
+            raise ValueError(
+                f"indices hold {indices.shape[1]} tokens, expected 1..{self.config.num_tokens}"
+            )
         return _logits(self.model, self.params, labels, self.put(indices))
 
     def generate_indices(
@@ -88,11 +98,13 @@ class PriorPipeline(ModelPipeline[Llama]):
     ) -> Int[Array, "B N"]:
         """Generate all tokens of one image per label; the arguments are those of `stream`.
 
-        No key is needed at temperature 0. `labels` may be captions [B, T, F].
+        No key is needed at temperature 0. `labels` may be captions [B, T, F], and no names. What
+        `sampling` is best, the pair with a tokenizer knows: `dar.sampling`.
         """
         sampling = dataclasses.replace(sampling, **options)
         if sampling.search.method:
             raise ValueError("search needs the groups of a tokenizer: draw with both models")
+        sampling.check(self.config)
         # Greedy decoding draws nothing.
         greedy = sampling.temperature == 0 and rng is None
         rng = 0 if greedy else rng
@@ -106,7 +118,7 @@ class PriorPipeline(ModelPipeline[Llama]):
             put(image_keys(rng, len(labels))),
             sampling,
             prefix=put(check_prefix(prefix, len(labels), config)),
-            key_mask=put(caption_mask),
+            key_mask=put(check_caption_mask(caption_mask, len(labels), config)),
             draft=self.draft(sampling, len(labels)),
         )
         return list(groups)[-1]

@@ -190,7 +190,7 @@ class TransDiffPipeline(Pipeline):
                 mesh; at the call, not at the first preview.
         """
         config = self.prior.config
-        how = dataclasses.replace(sampling or self.sampling, **options)
+        how = self.options(sampling, options)
         num_steps, method = how.num_steps, how.search.method
         classes = check_labels(self.class_indices(labels), config.num_classes)
         if preview_every is not None and (preview_every < 1 or method):

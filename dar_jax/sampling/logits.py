@@ -1,6 +1,7 @@
 """From logits to a token: temperature, top-k, top-p; and the guidance scale of every position."""
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -37,7 +38,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         # What JAX builds inside and between compiled programs holds no number.
-        if isinstance(self.temperature, int | float) and not 0 <= self.temperature < np.inf:
+        if isinstance(self.temperature, numbers.Real) and not 0 <= self.temperature < np.inf:
             raise ValueError(
                 f"temperature={self.temperature} must be at least 0 (0 is greedy) and finite"
             )
@@ -93,6 +94,8 @@ def guidance_schedule(
 def _guided(interval: int | Sequence[int], num_tokens: int) -> tuple[int, int]:
     """Return the first guided position, and the one after the last."""
     if isinstance(interval, int):
+        if interval < 0:
+            raise ValueError(f"guidance_interval={interval} must be at least 0")
         return 0, interval + 2
     start, last = interval[0], interval[-1]
     if len(interval) != 2 or not 0 <= start <= last < num_tokens:

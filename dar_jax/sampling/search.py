@@ -14,6 +14,7 @@ waits.
 """
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable, Generator
 
@@ -68,8 +69,8 @@ class Search:
                 f"search.method={self.method!r} and search.num={self.num} need each other: a "
                 "method, and 2 candidates or more"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"search.temperature={self.temperature} must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"search.temperature={self.temperature} must be above 0 and finite")
 
     @property
     def by_file(self) -> bool:

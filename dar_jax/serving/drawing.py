@@ -32,7 +32,7 @@ class Request:
 
     Attributes:
         labels: class of every image, or a text if the model takes captions.
-        seed: image i depends on it, i and its label and options only; below 2^31.
+        seed: image i depends on it, i and its label and options only; 0 .. 2^32 - 1.
         sampling: of which guidance and temperature count; the rest is the server's.
         preview_groups: numbers of groups after which previews are handed out.
         known: image in [-1, 1] whose pixels are kept where `mask` is True; None is none.

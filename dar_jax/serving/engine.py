@@ -203,7 +203,8 @@ class Engine:
         """Wait for something to do; let images leave and join."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or is_at_work or self._waiting or self._active
+                lambda: self._closed or is_at_work or self._waiting or self._active,
+                timeout=self._ttl if self._open else None,
             )
             self._drop()
             self._join()

@@ -23,7 +23,7 @@ from dar_jax.common.typing import Array, Int, Params, PRNGKeyArray
 from dar_jax.losses.cross_entropy import token_cross_entropy
 from dar_jax.models.dar import sampler
 from dar_jax.models.dar.decoding import decoding_params
-from dar_jax.models.dar.llama import Llama, LlamaConfig, cache_mask, caption_key_mask
+from dar_jax.models.dar.llama import Llama, LlamaConfig, training_mask
 from dar_jax.models.dar.options import DarSampling
 from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
@@ -105,9 +105,7 @@ class DarPriorTask(ModelTask):
         config = self.model.config
         if config.caption_dim is None:
             return batch["label"], None
-        key_mask = caption_key_mask(batch["caption_mask"], config.num_tokens - 1)
-        length = key_mask.shape[1]
-        mask = cache_mask(0, length, length, key_mask)[:, 0]
+        mask = training_mask(batch["caption_mask"], config.num_tokens)
         return batch["captions"].astype(jnp.float32), mask
 
     def _indices(

@@ -27,8 +27,6 @@ from dar_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 """Subdirectory of the workdir that holds them."""
-TEMPORARY = "*.orbax-checkpoint-tmp*"
-"""Checkpoints that are being written."""
 UNFINISHED = "_CHECKPOINT_METADATA"
 """Times of a checkpoint, which Orbax writes last and no item needs."""
 SAVE_ERRORS = (OSError, RuntimeError, ValueError)
@@ -238,7 +236,7 @@ class Checkpoints:
         """Add the digests to a checkpoint before it gets its final name; in the background."""
         if jax.process_index() == 0:
             folder = self._place.folder
-            written = [*folder.glob(TEMPORARY)]
+            written = [*folder.glob(f"{self._saving}{staged_checkpoints.TEMPORARY}")]
             if storage.is_remote(folder):  # under its final name, complete with a marker
                 written = [folder / str(self._saving)]
             for directory in written:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -55,8 +56,8 @@ def _loss(
 def has_ended(workdir: storage.Path, config: TrainConfig, step: int) -> bool:
     """Tell whether a run is over: at its last step, or because the held-out loss falls no more.
 
-    That is when the last `config.patience` losses were not below all earlier ones; what process 0
-    finds counts on all processes.
+    That is when the last `config.patience` losses were not below all earlier ones, or not finite;
+    what process 0 finds counts on all processes.
     """
     if step >= config.steps:
         return True
@@ -67,5 +68,6 @@ def has_ended(workdir: storage.Path, config: TrainConfig, step: int) -> bool:
 
 
 def _is_exhausted(workdir: storage.Path, patience: int, step: int) -> bool:
-    losses = [loss for _, loss in metrics.history(workdir / metrics.FILE_NAME, NAME, step)]
+    found = [loss for _, loss in metrics.history(workdir / metrics.FILE_NAME, NAME, step)]
+    losses = [loss if math.isfinite(loss) else math.inf for loss in found]
     return patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])

@@ -25,6 +25,8 @@ from dar_jax.common.files import host, is_alive
 
 DAMAGED_SUFFIX = ".damaged"
 """Of the names under which damaged checkpoints are set aside."""
+TEMPORARY = ".orbax-checkpoint-tmp*"
+"""What follows the step in the names of checkpoints that are being written."""
 STAGED = ("s3",)
 """Schemes of buckets to which Orbax cannot write."""
 PREFIX = "dar_jax-checkpoints-"
@@ -91,7 +93,15 @@ class Place:
         (self._directory / str(step)).rename(target)
 
     def clean(self) -> None:
-        """Delete what a kill left of checkpoints."""
+        """Delete what a kill left of checkpoints, but not of one that may be in the making."""
+        if storage.is_remote(self.folder) or jax.process_index():
+            return
+        latest = max(_steps(self.folder), default=-1)
+        for path in self.folder.glob(f"*{TEMPORARY}"):
+            step = path.name.partition(".")[0]
+            if step.isdecimal() and int(step) <= latest:
+                logging.warning("%s is not complete: deleting it", path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def keep(self, step: int, made: storage.Path) -> None:
         """Bring a checkpoint that has its digests from `made`, below `folder`, to its place."""

@@ -136,6 +136,10 @@ def test_padding_caches_every_place_that_training_draws(folder, tokenizer, tmp_p
     cached = data_of(from_codes(config, tmp_path))
     assert load_source(cached, "train")[0]["codes"].shape == (len(views), NUM_TOKENS)
     assert load_source(cached, "test")[0]["codes"].shape == (1, NUM_TOKENS)
+    for change in (dict(padding=0), dict(flip=False), dict(crop="random")):
+        (name, value), *_ = change.items()
+        with pytest.raises(ValueError, match=f"data.{name}={value!r}, but the codes in .* were"):
+            load_source(dataclasses.replace(cached, **change), "train")
     config.data.padding = 0
     with pytest.raises(ValueError, match="padding"):
         cache.cache(read_config(config), str(tmp_path))
@@ -216,7 +220,7 @@ def test_truncated_shard_is_refused(folder, tokenizer, whole, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     shard = sorted(tmp_path.glob("train-*"))[0]
     shard.write_bytes(shard.read_bytes()[:100])
-    config = data_of(from_codes(make_config(folder, tokenizer), tmp_path))
+    config = data_of(from_codes(make_config(folder, tokenizer, crop="ten_crop"), tmp_path))
     with pytest.raises(ValueError, match="train-00000") as caught:
         load_source(config, "train")
     assert "\n" not in str(caught.value)
@@ -225,6 +229,7 @@ def test_truncated_shard_is_refused(folder, tokenizer, whole, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"data.source": "latents"}, "data.source='latents' has no pictures"),
         ({"data.crop": "random"}, "data.crop='random' never repeats"),
         ({"data.padding": 5}, "data.padding=5 moves a picture to 121 places"),
         ({"data.image_size": 32}, "image_size=32, but .* takes images of 16"),

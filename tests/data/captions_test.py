@@ -233,3 +233,9 @@ def test_tfds_without_a_column_of_texts_is_one_line(tmp_path):
     TinySilence(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     line = refusal(tmp_path, "tfds:tiny_silence")
     assert "record 0 has none of captions, caption, text, prompt; it has image" in line
+
+
+def test_pictures_are_not_read_for_their_captions(tmp_path, monkeypatch):
+    """Of a folder in a bucket each would be copied."""
+    monkeypatch.setattr("dar_jax.data.mirror.fetch", None)
+    assert captions(write(tmp_path / "a", **BESIDE))["3.png"] == ("picture 3",)

@@ -201,8 +201,8 @@ def test_picture_at_the_limit_of_thinness_is_read_and_scaled_within_bounds():
 def test_tally_counts_a_picture_once_and_refuses_too_many():
     tally = CorruptTally(lambda: 100, max_fraction=0.02)
     for index in (3, 3, 7, 3):
-        tally.add(index, UnreadablePictureError(f"{index}.jpg: truncated"))
+        tally.add(UnreadablePictureError(f"{index}.jpg: truncated"))
     assert len(tally) == 2
     with pytest.raises(ValueError, match=r"3 of 100 .*max_corrupt_fraction=0\.02 .*9\.jpg") as e:
-        tally.add(9, UnreadablePictureError("9.jpg: truncated"))
+        tally.add(UnreadablePictureError("9.jpg: truncated"))
     assert len(str(e.value).splitlines()) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -174,3 +175,17 @@ def test_class_of_too_few_pictures_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="class 'bee' has 2 pictures, but a group .* needs 4"):
         make_index(data, tmp_path / "index")
     assert not (tmp_path / "index" / "references.jsonl").exists()
+
+
+def test_unreadable_picture_counts_once_whatever_groups_it_is_in(data, tmp_path):
+    """One of 24 is 4 %, though it is in 4 of 24 groups."""
+    root = tmp_path / "data"
+    shutil.copytree(data.path, root)
+    copy = dataclasses.replace(data, path=str(root), max_corrupt_fraction=0.05)
+    source = load_source(copy, "train")
+    (root / source.paths[0]).write_bytes(b"junk")
+    config = dataclasses.replace(copy, num_references=SIZE)
+    batches = pipeline.train_iterator(config, seed=0)
+    for _ in range(references.ROUNDS * len(source) // (SIZE * config.batch_size) + 1):
+        next(batches)
+    batches.close()

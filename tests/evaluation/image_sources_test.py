@@ -10,7 +10,7 @@ from PIL import Image
 
 from dar_jax.common import image as images
 from dar_jax.data.base import DataConfig
-from dar_jax.data.sources import load_source
+from dar_jax.data.sources import ENCODED, load_source
 from dar_jax.evaluation.image_sources import (
     FolderImages,
     SetImages,
@@ -19,6 +19,7 @@ from dar_jax.evaluation.image_sources import (
     open_images,
     read_all,
 )
+from dar_jax.generation.editing import read_picture
 from dar_jax.generation.image_set import ImageSet
 
 SYNTHETIC = DataConfig(source="synthetic", image_size=8)
@@ -109,9 +110,13 @@ def test_whole_split_keeps_its_order_and_a_part_is_random():
     assert len(SplitImages(SYNTHETIC, "test", 5000)) == len(whole)
 
 
-def test_codes_are_no_images():
-    with pytest.raises(ValueError, match="'codes' has no pictures"):
-        len(SplitImages(DataConfig(source="codes"), "test"))
+@pytest.mark.parametrize("source", ENCODED)
+def test_codes_and_latents_are_no_images(source):
+    data = DataConfig(source=source)
+    with pytest.raises(ValueError, match=f"{source!r} has no pictures"):
+        len(SplitImages(data, "test"))
+    with pytest.raises(ValueError, match=f"{source!r} has no pictures"):
+        read_picture("config.sample.prefix_image", "test:1", data)
 
 
 def test_crops_written_as_png_are_the_crops(tmp_path):

@@ -1,9 +1,11 @@
 """Batches of images: labels that a command names, and what the images depend on."""
 
+import numpy as np
 import pytest
 
+from dar_jax.common.model_dir import save_model
 from dar_jax.generation import batches
-from dar_jax.generation.batches import classes_of
+from dar_jax.generation.batches import classes_of, model_path
 from dar_jax.generation.config import SampleConfig
 from tests.damage import warnings
 
@@ -35,3 +37,29 @@ def test_settings_of_jax_that_draw_other_images_are_told_apart(monkeypatch):
     assert batches.unusual_settings() == {}
     monkeypatch.setitem(batches.JAX_DEFAULTS, "jax_enable_x64", True)
     assert batches.unusual_settings() == {"jax_enable_x64": False}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(num_images=4, prefix_image="a.png"),
+        dict(num_images=4, inpaint_image="a.png", inpaint_mask="b.png"),
+        dict(originals=("a.png",), num_images=4),
+        dict(originals=("a.png",), prefix_image="a.png"),
+    ],
+)
+def test_what_is_drawn_by_itself_is_asked_for_by_itself(given):
+    with pytest.raises(ValueError, match="=.* and .*=.* are drawn one at a time"):
+        SampleConfig(**given)
+    SampleConfig(prefix_image="a.png", inpaint_image="a.png", inpaint_mask="b.png")
+
+
+@pytest.mark.parametrize(("step", "is_told"), [(3, True), (8, False)])
+def test_model_that_training_has_left_behind_is_told(tmp_path, caplog, step, is_told):
+    save_model(tmp_path / "model", "dar_prior", {}, {"x": np.zeros(1)}, {"step": step})
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    with warnings(caplog) as told:
+        assert model_path(SampleConfig(), str(tmp_path)) == str(tmp_path / "model")
+    assert ["is of step 3, and training has reached step 8" in text for text in told] == [
+        True
+    ] * is_told

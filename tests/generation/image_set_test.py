@@ -193,6 +193,17 @@ def test_merged_file_is_what_the_adm_evaluator_reads(image_set, tmp_path):
         np.testing.assert_array_equal(arrays["arr_1"], image_set.labels_of(0, 20))
 
 
+def test_merged_file_of_another_set_is_none_of_this(image_set, tmp_path):
+    fill(image_set, batch_size=8)
+    path = tmp_path / "merged.npz"
+    assert not image_set.is_merged(path)
+    image_set.merge(path)
+    assert image_set.is_merged(path)
+    other = ImageSet(tmp_path / "other", 20, LABELS)
+    other.bind({**SETTINGS, "seed": -1})
+    assert not other.is_merged(path)
+
+
 def test_merging_holds_few_pieces_at_a_time(tmp_path):
     image_set = ImageSet(tmp_path, 64, LABELS)
     piece = np.zeros((4, 128, 128, 3), np.uint8)

@@ -1,5 +1,7 @@
 """`log_likelihood` and `classify`: meshes, images and codes, real digits, bad input."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +9,14 @@ import pytest
 from dar_jax.common import image as images
 from dar_jax.data.sources import DataConfig, load_source
 from dar_jax.kinds.loading import from_pretrained
+from dar_jax.models.dar.llama import Llama
+from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.parallel.sharding import MeshConfig, make_mesh
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
+from dar_jax.sampling.search import Search
 from tests.golden import models
+from tests.random_params import random_params
 
 ROUNDING = 1e-5  # eight devices multiply smaller matrices; relative, of some 50 nats an image
 NUM_DIGITS = 40
@@ -74,6 +81,7 @@ def test_held_out_digits_are_named():
         (np.full((2, 16), 64), [3, 1], {}, "64 is out of range"),
         (np.zeros((2, 16), int), [3, 11], {}, "labels: 11 is out of range"),
         (np.zeros((2, 16), int), [3, 1], dict(microbatch=0), "microbatch=0 must divide"),
+        (np.zeros((2, 16)), [3, 1], {}, "indices are float64, expected integers"),
     ],
 )
 def test_mistakes_are_one_line(dar, codes, labels, options, message):
@@ -85,3 +93,29 @@ def test_captions_have_no_classes(dar, indices):
     captions = PriorPipeline(*models.prior("dar/gpt_t2i_tiny"))
     with pytest.raises(ValueError, match="a model of captions has no classes"):
         DarPipeline(captions, dar.tokenizer).classify(indices)
+
+
+def test_padding_of_captions_counts_for_nothing(dar, indices):
+    config = models.prior("dar/gpt_t2i_tiny")[0].config
+    model = FunctionalModel(
+        Llama, dataclasses.replace(config, num_tokens=16, vocab_size=64), Compute()
+    )
+    prior = PriorPipeline(model, random_params(model.abstract_params()))
+    captions = DarPipeline(prior, dar.tokenizer)
+    features = np.random.default_rng(0).normal(size=(8, 5, 24)).astype(np.float32)
+    mask = np.arange(5) >= np.arange(8)[:, None] % 4
+    other = np.where(mask[..., None], features, 7.0).astype(np.float32)
+    scores = [captions.log_likelihood(indices, x, caption_mask=mask) for x in (features, other)]
+    np.testing.assert_allclose(scores[0].tokens, scores[1].tokens, rtol=ROUNDING)
+    parts = captions.log_likelihood(indices, features, caption_mask=mask, microbatch=4)
+    np.testing.assert_allclose(parts.tokens, scores[0].tokens, rtol=ROUNDING)
+    assert np.abs(captions.log_likelihood(indices, other).images - scores[0].images).max() > 0.1
+    with pytest.raises(ValueError, match=r"caption_mask has shape \(8, 4\), expected \(8, 5\)"):
+        captions.log_likelihood(indices, features, caption_mask=mask[:, 1:])
+    # Search asks for the same likelihood, and draws with the same mask.
+    search = Search("groups", 2, "likelihood")
+    drawn = [
+        captions.generate(x, rng=0, caption_mask=mask, search=search).indices
+        for x in (features, other)
+    ]
+    np.testing.assert_array_equal(*drawn)

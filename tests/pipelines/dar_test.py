@@ -13,11 +13,15 @@ from dar_jax.common.image import to_float
 from dar_jax.common.keys import image_keys
 from dar_jax.common.model_dir import save_model
 from dar_jax.kinds.loading import from_pretrained
+from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.sampler import initial_noise
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import groups
+from dar_jax.sampling.search import Search
 from tests.golden import fixtures, models
+from tests.random_params import random_params
 
 LABELS = (3, 1)
 NUM_GROUPS, VOCAB, NUM_CLASSES = 4, 64, 10
@@ -236,6 +240,8 @@ def test_encode_refuses(tokenizer, images, message):
         (zeros(2, 16), {"noise": ones(1, 32, 32, 3)}, r"noise has shape \(1, 32, 32, 3\)"),
         (zeros(2, 16), {"noise": ones(2, 33, 32, 3)}, "image of 33x32 pixels"),
         (zeros(2, 16), {"start_image": ones(2, 8, 8, 3)}, r"start_image has shape \(2, 8, 8, 3\)"),
+        (zeros(2, 16), {"noise": ones(2, 32, 32, 3) * np.nan}, "noise: 6144 of 6144 .* not finite"),
+        (zeros(2, 16), {"start_image": ones(2, 32, 32, 3)}, "start_step=0 starts from noise"),
         (zeros(2, 16), {"solver": "heun"}, "solver 'heun'"),
         (zeros(2, 16), {"known": ones(2, 32, 32, 3)}, "needs both known= .* and mask="),
         (zeros(2, 16), {"known": ones(1, 8, 8, 3), "mask": zeros(8, 8)}, "known has shape"),
@@ -287,6 +293,14 @@ def test_decode_refuses(tokenizer, indices, options, message):
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"top_k": -1}, "top_k=-1"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
+        ([1], {"temperature": np.float32("nan")}, "temperature=nan"),
+        ([1], {"guidance_interval": -5}, "guidance_interval=-5 must be at least 0"),
+        ([1], {"guidance_interval": (0.9, 3.7)}, "guidance_interval=.* must be an integer, or two"),
+        ([1], {"caption_mask": ones(1, 5)}, "caption_mask is for models of captions"),
+        ([1], {"microbatch": 1.0}, "microbatch=1.0 must be an integer"),
+        ([1], {"first_index": 0.5}, "first_index=0.5 must be an integer"),
+        ([1], {"first_index": 2**31}, "first_index=2147483648 must be in 0..2147483647"),
+        ([1], {"sampling": Search()}, "sampling=Search.* must be an instance of DarSampling"),
         ([1], {"lookahead": 1}, "lookahead=1 must be at least 2 .0 is off, -1 chooses"),
         ([1], {"lookahead": -2}, "lookahead=-2 must be at least 2"),
         ([1], {"lookahead": 2.5}, "lookahead=2.5 must be an integer"),
@@ -302,7 +316,7 @@ def test_stream_refuses_at_the_call(dar, labels, options, message):
     options = {"rng": jax.random.key(0)} | options
     with pytest.raises(ValueError, match=message):
         dar.stream(labels, **options)
-    if not options.keys() & {"solver", "mask", "microbatch"}:
+    if not options.keys() & {"solver", "mask", "microbatch", "first_index", "sampling"}:
         with pytest.raises(ValueError, match=message):
             dar.prior.generate_indices(labels, **options)
 
@@ -379,3 +393,43 @@ def test_logits_refuse_tokens_out_of_range(prior):
         prior.logits(zeros(1), zeros(1, 16) + VOCAB)
     with pytest.raises(ValueError, match="labels: 11 is out of range"):
         prior.logits(zeros(1) + 11, zeros(1, 16))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (ones(1, 16), "indices are float32, expected integers"),
+        (zeros(16), r"indices has shape \(16,\), expected \(1, n\)"),
+        (zeros(2, 16), r"indices has shape \(2, 16\), expected \(1, n\)"),
+        (zeros(1, 17), "indices hold 17 tokens, expected 1..16"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_logits_refuse_what_are_no_tokens(prior, indices, message):
+    with pytest.raises(ValueError, match=message):
+        prior.logits([3], indices)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_few_steps_end_with_all_tokens(dar, num_steps):
+    options = dict(rng=0, num_steps=num_steps)
+    streamed = list(dar.stream(LABELS, **options))
+    assert streamed[-1].indices.shape == (2, 16) and streamed[-1].step == num_steps
+    drawn = dar.generate(LABELS, **options)
+    np.testing.assert_array_equal(drawn.indices, dar.generate(LABELS, rng=0).indices)
+    np.testing.assert_array_equal(drawn.images, streamed[-1].images)
+
+
+def test_labels_of_any_type_are_the_classes_that_they_name(dar):
+    """The null class need not fit the type of labels."""
+    wide = dataclasses.replace(dar.prior.config, num_classes=300)
+    model = FunctionalModel(Llama, wide, Compute())
+    prior = PriorPipeline(model, random_params(model.abstract_params(), 0))
+    drawn = [
+        prior.generate_indices(np.array([3, 5], dtype), rng=0, guidance_scale=4.0)
+        for dtype in (np.uint8, np.int32)
+    ]
+    np.testing.assert_array_equal(*drawn)
+    named = DarPipeline(dar.prior, dar.tokenizer, class_names=tuple("abcdefghij"))
+    by_name, by_index = named.generate(np.array(["d", "b"]), rng=0), named.generate([3, 1], rng=0)
+    np.testing.assert_array_equal(by_name.indices, by_index.indices)

@@ -135,7 +135,7 @@ MISTAKES = {
         "has no likelihood of tokens: name",
     ),
     "option of D-AR": (dict(top_k=5), "config.sample.top_k=5 is not an option"),
-    "prefix": (dict(prefix_image="test:0"), "need a model of tokens"),
+    "prefix": (dict(prefix_image="test:0", num_images=0), "need a model of tokens"),
 }
 
 

@@ -181,8 +181,9 @@ def test_other_content_is_refused(client):
     """A page of another origin may post text and forms, but no JSON."""
     refused(client.post(GENERATIONS, content=b"{}", headers={"content-type": "text/plain"}), 415)
     refused(client.post(EDITS, json={}), 415)
-    headers = {"origin": "http://elsewhere.example"}
-    refused(client.post(GENERATIONS, json={"prompt": "cat"}, headers=headers), 403)
+    for origin in ("http://elsewhere.example", "null"):
+        headers = {"origin": origin}
+        refused(client.post(GENERATIONS, json={"prompt": "cat"}, headers=headers), 403)
     answer = client.post(
         GENERATIONS, json={"prompt": "cat"}, headers={"origin": "http://testserver"}
     )

@@ -159,6 +159,8 @@ def test_what_lanes_cannot_draw_is_refused():
     odd = dataclasses.replace(tiny_model.TOKENIZER, num_groups=3)
     with pytest.raises(ValueError, match="8 tokens of an image make no 3 groups"):
         Drawing(prior, FunctionalModel(Tokenizer, odd), DarSampling())
+    with pytest.raises(ValueError, match="num_steps=1 leaves the last tokens .* unused"):
+        Drawing(prior, tokenizer, DarSampling(num_steps=1))
     captions = dataclasses.replace(tiny_model.PRIOR, caption_dim=4)
     with pytest.raises(ValueError, match="draws from captions"):
         Drawing(FunctionalModel(Llama, captions), tokenizer, DarSampling())

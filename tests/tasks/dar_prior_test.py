@@ -134,3 +134,20 @@ def test_data_of_classes_do_not_train_a_model_of_captions():
     kind = find_kind("dar_prior", "config.task")
     with pytest.raises(ValueError, match=r"caption_dim=8 and config.data.captions=False do"):
         kind.check_data(LlamaConfig(caption_dim=8), DataConfig(), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        ("dar_tokenizer", dict(source="codes"), "data.source='codes' has no pictures"),
+        ("kl_vae", dict(source="latents"), "data.source='latents' has no pictures"),
+        ("dar_prior", dict(source="latents"), "data.source='latents' has no pictures"),
+        ("transdiff", dict(source="codes"), "data.source='codes' has no pictures"),
+        ("dar_tokenizer", dict(num_references=4), "num_references=4, but .* one picture at a time"),
+        ("kl_vae", dict(num_references=4), "num_references=4, but .* one picture at a time"),
+    ],
+)
+def test_data_of_another_kind_are_refused_before_training(kind, data, message):
+    found = find_kind(kind, "config.task")
+    with pytest.raises(ValueError, match=message):
+        found.check_data(found.architecture(), DataConfig(**data), {})

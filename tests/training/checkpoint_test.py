@@ -99,7 +99,12 @@ def test_an_unfinished_save_is_ignored(tmp_path):
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
     checkpoints = Checkpoints(tmp_path, CONFIG, keep=3)
     assert checkpoints.latest_step == 1
+    # It may be in the making as long as no later one is complete.
+    assert (tmp_path / "2.orbax-checkpoint-tmp").exists()
+    checkpoints.save(state, 3, pipeline.train_iterator(DATA, seed=0))
     checkpoints.close()
+    Checkpoints(tmp_path, CONFIG, keep=3).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_checkpoint_older_than_a_key_holds_to_its_default(tmp_path):

@@ -20,6 +20,9 @@ FALLING, FLAT = [3.0, 2.0, 1.0, 0.5], [3.0, 2.0, 2.0, 2.5]
         (FLAT, 0, False),
         ([1.0, 2.0, 3.0, 0.9], 2, False),
         ([1.0], 1, False),
+        ([1.0, float("nan"), float("nan")], 2, True),
+        ([float("nan"), 1.0, 2.0, 3.0], 2, True),
+        ([float("nan"), 2.0, 1.0], 2, False),
         ([], 1, False),
     ],
 )

@@ -138,7 +138,12 @@ class Evaluation:
                 self.settings.num_reference,
             )
         self.classifier = self.lpips = self.clip = None
-        if self.settings.classifier and not self.settings.images:
+        if self.settings.classifier and self.settings.images:
+            logging.warning(
+                "config.evaluate.classifier=True is left out: images=%s have no labels to judge",
+                self.settings.images,
+            )
+        elif self.settings.classifier:
             self.classifier = self._fit_classifier()
         if self.settings.lpips and "reconstruction" in self.settings.names:
             self.lpips = LpipsMetric(self.settings.lpips)

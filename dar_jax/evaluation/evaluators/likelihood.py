@@ -35,8 +35,8 @@ ROWS = 5
 
 def evaluate(evaluation: Evaluation, subject: Subject) -> Metrics:
     """Score held-out images and as many training images; draw `surprise.png`."""
-    test, found = _scores(evaluation, subject, "test")
-    _, known = _scores(evaluation, subject, "train")
+    test, found = _scores(evaluation, subject, "test", evaluation.settings.num_images)
+    _, known = _scores(evaluation, subject, "train", len(test))
     size = subject.generator.image_size**2
     scored, reference = (LogLikelihood(each["tokens"], size) for each in (found, known))
     bounds = group_boundaries(subject.autoencoder.config)
@@ -81,15 +81,15 @@ def calibration(scores: Float[np.ndarray, "N classes"], labels: Int[np.ndarray, 
 
 
 def _scores(
-    evaluation: Evaluation, subject: Subject, split: str
+    evaluation: Evaluation, subject: Subject, split: str, count: int
 ) -> tuple[SplitImages, dict[str, np.ndarray]]:
-    """Score the images of a split that are not scored yet; under all classes if held out.
+    """Score so many images of a split, as are not scored yet; under all classes if held out.
 
     Returns the images and, for each, `labels`, `indices` [N], the log-probabilities `tokens` [N],
     and of held-out images also `classes`.
     """
     model: Any = subject.generator  # has a likelihood, as `Evaluation.load` has seen
-    pictures = SplitImages(evaluation.data, split, evaluation.settings.num_images)
+    pictures = SplitImages(evaluation.data, split, count)
     made_with = {
         "model": subject.fingerprint,
         "dtype": model.compute.dtype,

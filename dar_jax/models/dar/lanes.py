@@ -29,8 +29,9 @@ from dar_jax.models.dar.options import DarSampling
 from dar_jax.models.dar.sampler import (
     Known,
     constraint,
-    group_boundaries,
     initial_noise,
+    preview_groups,
+    steps_after,
     to_image,
 )
 from dar_jax.models.dar.tokenizer import Tokenizer, step_starts
@@ -63,6 +64,12 @@ class Drawing:
                 f"the {config.num_tokens} tokens of an image make no {config.num_groups} groups of "
                 "equal size, which lanes need"
             )
+        *_, before, end = (0, *self.steps_after)
+        if before == end:
+            raise ValueError(
+                f"num_steps={self.sampling.steps(config)} leaves the last tokens of an image "
+                f"unused, which lanes cannot: take {config.num_steps}"
+            )
         if self.sampling.search.method:
             raise ValueError(
                 f"search.method={self.sampling.search.method!r} draws the candidates of an image "
@@ -81,17 +88,13 @@ class Drawing:
     def steps_after(self) -> tuple[int, ...]:
         """Denoising steps that can be taken in all after 1, 2, ... groups."""
         config = self.tokenizer.config
-        starts = step_starts(config, self.sampling.steps(config))
-        return tuple(
-            sum(start + config.window <= known for start in starts)
-            for known in group_boundaries(config)
-        )
+        return steps_after(config, self.sampling.steps(config))
 
     @property
     def preview_groups(self) -> tuple[int, ...]:
         """Numbers of groups after which there is another preview; the last one is the image."""
-        ends = self.steps_after
-        return tuple(g + 1 for g, end in enumerate(ends) if end > (0, *ends)[g])
+        config = self.tokenizer.config
+        return preview_groups(config, self.sampling.steps(config))
 
 
 class Lanes(NamedTuple):

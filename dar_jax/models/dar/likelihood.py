@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dar_jax.common.typing import Array, Float, Int, Params
-from dar_jax.models.dar.llama import Llama
+from dar_jax.common.typing import Array, Bool, Float, Int, Params
+from dar_jax.models.dar.llama import Llama, training_mask
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.nn.layout import in_parts
 
@@ -65,6 +65,7 @@ def token_log_likelihood(
     condition: Array,
     indices: Int[Array, "B n"],
     *,
+    caption_mask: Bool[Array, "B T"] | None = None,
     microbatch: int | None = None,
 ) -> Float[Array, "B n"]:
     """Log-probability of every token given the condition and the tokens before it, float32.
@@ -75,16 +76,19 @@ def token_log_likelihood(
         condition: labels [B] (`num_classes` is the null label: no class is given), or captions
             [B, T, F].
         indices: all tokens of an image, or its first n.
+        caption_mask: False for padded tokens of captions.
         microbatch: images that the prior sees at a time, a divisor of B; None is all.
     """
     prior = model.bind(params)
 
-    def of_part(condition: Array, indices: Array) -> Array:
-        hidden = prior.hidden(condition, indices[:, :-1])
+    def of_part(condition: Array, indices: Array, *caption_mask: Array) -> Array:
+        mask = training_mask(*caption_mask, indices.shape[1]) if caption_mask else None
+        hidden = prior.hidden(condition, indices[:, :-1], mask=mask)
         logits = prior.head(hidden[:, model.config.condition_tokens - 1 :])
         return -optax.softmax_cross_entropy_with_integer_labels(logits, indices)
 
-    return in_parts(of_part, microbatch)(condition, indices)
+    given = () if caption_mask is None else (caption_mask,)
+    return in_parts(of_part, microbatch)(condition, indices, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))

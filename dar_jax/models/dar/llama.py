@@ -358,6 +358,13 @@ def caption_key_mask(
     return jnp.concatenate([valid, jnp.ones((len(valid), num_tokens), bool)], axis=1)
 
 
+def training_mask(caption_mask: Bool[Array, "B T"], num_tokens: int) -> Bool[Array, "B S S"]:
+    """Mask of teacher forcing over the tokens of captions and S - T = `num_tokens` - 1 others."""
+    key_mask = caption_key_mask(caption_mask, num_tokens - 1)
+    length = key_mask.shape[1]
+    return cache_mask(0, length, length, key_mask)[:, 0]
+
+
 def cache_mask(
     position: Position,
     num_new: int,

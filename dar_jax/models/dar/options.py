@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dar_jax.common.checks import Numbers, check_number, read_numbers
-from dar_jax.common.typing import Float
+from dar_jax.common.typing import Any, Float
 from dar_jax.flow import solvers
 from dar_jax.flow.times import check_num_steps
 from dar_jax.models.dar.draft import open_draft
@@ -106,9 +106,7 @@ class DarSampling(FlowSampling):
             )
         for name in ("temperature", "top_p"):
             check_number(name, getattr(self, name))
-        if not isinstance(self.guidance_interval, int):
-            interval = tuple(map(int, self.guidance_interval or ()))
-            object.__setattr__(self, "guidance_interval", interval)
+        object.__setattr__(self, "guidance_interval", _positions(self.guidance_interval))
         SamplingConfig(self.temperature, self.top_k, self.top_p)
 
     @property
@@ -163,3 +161,17 @@ def check_pair(prior: LlamaConfig, tokenizer: TokenizerConfig, where: str) -> No
             raise ValueError(
                 f"config.model.{ours}={value}, but the tokenizer in {where} has {theirs}={expected}"
             )
+
+
+def _positions(interval: Any) -> tuple[int, ...] | int:
+    """Return positions as whole numbers of Python.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if interval is None:
+        return ()
+    found = np.asarray(interval)
+    if found.ndim > 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"guidance_interval={interval!r} must be an integer, or two")
+    return tuple(found.tolist()) if found.ndim else int(found)

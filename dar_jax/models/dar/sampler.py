@@ -245,7 +245,8 @@ def previews(
 ) -> Generator[DarPreview, Int[Array, "B n"] | None, None]:
     """Take the steps whose windows are complete after each group of tokens; see `stream`.
 
-    What is sent back says which rows to go on with, here and in `groups`.
+    Groups are those of `preview_groups`. What is sent back says which rows to go on with, here and
+    in `groups`.
     """
     config = tokenizer.config
     noise = run(initial_noise, rngs, (config.image_size,) * 2)
@@ -255,7 +256,7 @@ def previews(
     starts = step_starts(config, num_steps)
     condition = conditioning.start(tokenizer, rngs)
     state, step, num_tokens = run(solvers.start, noise), 0, 0
-    parents = None
+    image = parents = None
     while True:
         try:
             indices = groups.send(parents)
@@ -264,7 +265,7 @@ def previews(
         start, num_tokens = num_tokens, indices.shape[1]
         new = run(autoregressive.tokens_between, indices, start=start, stop=num_tokens)
         condition = run(conditioning.extend, tokenizer, tokenizer_params, new, condition, start)
-        image = parents = None
+        parents, before = None, step
         while step < num_steps and starts[step] + config.window <= num_tokens:
             state, image = run(
                 _flow_step,
@@ -280,10 +281,11 @@ def previews(
                 microbatch=microbatch,
             )
             step += 1
-        if image is not None:
+        if step > before or (image is not None and num_tokens == config.num_tokens):
             parents = yield DarPreview(step, num_tokens, image, indices)
             if parents is not None:
-                state, condition = autoregressive.take((state, condition), parents)
+                kept = (state, condition, image)
+                state, condition, image = autoregressive.take(kept, parents)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "microbatch"))
@@ -313,6 +315,28 @@ def _flow_step(
             constraint(known, noise, data_std),
         )
     return state, jnp.clip(to_image(preview, known, config), -1.0, 1.0)
+
+
+def steps_after(config: TokenizerConfig, num_steps: int) -> tuple[int, ...]:
+    """Denoising steps that can be taken in all after 1, 2, ... groups of tokens."""
+    starts = step_starts(config, num_steps)
+    return tuple(
+        sum(start + config.window <= known for start in starts)
+        for known in group_boundaries(config)
+    )
+
+
+def preview_groups(config: TokenizerConfig, num_steps: int) -> tuple[int, ...]:
+    """Numbers of groups after which there is a preview: another one, or the image at the end.
+
+    Of few steps the last may need no token of the last groups.
+    """
+    ends = steps_after(config, num_steps)
+    return tuple(
+        group
+        for group, (before, end) in enumerate(zip((0, *ends), ends, strict=False), 1)
+        if end > before or group == len(ends)
+    )
 
 
 def group_boundaries(config: TokenizerConfig) -> tuple[int, ...]:

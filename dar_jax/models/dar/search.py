@@ -8,6 +8,7 @@ passes over the tokens so far for each candidate and group, "classifier" one per
 runs once; for a reward of previews it runs n times. See `calls`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def stream(
     *,
     scorer: tuple[FunctionalModel[Llama], Params],
     prefix: Int[Array, "B K"] | None = None,
-    key_mask: None = None,
+    key_mask: Array | None = None,
     draft: tuple[FunctionalModel[Llama], Params] | None = None,
     known: sampler.Known | None = None,
     microbatch: int | None = None,
@@ -79,10 +80,10 @@ def stream(
     The arguments are those of `sampler.stream`, and `scorer`: the prior and its parameters as they
     run on all tokens of an image at once.
     """
-    del key_mask  # the pipeline has refused one
     search, boundaries = sampling.search, sampler.group_boundaries(tokenizer.config)
-    condition, own, known_all, prefix = jax.tree.map(
-        lambda rows: jnp.repeat(rows, search.num, axis=0), (condition, rngs, known, prefix)
+    condition, own, known_all, prefix, key_mask = jax.tree.map(
+        lambda rows: jnp.repeat(rows, search.num, axis=0),
+        (condition, rngs, known, prefix, key_mask),
     )
     groups = draws.generate_indices(
         prior,
@@ -91,12 +92,13 @@ def stream(
         candidate_keys(rngs, search.num),
         sampling,
         prefix=prefix,
+        key_mask=key_mask,
         boundaries=boundaries,
         draft=draft,
     )
     flow = (tokenizer, tokenizer_params)
     if search.reward in TOKEN_REWARDS:
-        reward = token_reward(search.reward, *scorer, condition)
+        reward = token_reward(search.reward, *scorer, condition, key_mask)
         kept = survivors(groups, reward, search, rngs, num_groups=len(boundaries))
         drawn = sampler.previews(*flow, kept, rngs, sampling, known=known, microbatch=microbatch)
         return one_ahead(drawn)
@@ -106,23 +108,23 @@ def stream(
     def reward_of_preview(preview: sampler.DarPreview) -> Array:
         return picture_reward(preview.images, condition)
 
-    num_groups = _num_previews(tokenizer.config)
+    num_groups = len(sampler.preview_groups(tokenizer.config, sampling.steps(tokenizer.config)))
     return survivors(drawn, reward_of_preview, search, rngs, num_groups=num_groups)
 
 
-def _num_previews(config: TokenizerConfig) -> int:
-    """Groups after which there is an image."""
-    return sum(known >= config.window for known in sampler.group_boundaries(config))
-
-
 def token_reward(
-    name: str, prior: FunctionalModel[Llama], params: Params, condition: Array
+    name: str,
+    prior: FunctionalModel[Llama],
+    params: Params,
+    condition: Array,
+    caption_mask: Array | None = None,
 ) -> Callable[[Int[Array, "R n"]], Float[Array, " R"]]:
     """Reward of tokens under the conditions [R, ...] of their rows, in nats; see `Search`."""
 
     def likelihood(indices: Array) -> Array:
         null = jax.jit(lambda params: prior.bind(params).null_condition(len(condition)))(params)
-        of = (token_log_likelihood(prior, params, each, indices) for each in (condition, null))
+        score = functools.partial(token_log_likelihood, prior, params, caption_mask=caption_mask)
+        of = (score(each, indices=indices) for each in (condition, null))
         return jnp.subtract(*(tokens.sum(axis=1) for tokens in of))
 
     def classifier(indices: Array) -> Array:

@@ -173,7 +173,7 @@ def test_mistake_in_the_options_is_one_line(options, message):
         (dict(reward="{wrong}"), "has no function reward(images, labels)"),
         (dict(reward="{broken}"), "fails: ZeroDivisionError: division by zero"),
         (dict(temperature=0.0), "temperature=0 draws equal candidates"),
-        (dict(caption_mask=np.ones((2, 1))), "search takes no caption_mask"),
+        (dict(caption_mask=np.ones((2, 1))), "caption_mask is for models of captions"),
     ],
 )
 def test_mistake_is_found_before_anything_is_drawn(dar, tmp_path, options, message):
@@ -188,3 +188,11 @@ def test_mistake_is_found_before_anything_is_drawn(dar, tmp_path, options, messa
 def test_tokens_alone_have_no_groups_to_search(dar):
     with pytest.raises(ValueError, match="search needs the groups of a tokenizer"):
         dar.prior.generate_indices(LABELS, rng=jax.random.key(0), search=Search("end", 2))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_few_steps_are_searched_by_their_previews(dar, tmp_path, num_steps):
+    path = tmp_path / "bright.py"
+    path.write_text(BRIGHT)
+    how = Search("groups", 2, str(path))
+    assert dar.generate(LABELS, rng=0, num_steps=num_steps, search=how).indices.shape == (2, 16)
