@@ -131,8 +131,8 @@ def dar(config: ConfigDict, image_size: int) -> None:
     schedule(config, steps=STEPS[image_size][1], learning_rate=4e-3)
     config.evaluate.update(evaluators="reconstruction,previews", classifier=True)
     config.sample.untrained_model = "package://emoji" if image_size == 32 else ""
-    config.sample.guidance_scale = (4.0,)  # of so few pictures of a class, a ramp leaves many out
-    config.sample.temperature = 0.6
+    config.sample.guidance_scale = (3.0,)  # of so few pictures of a class, a ramp leaves many out
+    config.sample.temperature = 0.5
     config.sample.solver = "euler"
     config.sample.prefix_tokens = (2, 8, 32, 64)
 

@@ -116,6 +116,10 @@ def _count_equation(eqn: JaxprEqn, reached: list[bool]) -> Counted:
             body, touched = eqn.params["jaxpr"], any(reached)
             cost, _ = _count(body, [touched] * len(body.invars))
             return math.prod(eqn.params["grid_mapping"].grid) * cost, [touched] * len(eqn.outvars)
+        case "shard_map":  # its body is one device's
+            cost, outputs = _count(inner[0], reached)
+            sizes = eqn.params["mesh"].shape
+            return math.prod(sizes[a] for a in eqn.params["newly_manual_axes"]) * cost, outputs
         case name if name.startswith("dot_product_attention_"):
             return _cudnn_attention_flops(eqn, reached), [any(reached)] * len(eqn.outvars)
         case name if name in ZERO_GRADIENT:

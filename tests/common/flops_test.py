@@ -307,3 +307,16 @@ def test_training_small_models_equals_the_traced_gradient(name, tolerance, tmp_p
     used, _ = partial_eval.dce_jaxpr(gradient, [True] * len(gradient.outvars))
     expected = traced_flops(used)
     assert training_flops(loss, *shapes) == pytest.approx(expected, rel=tolerance)
+
+
+def test_all_devices_of_a_split_function_count():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows = jax.P(("data", "fsdp"))
+
+    def split(x, w):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)(x, w)
+
+    x, w = jnp.ones((64, 32)), jnp.ones((32, 16))
+    product = 2 * 64 * 32 * 16
+    assert flops(split, x, w) == product
+    assert training_flops(lambda w: split(x, w).sum(), w) == 2 * product
