@@ -258,7 +258,7 @@ class HloProgram:
             return 2 * type_bytes(instruction.type, off_chip=True)
         if opcode == "dynamic-update-slice":
             return 2 * type_bytes(operands[1], off_chip=True)
-        if opcode.endswith("-start"):  # of a copy or a slice; its type repeats the operands
+        if opcode.endswith("-start") and operands:  # of a copy or a slice; its type repeats them
             source = type_bytes(operands[0])
             is_read = type_bytes(operands[0], off_chip=True) > 0
             written = type_bytes(instruction.type, off_chip=True) - source * is_read

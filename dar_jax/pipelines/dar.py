@@ -76,12 +76,12 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         first_index: int = 0,
         sampling: FlowSampling | None = None,
     ) -> Reconstruction:
-        sampling = sampling or self.sampling
+        how: FlowSampling = sampling or self.sampling
         tokens = self.encode(images)
         rngs = image_keys(rng, len(images), first_index)
         noise = sampler.initial_noise(rngs, images.shape[1:3])
-        num_steps = sampling.steps(self.config)
-        decoded = self.decode(tokens, noise=noise, solver=sampling.solver, num_steps=num_steps)
+        num_steps = how.steps(self.config)
+        decoded = self.decode(tokens, noise=noise, solver=how.solver, num_steps=num_steps)
         return Reconstruction(decoded, tokens if self.codebook_size else None)
 
     def previews(
@@ -92,11 +92,17 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         sampling: FlowSampling | None = None,
     ) -> Float[Array, "steps B height width 3"]:
         """Return what every step of `reconstruct` gives."""
-        sampling = sampling or self.sampling
+        how: FlowSampling = sampling or self.sampling
         tokens = self.encode(images)
         noise = sampler.initial_noise(image_keys(rng, len(images)), images.shape[1:3])
-        how = dict(solver=sampling.solver, num_steps=sampling.steps(self.config))
-        return _previews(self.model, self.sampling_params, tokens, self.put(noise), **how)
+        return _previews(
+            self.model,
+            self.sampling_params,
+            tokens,
+            self.put(noise),
+            solver=how.solver,
+            num_steps=how.steps(self.config),
+        )
 
     def encode(
         self, images: Shaped[Array | np.ndarray, "B H W 3"]

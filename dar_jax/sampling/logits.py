@@ -38,7 +38,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         # What JAX builds inside and between compiled programs holds no number.
-        if isinstance(self.temperature, numbers.Real) and not 0 <= self.temperature < np.inf:
+        if isinstance(self.temperature, numbers.Real) and not 0 <= float(self.temperature) < np.inf:
             raise ValueError(
                 f"temperature={self.temperature} must be at least 0 (0 is greedy) and finite"
             )

@@ -81,8 +81,10 @@ def token_log_likelihood(
     """
     prior = model.bind(params)
 
-    def of_part(condition: Array, indices: Array, *caption_mask: Array) -> Array:
-        mask = training_mask(*caption_mask, indices.shape[1]) if caption_mask else None
+    def of_part(condition: Array, indices: Array, caption_mask: Array | None = None) -> Array:
+        mask = caption_mask
+        if caption_mask is not None:
+            mask = training_mask(caption_mask, indices.shape[1])
         hidden = prior.hidden(condition, indices[:, :-1], mask=mask)
         logits = prior.head(hidden[:, model.config.condition_tokens - 1 :])
         return -optax.softmax_cross_entropy_with_integer_labels(logits, indices)
