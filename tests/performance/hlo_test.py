@@ -234,6 +234,23 @@ ENTRY %main (a: bf16[512,1024], b: bf16[1024,2048]) -> bf16[512,2048] {
 """
 
 
+SPARSE_CORE_TEXT = """HloModule offloaded
+
+%called () -> s32[1] {
+  ROOT %c = s32[1] constant({0})
+}
+
+ENTRY %main () -> s32[1] {
+  %start = ((), (), s32[1]) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = s32[1] call-done(%start)
+}
+"""
+
+
+def test_call_of_another_core_that_reads_nothing_moves_what_it_writes():
+    assert HloProgram(SPARSE_CORE_TEXT, 1).memory_traffic() == 4
+
+
 @pytest.mark.parametrize(
     ("chip", "seconds"),
     [
