@@ -132,8 +132,10 @@ def model_path(config: SampleConfig, workdir: str) -> str:
 
 def _warn_if_outdated(own: storage.Path, checkpoints: storage.Path) -> None:
     reached = latest_step(checkpoints) if checkpoints.exists() else None
+    if reached is None:
+        return
     step = model_dir.load_config(model_dir.locate(own)).get("step")
-    if reached is not None and step is not None and step < reached:
+    if step is not None and step < reached:
         logging.log_first_n(
             logging.WARNING,
             "%s is of step %d, and training has reached step %d: write the model of that one with "
