@@ -4,32 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
+from dar_jax.pipelines.dar import DarPipeline, PriorPipeline
 from dar_jax.sampling.search import Search
-from tests.golden import models
 
 LABELS = (3, 1)
 VOCAB, NUM_CLASSES = 64, 10
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return TokenizerPipeline(*models.tokenizer("dar/tokenizer_tiny"))
-
-
-@pytest.fixture(scope="module")
-def prior():
-    return PriorPipeline(*models.prior("dar/gpt_tiny"))
-
-
-@pytest.fixture(scope="module")
-def captions_prior():
-    return PriorPipeline(*models.prior("dar/gpt_t2i_tiny"))
-
-
-@pytest.fixture(scope="module")
-def dar(prior, tokenizer):
-    return DarPipeline(prior, tokenizer)
 
 
 def ones(*shape):

@@ -19,32 +19,12 @@ from dar_jax.nn.compute import Compute
 from dar_jax.nn.functional_model import FunctionalModel
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import groups
-from tests.golden import fixtures, models
+from tests.golden import fixtures
 from tests.random_params import random_params
 
 LABELS = (3, 1)
 NUM_GROUPS, VOCAB, NUM_CLASSES = 4, 64, 10
 ROUNDING = 1e-4  # one compiled step at a time against a compiled loop; images reach 8
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return TokenizerPipeline(*models.tokenizer("dar/tokenizer_tiny"))
-
-
-@pytest.fixture(scope="module")
-def prior():
-    return PriorPipeline(*models.prior("dar/gpt_tiny"))
-
-
-@pytest.fixture(scope="module")
-def captions_prior():
-    return PriorPipeline(*models.prior("dar/gpt_t2i_tiny"))
-
-
-@pytest.fixture(scope="module")
-def dar(prior, tokenizer):
-    return DarPipeline(prior, tokenizer)
 
 
 @pytest.fixture(scope="module")
