@@ -135,6 +135,16 @@ def test_late_requests_are_told_so(batch):
     engine.close()
 
 
+def test_a_request_whose_image_never_comes_is_told_so(batch, monkeypatch):
+    draw = batch.draw
+    monkeypatch.setattr(batch, "draw", lambda active: draw(active)[:0])
+    engine = started(batch, ttl=0.2)
+    _, updates = submit(engine, 1)
+    (error,) = until_none(updates)
+    assert error.status == 504
+    engine.close()
+
+
 def test_a_turn_that_fails_harms_no_later_request(engine, batch):
     batch.broken = 3
     _, updates = submit(engine, 3)
