@@ -15,11 +15,11 @@ thousand pictures.
 
     variant  tokens  tokenizer  prior
     32       128     1.2M       2.2M
-    64       64      15M        28M
+    64       128     15M        28M
     128      128     49M        66M
     256      256     300M       110M
 
-Sizes between have the width and depth of the next larger one, and a token per pixel of a side.
+Sizes between have the width and depth of the next larger one, and tokens as their sides are long.
 `configs/photographs.py` shows what the perceptual loss does to held-out crops, with a small model
 and pictures that packages ship.
 
@@ -41,12 +41,16 @@ from dar_jax.tasks.dar_tokenizer import TokenizerLossConfig
 TOKENIZERS = {
     64: TokenizerConfig(
         image_size=64,
-        num_tokens=64,
-        max_tokens=64,
+        num_tokens=128,
+        num_groups=4,
+        num_steps=8,
+        max_tokens=128,
         codebook_size=1024,
         encoder=EncoderConfig(patch_size=8, dim=256, depth=4),
         condition=ConditionConfig(dim=256, depth=2),
-        decoder=FlowDecoderConfig(patch_size=4, dim=256, depth=6, feature_layer=None),
+        decoder=FlowDecoderConfig(
+            patch_size=4, dim=256, depth=6, rope_base=100.0, time_shift=30.0, feature_layer=None
+        ),
     ),
     128: TokenizerConfig(
         image_size=128,
@@ -62,7 +66,10 @@ TOKENIZERS = {
         decoder=FlowDecoderConfig(feature_layer=None),
     ),
 }
-"""The released tokenizer at 256 pixels, and smaller ones in its proportions."""
+"""The released tokenizer at 256 pixels, and smaller ones in its proportions; that of 64 pixels in
+those of the emoji's: 300 steps of 16 emoji of 64 pixels, in a cut-down width, came to 15.6 dB of
+held-out pictures, and to 12.2 with 8 tokens a step and the released positions and times.
+"""
 
 PRIORS = {64: (8, 8, 512), 128: (12, 10, 640), 256: (12, 12, 768)}
 """Layers, heads and width by image size."""
@@ -73,6 +80,12 @@ def next_larger(image_size: int) -> int:
     return min(size for size in TOKENIZERS if size >= image_size)
 
 
+def num_tokens(image_size: int) -> int:
+    """Tokens of an image."""
+    larger = next_larger(image_size)
+    return TOKENIZERS[larger].num_tokens * image_size // larger
+
+
 def accelerated(config: ConfigDict, image_size: int) -> None:
     config.compute.update(dtype="bfloat16", remat="auto")
     config.data.image_size = image_size
@@ -81,7 +94,8 @@ def accelerated(config: ConfigDict, image_size: int) -> None:
 def tokenizer(config: ConfigDict, image_size: int) -> None:
     accelerated(config, image_size)
     config.task = "dar_tokenizer"
-    sizes = dict(image_size=image_size, num_tokens=image_size, max_tokens=image_size)
+    length = num_tokens(image_size)
+    sizes = dict(image_size=image_size, num_tokens=length, max_tokens=length)
     larger = TOKENIZERS[next_larger(image_size)]
     config.model = common.block(dataclasses.replace(larger, **sizes))
     # Small data sets fill a codebook more slowly than the ImageNet of the released recipe.
@@ -113,7 +127,7 @@ def dar(config: ConfigDict, image_size: int) -> None:
             dim=dim,
             ffn_dim=ffn_hidden_dim(dim),
             vocab_size=TOKENIZERS[larger].codebook_size,
-            num_tokens=image_size,
+            num_tokens=num_tokens(image_size),
             num_classes=0,
         )
     )

@@ -36,6 +36,7 @@ def small(config: ConfigDict) -> None:
     config.compute.update(dtype="float32", remat="none", unroll=True)
     config.data.update(path="photographs", batch_size=8)
     config.model.update(code_dim=4, codebook_size=512)
+    config.model.update(num_tokens=64, max_tokens=64, num_groups=8, num_steps=8)
     config.model.encoder.update(dim=96, depth=2, head_dim=32)
     config.model.condition.update(dim=64, depth=1, head_dim=32)
     config.model.decoder.update(dim=96, depth=2, head_dim=8, rope_base=100.0, time_shift=4.0)
