@@ -30,7 +30,7 @@ fi
 stage() { say $'\n'"$1"; run $environment/bin/python -m dar_jax.main "${@:2}"; }
 
 stage "1 of 5: tokenizer" --config=configs/emoji.py:tokenizer_32 "--workdir=$runs/tokenizer_32"
-stage "2 of 5: codes, which each step would make anew" "${dar[0]}" --mode=cache --config.cache.kind=codes "--workdir=$runs/codes"
+stage "2 of 5: codes, once for all steps" "${dar[0]}" --mode=cache --config.cache.kind=codes "--workdir=$runs/codes"
 stage "3 of 5: prior" "${dar[@]}" --config.data.source=codes "--config.data.path=$runs/codes"
 stage "4 of 5: pictures" "${dar[@]}" --mode=sample
 stage "5 of 5: evaluation" "${dar[@]}" --mode=evaluate
