@@ -15,6 +15,7 @@ tokens, of which the pipeline draws one.
 """
 
 import dataclasses
+import pathlib
 import struct
 from collections.abc import Mapping
 
@@ -140,7 +141,7 @@ def load_codes(config: DataConfig, split: str) -> encoded.CachedSource:
     )
 
 
-def _check_views(directory: Any, contents: Mapping[str, Any], config: DataConfig) -> None:
+def _check_views(directory: pathlib.Path, contents: Mapping[str, Any], config: DataConfig) -> None:
     """Raise ValueError unless a cache has what training would see, where it says what it has."""
     for name in VIEWS:
         found, wanted = contents.get(name), getattr(config, name)

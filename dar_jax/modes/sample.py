@@ -95,8 +95,7 @@ def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
     fill(image_set, pipeline, settings)
     size = pipeline.output_size
     path = directory / f"samples_{total}x{size}x{size}x3.npz"
-    is_merged = image_set.is_merged(path) and is_whole_archive(path)
-    if jax.process_index() == 0 and not is_merged:
+    if jax.process_index() == 0 and not (image_set.is_merged(path) and is_whole_archive(path)):
         image_set.merge(path)
     # A process that left a job long before the others would take them with it.
     wait_for(lambda: image_set.is_merged(path), "process 0 to write the merged file")

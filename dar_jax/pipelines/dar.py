@@ -29,6 +29,7 @@ from dar_jax.pipelines.dar_inputs import (
     check_indices,
     check_known,
     check_prefix,
+    check_start_image,
     check_steps,
 )
 from dar_jax.pipelines.dar_likelihood import LikelihoodPipeline
@@ -81,7 +82,19 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         rngs = image_keys(rng, len(images), first_index)
         noise = sampler.initial_noise(rngs, images.shape[1:3])
         num_steps = how.steps(self.config)
-        decoded = self.decode(tokens, noise=noise, solver=how.solver, num_steps=num_steps)
+        decoded = _decode(  # nothing of it needs the checks of `decode`, which would wait for it
+            self.model,
+            self.sampling_params,
+            tokens,
+            self.put(noise),
+            solver=how.solver,
+            num_steps=num_steps,
+            start_step=0,
+            stop_step=num_steps,
+            start_image=None,
+            known=None,
+            microbatch=None,
+        )
         return Reconstruction(decoded, tokens if self.codebook_size else None)
 
     def previews(
@@ -186,11 +199,7 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         else:
             check_finite("noise", noise)
         check_shape("noise", noise, (len(indices), "H", "W", 3))
-        if start_image is not None:
-            check_shape("start_image", start_image, noise.shape)
-            start_image = as_image("start_image", start_image)
-            if not start_step:
-                raise ValueError("start_step=0 starts from noise: leave start_image out, or set it")
+        start_image = check_start_image(start_image, noise.shape, start_step)
         return _decode(
             self.model,
             self.sampling_params,

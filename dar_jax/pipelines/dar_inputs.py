@@ -111,6 +111,21 @@ def check_steps(config: TokenizerConfig, num_steps: int, num_groups: int, start_
     return stop_step
 
 
+def check_start_image(image: Any, shape: tuple[int, ...], start_step: int) -> Any:
+    """Return images that a run starts from as floats in [-1, 1], if there are any.
+
+    Raises:
+        ValueError: another shape or type, or a run from the first step, which starts from noise.
+    """
+    if image is None:
+        return None
+    check_shape("start_image", image, shape)
+    image = as_image("start_image", image)
+    if not start_step:
+        raise ValueError("start_step=0 starts from noise: leave start_image out, or set it")
+    return image
+
+
 def check_known(known: Any, mask: Any, shape: tuple[int, ...]) -> sampler.Known | None:
     """Return known images and the mask of their known pixels, if there are any.
 

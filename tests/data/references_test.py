@@ -15,6 +15,7 @@ from dar_jax.data import pipeline, references
 from dar_jax.data.base import DataConfig
 from dar_jax.data.sources import load_source
 from dar_jax.modes import cache
+from tests.damage import warnings
 from tests.data import tiny_sets
 
 SIZE = references.GROUP_SIZE
@@ -177,7 +178,7 @@ def test_class_of_too_few_pictures_is_refused(data, tmp_path):
     assert not (tmp_path / "index" / "references.jsonl").exists()
 
 
-def test_unreadable_picture_counts_once_whatever_groups_it_is_in(data, tmp_path):
+def test_unreadable_picture_counts_once_whatever_groups_it_is_in(data, tmp_path, caplog):
     """One of 24 is 4 %, though it is in 4 of 24 groups."""
     root = tmp_path / "data"
     shutil.copytree(data.path, root)
@@ -186,6 +187,8 @@ def test_unreadable_picture_counts_once_whatever_groups_it_is_in(data, tmp_path)
     (root / source.paths[0]).write_bytes(b"junk")
     config = dataclasses.replace(copy, num_references=SIZE)
     batches = pipeline.train_iterator(config, seed=0)
-    for _ in range(references.ROUNDS * len(source) // (SIZE * config.batch_size) + 1):
-        next(batches)
+    with warnings(caplog) as told:
+        for _ in range(references.ROUNDS * len(source) // (SIZE * config.batch_size) + 1):
+            next(batches)
     batches.close()
+    assert ["Unreadable picture, number 1" in text for text in told] == [True]
