@@ -39,7 +39,8 @@ class DataConfig:
             tar, or many by braces, "set-{000000..000146}.tar"; for emoji the npm package's file.
         cache_dir: where what `path` names in a bucket is copied to, see `data.mirror`.
         classes: JSON file with the classes in the order of their labels: a list of their names in
-            the data, or an object that maps these to names for people. "": all, sorted.
+            the data, or an object that maps these to names for people. "": all, sorted. Folders
+            and tars can choose; others are refused if they have other classes.
         captions: train on captions, see `captions`, and only on pictures that have one. In tars
             and TFDS, labels do not matter then.
         test_fraction: part held out of every class, where the data have no held-out part, see

@@ -147,6 +147,11 @@ def _csv_rows(text: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, An
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}: line {reader.line_num} has more fields than the first line: put a "
+                    'text that has commas in "quotes"'
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}") from error

@@ -16,6 +16,7 @@ places.
 import dataclasses
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import grain.experimental
 import numpy as np
 from absl import flags
 
+from dar_jax.common import interrupts
 from dar_jax.common.typing import Any, UInt8
 from dar_jax.data import references
 from dar_jax.data.base import AUTO, DataConfig, EncodedSource, Source
@@ -229,7 +231,14 @@ class TrainIterator(grain.DatasetIterator):
         options = grain.ReadOptions(config.num_threads, max(config.num_threads, 2))
         workers = grain.MultiprocessingOptions(count, per_worker_buffer_size=1)
         # Whole batches go round the workers, so that they come in the same order without them.
-        return iter(numbers.batch(size).to_iter_dataset(options).mp_prefetch(workers))
+        batches = numbers.batch(size).to_iter_dataset(options)
+        return iter(batches.mp_prefetch(workers, worker_init_fn=_outlive_signals))
+
+
+def _outlive_signals(index: int, count: int) -> None:
+    """Ignore in a reading process what tells the whole group to stop: the trainer still reads."""
+    for number in interrupts.handled():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def num_workers(config: DataConfig, source: Source, cores: int) -> int:

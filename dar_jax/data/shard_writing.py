@@ -133,24 +133,28 @@ def finish(
         OSError: the directory cannot be written.
     """
     multihost_utils.sync_global_devices("shards written")
-    if jax.process_index() == 0:
-        known = {shard.path.name: _known(shard.path) for shard in everything}
-        counts: dict[str, list[int]] = {split: [] for split in contents["pictures"]}
-        for shard in everything:
-            whole = known[shard.path.name]
-            if whole is None:
-                raise ValueError(f"{shard.path} was lost; run the same command again")
-            counts[shard.split].append(whole.count)
-        found = {name: whole.digest for name, whole in sorted(known.items()) if whole}
-        ends = {shard.path.name: shards.digest_of_ends(shard.path) for shard in everything}
-        ending = {"counts": counts, DIGESTS: found, ENDS: ends, "complete": True}
-        # As they will be read: tuples are lists in JSON.
-        sidecar = json.loads(json.dumps({**contents, **ending}))
-        write_json(directory / SIDECAR_NAME, {**sidecar, DIGEST: shards.digest_of(sidecar)})
-        for shard in everything:
-            _beside(shard.path).unlink(missing_ok=True)
-        logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})
-    multihost_utils.sync_global_devices("sidecar complete")
+    distributed.of_first(lambda: _finish(directory, contents, everything))
+
+
+def _finish(
+    directory: storage.Path, contents: Mapping[str, Any], everything: Sequence[Shard]
+) -> None:
+    known = {shard.path.name: _known(shard.path) for shard in everything}
+    counts: dict[str, list[int]] = {split: [] for split in contents["pictures"]}
+    for shard in everything:
+        whole = known[shard.path.name]
+        if whole is None:
+            raise ValueError(f"{shard.path} was lost; run the same command again")
+        counts[shard.split].append(whole.count)
+    found = {name: whole.digest for name, whole in sorted(known.items()) if whole}
+    ends = {shard.path.name: shards.digest_of_ends(shard.path) for shard in everything}
+    ending = {"counts": counts, DIGESTS: found, ENDS: ends, "complete": True}
+    # As they will be read: tuples are lists in JSON.
+    sidecar = json.loads(json.dumps({**contents, **ending}))
+    write_json(directory / SIDECAR_NAME, {**sidecar, DIGEST: shards.digest_of(sidecar)})
+    for shard in everything:
+        _beside(shard.path).unlink(missing_ok=True)
+    logging.info("Wrote %s: %s", directory, {split: sum(n) for split, n in counts.items()})
 
 
 def _shards(directory: storage.Path, contents: Mapping[str, Any]) -> list[Shard]:

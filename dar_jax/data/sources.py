@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 from dar_jax.data import mirror
-from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source
+from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source, read_classes
 from dar_jax.data.captions import with_captions
 from dar_jax.data.codes import CODES, load_codes
 from dar_jax.data.embedded import load_mnist, load_synthetic
 from dar_jax.data.emoji import load_emoji
 from dar_jax.data.folder import load_folder
 from dar_jax.data.latents import load_latent_folder, load_latents
+from dar_jax.data.names import listed
 from dar_jax.data.records import load_records
 from dar_jax.data.tar import load_tar
 from dar_jax.data.tfds import PREFIX, load_tfds
@@ -38,6 +39,9 @@ LOADERS: dict[str, Callable[[DataConfig, str], Source]] = {
     "synthetic": load_synthetic,
 }
 
+CHOOSING = ("folder", "latent_folder", "tar")
+"""Sources that read `DataConfig.classes`."""
+WITHOUT_FILES = ("mnist", "synthetic")
 ENCODED = ("codes", "latents", "latent_folder")
 """Sources of what models have made of pictures."""
 
@@ -57,12 +61,29 @@ def load_source(config: DataConfig, split: str) -> Source:
         raise ValueError(f"unknown source {config.source!r}; available: {names}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
+    if config.path and config.source in WITHOUT_FILES:
+        raise ValueError(
+            f"data.path={config.path!r} is not read by source {config.source!r}, which needs no "
+            "files: leave it empty, or set --config.data.source=folder"
+        )
     source = load(mirror.local(config), split)
+    if config.classes and config.source not in CHOOSING and not config.captions:
+        _check_classes(config, source)
     if config.captions and config.source != CODES:
         source = with_captions(source)
     if not len(source):
         raise ValueError(f"the {split} split of source {config.source!r} has no pictures")
     return source
+
+
+def _check_classes(config: DataConfig, source: Source) -> None:
+    """Refuse a list of classes that a source would pass over."""
+    wanted = tuple((read_classes(config.classes) or {}).values())
+    if wanted != source.class_names:
+        raise ValueError(
+            f"data.classes={config.classes!r} has {listed(wanted)}, but source {config.source!r} "
+            f"{listed(source.class_names)}, among which it cannot choose: leave data.classes empty"
+        )
 
 
 def load_pictures(config: DataConfig, split: str) -> Source:

@@ -48,7 +48,8 @@ def with_remat(config: C, mesh: Mesh, memory: float | int | None) -> C:
     def of(compute: Compute) -> Program:
         return train_step(_replace(config, compute), mesh)
 
-    return _replace(config, choose_remat(config.compute, of, memory))
+    platform = mesh.devices.flat[0].platform
+    return _replace(config, choose_remat(config.compute, of, memory, platform))
 
 
 def _replace(config: Any, compute: Compute) -> Any:

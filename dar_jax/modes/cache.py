@@ -9,18 +9,19 @@ kind=references
               `data.references`; train with `data.references`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-import jax
 from absl import logging
 
 from dar_jax.caching import codes, latents
+from dar_jax.common import storage
 from dar_jax.common.files import replacing
 from dar_jax.config import Config
 from dar_jax.data import records, references
 from dar_jax.data.sources import SPLITS, load_pictures, load_source
 from dar_jax.kinds.dar_prior import TOKENIZER, check_captions
 from dar_jax.kinds.transdiff import VAE
+from dar_jax.parallel import distributed
 from dar_jax.parallel.workdir import open_workdir
 from dar_jax.pipelines.dar_prompts import open_encoder_of
 
@@ -78,10 +79,14 @@ def _cache_references(config: Config, workdir: str) -> None:
     size = max(config.data.num_references, references.GROUP_SIZE)
     groups = references.make_groups(labels, source.class_names, size, seed=config.seed)
     path = open_workdir(workdir) / INDEX_NAME
-    if jax.process_index() == 0:
-        with replacing(path) as temporary, temporary.open("w") as file:
-            file.writelines(references.lines_of(source, groups))
-        logging.info("Wrote %s: %d groups of %d pictures", path, len(groups), len(labels))
+    lines = references.lines_of(source, groups)
+    distributed.of_first(lambda: _write_lines(path, lines))
+    logging.info("Wrote %s: %d groups of %d pictures", path, len(groups), len(labels))
+
+
+def _write_lines(path: storage.Path, lines: Iterable[str]) -> None:
+    with replacing(path) as temporary, temporary.open("w") as file:
+        file.writelines(lines)
 
 
 WRITERS: dict[str, Callable[[Config, str], None]] = {

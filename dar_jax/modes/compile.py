@@ -82,15 +82,15 @@ def compile_programs(config: Config, workdir: str) -> None:
     mesh = sharding.make_mesh(config.mesh, devices)
     chip = chip_of(devices)
     with traced_for(devices):
-        config = with_remat(config, mesh, None if chip is None else chip.hbm_bytes)
-        programs = list(programs_of(config, mesh))
+        trained = with_remat(config, mesh, None if chip is None else chip.hbm_bytes)
+        programs = [train_step(trained, mesh), *sampling_programs(config, mesh)]
     directory = open_workdir(workdir)
     report = {
         "topology": settings.topology,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "compute": dataclasses.asdict(config.compute),
+        "compute": dataclasses.asdict(trained.compute),
         "programs": {},
     }
     for number, program in enumerate(programs, 1):
@@ -101,12 +101,11 @@ def compile_programs(config: Config, workdir: str) -> None:
     logging.info("Wrote %s:\n%s", directory / REPORT_NAME, table(report))
 
 
-def programs_of(config: Config, mesh: sharding.Mesh) -> Iterator[Program]:
-    """Yield the train step, then what sampling runs over and over; nothing is computed."""
-    yield train_step(config, mesh)
+def sampling_programs(config: Config, mesh: sharding.Mesh) -> Iterator[Program]:
+    """Return what sampling runs over and over; nothing is computed."""
     task = build_task(config, with_weights=False)
     images = config.compile.images_per_device * mesh.size
-    yield from find_kind(config.task, "config.task").programs(task, mesh, images)
+    return find_kind(config.task, "config.task").programs(task, mesh, images)
 
 
 def analyse(program: Program, devices: Sequence[Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ The reference implementation draws labels at random instead of in turns, and so 
 same number of images of every class.
 """
 
-import jax
 from absl import logging
 
 from dar_jax.common import storage
@@ -63,13 +62,14 @@ def evaluate(config: Config, workdir: str) -> None:
         results = {**evaluate_model(evaluation, subject), **evaluation.made_with(subject)}
         held_out = [count for name, count in results.items() if name in HELD_OUT]
         survey.warn_of_few(min(held_out, default=survey.FEW_PICTURES))
-    if jax.process_index() == 0:
-        results |= {"version": version(), "revision": revision()}
-        write_json(directory / RESULT_NAME, results)
-        logging.info("Wrote %s:\n%s", directory / RESULT_NAME, report.table(results))
-        draw(directory / DIRECTORY_NAME, results)
-    # A process that left a job long before the others would take them with it.
-    distributed.wait_for_all("the end of the evaluation")
+    results |= {"version": version(), "revision": revision()}
+    distributed.of_first(lambda: _write(directory, results))
+
+
+def _write(directory: storage.Path, results: dict[str, Any]) -> None:
+    write_json(directory / RESULT_NAME, results)
+    logging.info("Wrote %s:\n%s", directory / RESULT_NAME, report.table(results))
+    draw(directory / DIRECTORY_NAME, results)
 
 
 def draw(directory: storage.Path, results: dict[str, Any]) -> None:

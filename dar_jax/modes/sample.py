@@ -27,6 +27,7 @@ from dar_jax.generation.image_sets import fill
 from dar_jax.generation.reconstructions import reconstructions
 from dar_jax.generation.resumable_arrays import is_whole_archive
 from dar_jax.kinds.loading import open_model
+from dar_jax.parallel import distributed
 from dar_jax.parallel.workdir import open_workdir
 from dar_jax.pipelines.base import Autoencoder, Pipeline
 
@@ -56,12 +57,14 @@ def sample(config: Config, workdir: str) -> None:
         if settings.originals or issubclass(open_model(path).kind.pipeline, Autoencoder):
             model = load_model(path, compute=config.compute, mesh=config.mesh)
             model = model if isinstance(model, Autoencoder) else model.autoencoder
+            directory = open_workdir(workdir) / DIRECTORY_NAME
             picture = reconstructions(model, settings, data)
-            write(workdir, {"reconstructions.png": picture}, None)
+            write(directory, {"reconstructions.png": picture}, None)
             return
     pipeline = load(settings, workdir, compute=config.compute, mesh=config.mesh)
+    directory = open_workdir(workdir) / DIRECTORY_NAME
     if settings.num_images:
-        make_set(pipeline, settings, workdir)
+        make_set(pipeline, settings, workdir, directory)
         return
     pictures = {}
     if settings.prefix_image:
@@ -75,17 +78,18 @@ def sample(config: Config, workdir: str) -> None:
     arrays = None
     if not pictures:
         pictures, arrays = draw_grid(pipeline, settings)
-    write(workdir, pictures, arrays)
+    write(directory, pictures, arrays)
 
 
-def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
-    """Make the images that `samples/set` still lacks, then one file of them all.
+def make_set(
+    pipeline: Pipeline, settings: SampleConfig, workdir: str, directory: storage.Path
+) -> None:
+    """Make the images that `directory/set` still lacks, then one file of them all.
 
     Raises:
         ValueError: a label is not a class, or the directory holds images of other settings.
     """
     drawn = drawn_of(pipeline.prior.config, pipeline.class_names, settings, most=None)
-    directory = open_workdir(workdir) / DIRECTORY_NAME
     image_set = ImageSet(directory / SET_NAME, settings.num_images, drawn, settings.format)
     fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
     image_set.bind(identity(settings, pipeline, fingerprint))
@@ -132,14 +136,19 @@ def grid_and_strip(
 
 
 def write(
-    workdir: str,
+    directory: storage.Path,
     pictures: dict[str, UInt8[np.ndarray, "_ _ 3"]],
     arrays: dict[str, np.ndarray] | None,
 ) -> None:
-    """Write pictures, and arrays as `samples.npz`, to `WORKDIR/samples`; process 0 only."""
-    if jax.process_index() != 0:
-        return
-    directory = open_workdir(workdir) / DIRECTORY_NAME
+    """Write pictures, and arrays as `samples.npz`; process 0 does, the others wait for it."""
+    distributed.of_first(lambda: _write(directory, pictures, arrays))
+
+
+def _write(
+    directory: storage.Path,
+    pictures: dict[str, UInt8[np.ndarray, "_ _ 3"]],
+    arrays: dict[str, np.ndarray] | None,
+) -> None:
     storage.make_directory(directory)
     for name, picture in pictures.items():
         with replacing(directory / name) as temporary:

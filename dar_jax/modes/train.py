@@ -8,7 +8,6 @@ waits for the host. Everything that a configuration can get wrong fails before t
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -171,11 +170,10 @@ def _opened(
 
 def _made_from(config: Config, task: Task, source: sources.Source) -> dict[str, Any]:
     """Fingerprints of models, files and data, which one process takes for all."""
-    made = {}
-    if jax.process_index() == 0:
-        threads = config.data.num_threads
-        made = origin.made_from(config.companions, task.files(), source, threads)
-    return json.loads(distributed.gather_texts(json.dumps(made))[0])
+    threads = config.data.num_threads
+    return distributed.of_first(
+        lambda: origin.made_from(config.companions, task.files(), source, threads)
+    )
 
 
 def _open_checkpoints(
@@ -354,18 +352,20 @@ def _evaluate(run: Run, state: TrainState, step: int, *, writer: metrics.Writer)
 
 
 def _export(run: Run, state: TrainState, directory: storage.Path) -> None:
-    """Write a model directory with the averaged parameters; process 0 only."""
+    """Write a model directory with the averaged parameters."""
     params = sharding.fetch(run.task.released(state.eval_params), run.mesh)
-    if jax.process_index() != 0:
-        return
+    distributed.of_first(lambda: _write_model(run, params, int(state.step), directory))
+
+
+def _write_model(run: Run, params: Params, step: int, directory: storage.Path) -> None:
     source = sources.load_source(run.config.data, "test")
     kind = find_kind(run.config.task, "config.task")
-    extra = {"class_names": source.class_names, "step": int(state.step), **run.recommended}
+    extra = {"class_names": source.class_names, "step": step, **run.recommended}
     about = {
         "trained on": f"`{run.config.data.source}`, {len(run.iterator.source):,} images",
         "held out": f"{len(source):,} images",
-        "steps": f"{int(state.step):,} of {run.config.data.batch_size} images each",
-        **metrics.last_evaluation(run.workdir / metrics.FILE_NAME, int(state.step)),
+        "steps": f"{step:,} of {run.config.data.batch_size} images each",
+        **metrics.last_evaluation(run.workdir / metrics.FILE_NAME, step),
     }
     model_dir.save_model(
         directory,

@@ -11,9 +11,9 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ SHUTDOWN_TIMEOUT_S = 60
 """How long a process that fails alone waits for the others before it leaves."""
 STATUS_LOST_PEER = 1
 ABSENT = "(absent)"
+T = TypeVar("T")
 
 
 class Preempted(Exception):  # noqa: N818, no error
@@ -147,6 +148,26 @@ def gather_texts(text: str) -> list[str]:
     lengths = multihost_utils.process_allgather(np.asarray(len(data)))
     rows = multihost_utils.process_allgather(np.pad(data, (0, max(lengths) - len(data))))
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def of_first(compute: Callable[[], T]) -> T:
+    """Return, on every process, what process 0 computes: JSON types.
+
+    Raises:
+        ValueError: on every process, what cannot be used, or read or written, on process 0.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    told: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            told["value"] = compute()
+        except (ValueError, OSError) as error:
+            told["error"] = str(error)
+    told = json.loads(gather_texts(json.dumps(told))[0])
+    if "error" in told:
+        raise ValueError(told["error"])
+    return told["value"]
 
 
 def check_shared(directory: storage.Path) -> None:

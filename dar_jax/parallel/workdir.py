@@ -7,7 +7,6 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-import jax
 from absl import logging
 
 from dar_jax.common import storage
@@ -60,13 +59,14 @@ def exclusive(directory: storage.Path) -> Iterator[None]:
     Raises:
         ValueError: another run has it.
     """
-    if jax.process_index() != 0:
+    held = _locked(directory) if isinstance(directory, pathlib.Path) else _leased(directory)
+    with contextlib.ExitStack() as stack:
+        distributed.of_first(lambda: stack.enter_context(held))
         yield
-        return
-    if not isinstance(directory, pathlib.Path):
-        with _leased(directory):
-            yield
-        return
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
     path = directory / LOCK_NAME
     with path.open("a+") as file:
         try:
@@ -89,7 +89,7 @@ def exclusive(directory: storage.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leased(directory: storage.Path) -> Iterator[None]:
-    """As `exclusive`, in a bucket: what a killed run leaves there is taken over after a while."""
+    """As `_locked`, in a bucket: what a killed run leaves there is taken over after a while."""
 
     def leave(name: str) -> None:
         distributed.leave(

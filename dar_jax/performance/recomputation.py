@@ -3,10 +3,11 @@
 The step is compiled with each policy in turn, the fastest first, until the compiler's own count of
 its memory fits: exact, for the time of a compilation more.
 
-To recompute nothing is among them where blocks are unrolled only. A loop writes what stands between
-products in every layer, to be read again, which takes longer than to compute it: a step of D-AR-L
-with 128 images moves 576 GB and needs 80 on an H200, 396 and 28 where only products are kept.
-Unrolled, it is 294 and 39.
+On GPUs blocks are unrolled besides, which compiles several times as long, once, and makes every
+step a sixth shorter: a loop stacks what every layer keeps, and reads it back. To recompute nothing
+is among the policies where blocks are unrolled only, since a loop writes all that stands between
+products, which takes longer than to compute it: a step of D-AR-L with 128 images moves 576 GB and
+needs 80 on an H200, 396 and 28 where only products are kept. Unrolled, it is 294 and 39.
 """
 
 import dataclasses
@@ -20,12 +21,17 @@ from dar_jax.performance.programs import Program, memory_of
 
 POLICIES = ("dots", "blocks")
 """Of `compute.remat`, the fastest first; before them `none`, where blocks are unrolled."""
+UNROLLING = ("gpu", "cuda")
+"""Platforms where blocks are unrolled."""
 USABLE = 0.9
 """Share of the memory that a step may take: pictures, evaluation and fragments have the rest."""
 
 
 def choose_remat(
-    compute: Compute, train_step: Callable[[Compute], Program], memory: float | int | None
+    compute: Compute,
+    train_step: Callable[[Compute], Program],
+    memory: float | int | None,
+    platform: str,
 ) -> Compute:
     """Return `compute` with `remat=auto` decided; what is decided already stays.
 
@@ -33,9 +39,11 @@ def choose_remat(
         compute: execution choices.
         train_step: the train step of others.
         memory: bytes of a device; None, where it is not known, takes the fastest.
+        platform: of the devices.
     """
     if compute.remat != "auto":
         return compute
+    compute = dataclasses.replace(compute, unroll=compute.unroll or platform in UNROLLING)
     policies = ("none", *POLICIES) if compute.unroll else POLICIES
     candidates = [dataclasses.replace(compute, remat=policy) for policy in policies]
     if memory is None:
@@ -44,8 +52,9 @@ def choose_remat(
         needed = _needed(train_step(candidate))
         fits = needed <= USABLE * memory
         logging.info(
-            "compute.remat=%s needs %.3g GB of %.3g: %s",
+            "compute.remat=%s%s needs %.3g GB of %.3g: %s",
             candidate.remat,
+            ", unrolled," if candidate.unroll else "",
             needed / 1e9,
             memory / 1e9,
             "taken" if fits else "too much",

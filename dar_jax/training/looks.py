@@ -5,7 +5,6 @@ ends between the two makes up for it when it goes on.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,13 +79,12 @@ def find_missed(workdir: storage.Path, config: TrainConfig, step: int) -> Missed
     """
     if not step:
         return Missed()
-    looked = evaluated = True
-    if jax.process_index() == 0:
-        names = metrics.names_at(workdir / metrics.FILE_NAME, step)
-        parts = [len(name.split("/")) for name in names if name.startswith("eval/")]
-        looked = 2 in parts or (step == config.steps and _exported_step(workdir) == step)
-        evaluated = any(count > 2 for count in parts)  # they name the evaluator
-    looked, evaluated = json.loads(distributed.gather_texts(json.dumps([looked, evaluated]))[0])
+    path = workdir / metrics.FILE_NAME
+    names = distributed.of_first(lambda: sorted(metrics.names_at(path, step)))
+    parts = [len(name.split("/")) for name in names if name.startswith("eval/")]
+    exported = distributed.of_first(lambda: _exported_step(workdir))
+    looked = 2 in parts or (step == config.steps and exported == step)
+    evaluated = any(count > 2 for count in parts)  # they name the evaluator
     return Missed(
         look=is_due(step, config.image_every, config.steps) and not looked,
         evaluation=is_due(step, config.evaluate_every, config.steps) and not evaluated,

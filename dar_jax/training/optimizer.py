@@ -50,6 +50,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
+    """Of matrices, see `weight_decay_mask`; "muon" leaves embeddings and convolutions without."""
     undecayed: str = ""
     """Regular expression: parameters whose name starts so have no weight decay, e.g. "decoder/"."""
     trained: str = ""
@@ -132,6 +133,19 @@ def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
     )
 
 
+def check_names(config: OptimizerConfig, params: Params) -> None:
+    """Raise ValueError if `trained` or `undecayed` is the beginning of no parameter's name."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name in ("trained", "undecayed"):
+        pattern = getattr(config, name)
+        if pattern and not any(_starts(path, pattern) for path in paths):
+            begin = ", ".join(f"{part}/" for part in dict.fromkeys(path[0].key for path in paths))
+            raise ValueError(
+                f"config.optimizer.{name}={pattern!r} is how no parameter's name starts; they "
+                f"start with {begin}"
+            )
+
+
 def _starts(path: tuple[Any, ...], pattern: str) -> bool:
     """Whether a parameter's name starts with a pattern; the empty pattern is none."""
     return bool(pattern) and re.match(pattern, sharding.leaf_name(path)) is not None
@@ -202,6 +216,7 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "muon":
         optimizer = contrib.muon(
             rate,
+            eps=config.eps,
             weight_decay=config.weight_decay,
             weight_decay_mask=mask,
             adam_b1=config.b1,

@@ -63,8 +63,7 @@ def has_ended(workdir: storage.Path, config: TrainConfig, step: int) -> bool:
         return True
     if not config.patience or step % config.image_every:
         return False
-    found = jax.process_index() == 0 and _is_exhausted(workdir, config.patience, step)
-    return distributed.gather_texts(str(found))[0] == str(True)
+    return distributed.of_first(lambda: _is_exhausted(workdir, config.patience, step))
 
 
 def _is_exhausted(workdir: storage.Path, patience: int, step: int) -> bool:

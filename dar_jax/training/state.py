@@ -15,7 +15,7 @@ from dar_jax.common.compiled import once
 from dar_jax.common.typing import Params, PRNGKeyArray
 from dar_jax.parallel import sharding
 from dar_jax.tasks.base import Task
-from dar_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dar_jax.training.optimizer import OptimizerConfig, check_names, make_optimizer
 
 
 @flax.struct.dataclass
@@ -42,8 +42,13 @@ class TrainState:
 
 
 def abstract_state(task: Task, config: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Return the `TrainState` of `ShapeDtypeStruct`s with shardings; nothing is computed."""
+    """Return the `TrainState` of `ShapeDtypeStruct`s with shardings; nothing is computed.
+
+    Raises:
+        ValueError: see `optimizer.check_names`.
+    """
     shapes = jax.eval_shape(_creator(task, config), jax.random.key(0))
+    check_names(config, shapes.params)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,

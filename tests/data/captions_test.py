@@ -125,6 +125,11 @@ def test_no_captions_at_all_is_one_line(tmp_path):
         ("captions_jsonl", b'{"text": "x"}\n', "line 1 has none of file_name, file, path, image"),
         ("captions_csv", b"file_name,title\na.png,x\n", "line 2 has none of captions"),
         ("captions_csv", b"\xff\xfe\x00", "captions.csv is no text"),
+        (
+            "captions_csv",
+            b"file_name,text\n1.png,a cat, on a chair\n",
+            "line 2 has more fields than the first line",
+        ),
     ],
 )
 def test_what_is_no_caption_is_one_line(name, content, reason, tmp_path):

@@ -1,5 +1,6 @@
 """Sources: splits, shapes and refusals."""
 
+import json
 import sys
 
 import numpy as np
@@ -92,6 +93,26 @@ def test_numbers_that_would_exhaust_the_machine_are_refused(name, value):
 def test_number_of_processes_that_is_none_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(num_workers=value)
+
+
+@pytest.mark.parametrize("source", ["mnist", "synthetic"])
+def test_path_of_a_source_without_files_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match=f"is not read by source '{source}'.*data.source=folder"):
+        sources.load_source(DataConfig(source=source, path=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"), [("0123456789", False), ("9876543210", True), ("01", True)]
+)
+def test_classes_that_a_source_passes_over_are_refused(names, is_refused, tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps(list(names)))
+    config = DataConfig(source="mnist", classes=str(path))
+    if is_refused:
+        with pytest.raises(ValueError, match="classes.json' has .* cannot choose: leave"):
+            sources.load_source(config, "train")
+    else:
+        assert sources.load_source(config, "train").class_names == tuple(names)
 
 
 def test_batch_size_must_be_positive():

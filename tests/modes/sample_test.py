@@ -97,15 +97,15 @@ def test_killed_set_goes_on_with_another_batch_size(run, whole, monkeypatch):
     )
 
 
-def start_processes(model, workdir, total):
-    """Start a job of two processes that make a set of images together."""
+def start_processes(model, workdir, *arguments):
+    """Start a job of two processes that draw together."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "dar_jax.main", "--config=configs/mnist.py:dar", "--mode=sample"),
         *(f"--workdir={workdir}", f"--config.sample.model={model}", "--config.sample.labels=3,1,4"),
-        *(f"--config.sample.num_images={total}", "--config.sample.guidance_scale=4"),
+        *(*arguments, "--config.sample.guidance_scale=4"),
         *("--config.sample.batch_size=2", "--num_processes=2"),
         f"--coordinator_address=localhost:{port}",
     ]
@@ -117,7 +117,7 @@ def start_processes(model, workdir, total):
 @pytest.mark.slow
 def test_killed_job_of_two_processes_goes_on(model, whole, tmp_path):
     total = 400
-    processes = start_processes(model, tmp_path, total)
+    processes = start_processes(model, tmp_path, f"--config.sample.num_images={total}")
     while not list(tmp_path.glob("samples/set/0*.npz")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
@@ -126,7 +126,7 @@ def test_killed_job_of_two_processes_goes_on(model, whole, tmp_path):
         process.wait()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/set/0*.npz")}
     assert not list(tmp_path.glob("samples/samples_*"))
-    processes = start_processes(model, tmp_path, total)
+    processes = start_processes(model, tmp_path, f"--config.sample.num_images={total}")
     assert [process.wait() for process in processes] == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     expected, found = contents(whole), contents(tmp_path / "samples")
@@ -362,3 +362,15 @@ def test_mistake_is_one_line_and_writes_nothing(run, files, tmp_path, name):
         run(**settings)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_job_of_two_processes_draws_the_pictures_of_one(model, run, tmp_path):
+    processes = start_processes(model, tmp_path / "two", "--config.sample.images_per_class=2")
+    assert [process.wait() for process in processes] == [0, 0]
+    settings = dict(labels=(3, 1, 4), images_per_class=2, guidance_scale=(4.0,), solver="euler")
+    written = [run(**settings), tmp_path / "two" / "samples"]
+    one, two = (np.load(samples / "samples.npz") for samples in written)
+    np.testing.assert_array_equal(two["labels"], one["labels"])
+    np.testing.assert_allclose(two["images"].astype(int), one["images"].astype(int), atol=ONE_LEVEL)
+    assert len({tuple(sorted(path.name for path in each.iterdir())) for each in written}) == 1

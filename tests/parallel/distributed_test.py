@@ -1,5 +1,6 @@
 """Jobs of several processes on this machine: joining, agreeing, dying, being preempted."""
 
+import fcntl
 import itertools
 import os
 import pathlib
@@ -190,6 +191,20 @@ def test_workdir_that_is_not_shared_is_one_line(tmp_path):
         message = f"workdir {workdir} is on process 1 another directory than on process 0"
         assert f"dar_jax: error: {message}" in error and "Traceback" not in error
         assert not list(workdir.iterdir())
+
+
+@pytest.mark.slow
+def test_workdir_of_another_run_is_one_line_on_all_processes(tmp_path):
+    join = [f"--coordinator_address={free_address()}", "--num_processes=2"]
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = [f"--workdir={tmp_path}", *join]
+        status, errors = finish(
+            [start(command_line(*arguments, f"--process_id={process}")) for process in range(2)]
+        )
+    assert status == [2, 2], errors
+    for error in errors:
+        assert "dar_jax: error: another run is at work in" in error and "Traceback" not in error
 
 
 def test_coordinator_that_does_not_answer_is_one_line_in_time(tmp_path):

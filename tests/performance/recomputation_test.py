@@ -41,16 +41,23 @@ def step_of(compiled):
     ],
 )
 def test_least_recomputation_that_fits_is_taken(compiled, memory, taken, tried):
-    compute = choose_remat(AUTO, step_of(compiled), memory)
+    compute = choose_remat(AUTO, step_of(compiled), memory, "tpu")
     assert compute == Compute(dtype="bfloat16", remat=taken)
     assert compiled == tried
 
 
 def test_unrolled_blocks_may_keep_everything(compiled):
     unrolled = dataclasses.replace(AUTO, unroll=True)
-    assert choose_remat(unrolled, step_of(compiled), 20e9).remat == "none"
-    assert choose_remat(unrolled, step_of(compiled), 1e9).remat == "blocks"
+    assert choose_remat(unrolled, step_of(compiled), 20e9, "tpu").remat == "none"
+    assert choose_remat(unrolled, step_of(compiled), 1e9, "tpu").remat == "blocks"
     assert compiled == ["none", "none", "dots"]
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_blocks_are_unrolled_on_gpus(compiled, platform):
+    for memory, taken in ((20e9, "none"), (None, "none"), (1e9, "blocks")):
+        compute = choose_remat(AUTO, step_of(compiled), memory, platform)
+        assert compute == Compute(dtype="bfloat16", remat=taken, unroll=True)
 
 
 def test_step_that_cannot_be_compiled_does_not_fit(compiled, monkeypatch):
@@ -58,10 +65,10 @@ def test_step_that_cannot_be_compiled_does_not_fit(compiled, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(recomputation, "memory_of", exhausted)
-    assert choose_remat(AUTO, step_of(compiled), 1e12).remat == "blocks"
+    assert choose_remat(AUTO, step_of(compiled), 1e12, "tpu").remat == "blocks"
 
 
 def test_what_is_decided_stays(compiled):
     compute = Compute(remat="blocks")
-    assert choose_remat(compute, step_of(compiled), 1e12) is compute
+    assert choose_remat(compute, step_of(compiled), 1e12, "gpu") is compute
     assert not compiled

@@ -8,6 +8,7 @@ import pytest
 from dar_jax.training.optimizer import (
     MUON_UPDATE_RMS,
     OptimizerConfig,
+    check_names,
     learning_rate_schedule,
     make_optimizer,
     weight_decay_mask,
@@ -59,6 +60,16 @@ def test_parameters_can_be_exempt_from_weight_decay():
 def test_pattern_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"trained 'decoder\(' is not a regular expression"):
         OptimizerConfig(trained="decoder(")
+
+
+@pytest.mark.parametrize("name", ["trained", "undecayed"])
+def test_pattern_that_starts_no_name_is_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"optimizer\.{name}='hed/' is how .* blocks/, head/, text/"
+    ):
+        check_names(OptimizerConfig(**{name: "hed/"}), _params())
+    check_names(OptimizerConfig(**{name: "head/"}), _params())
+    check_names(OptimizerConfig(**{name: "(text|hed)/"}), _params())
 
 
 def test_update_without_gradient_is_weight_decay_alone():
