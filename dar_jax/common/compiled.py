@@ -1,6 +1,7 @@
 """Compiled programs that are kept from run to run, and compiled side by side."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -126,7 +127,11 @@ def cpu_fingerprint() -> str:
 
 def _remove_oldest(directory: pathlib.Path) -> int:
     """Delete the oldest files beyond `MAX_BYTES`; return the number of those that stay."""
-    files = [(path, path.stat()) for path in directory.iterdir() if path.is_file()]
+    files = []
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run does the same
+            if path.is_file():
+                files.append((path, path.stat()))
     files.sort(key=lambda file: file[1].st_mtime, reverse=True)
     total = number = 0
     for path, status in files:
