@@ -1,5 +1,6 @@
 """Checks of what callers hand in and of what is computed: shapes, ranges, finite numbers."""
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -34,6 +35,20 @@ def check_range(name: str, values: Any, stop: int) -> None:
     wrong = values[(values < 0) | (values >= stop)]
     if wrong.size:
         raise ValueError(f"{name}: {wrong.flat[0]} is out of range, expected 0..{stop - 1}")
+
+
+def check_rates(config: Any, *names: str) -> None:
+    """Raise ValueError unless fields are probabilities below 1, such as those of dropout."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be in [0, 1)")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError unless fields are above 0, and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be above 0")
 
 
 def check_integers(name: str, array: Any, meaning: str) -> None:

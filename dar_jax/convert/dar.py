@@ -204,7 +204,7 @@ def prior_config(config: Mapping[str, Any]) -> LlamaConfig:
     """Translate the reference's `ModelArgs`.
 
     Raises:
-        ValueError: a missing key.
+        ValueError: a missing key, or a value of another type.
     """
     try:
         is_text = config.get("model_type", "c2i") == "t2i"
@@ -223,7 +223,7 @@ def prior_config(config: Mapping[str, Any]) -> LlamaConfig:
             num_classes=config["num_classes"],
             caption_dim=config["caption_dim"] if is_text else None,
             condition_tokens=config.get("cls_token_num", 1),
-            norm_epsilon=config.get("norm_eps", 1e-5),
+            norm_epsilon=float(config.get("norm_eps", 1e-5)),
             rope_base=float(config.get("rope_base", ROPE_BASE)),
             token_dropout=config.get("token_dropout_p", 0.1),
             residual_dropout=config.get("resid_dropout_p", 0.1),
@@ -231,6 +231,8 @@ def prior_config(config: Mapping[str, Any]) -> LlamaConfig:
         )
     except KeyError as error:
         raise ValueError(f"reference config lacks the key {error}") from error
+    except TypeError as error:
+        raise ValueError(f"reference config holds a value of another type ({error})") from error
 
 
 ATTENTION = (

@@ -87,7 +87,7 @@ def architecture(config: Mapping[str, Any]) -> KlVaeConfig:
         attention_levels=tuple(level for level, side in enumerate(sides) if side in attended),
         latent_channels=channels,
         num_groups=c.get("num_groups", default.num_groups),
-        latent_scale=float(config.get("latent_scale", LATENT_SCALE)),
+        latent_scale=float(c.get("latent_scale", config.get("latent_scale", LATENT_SCALE))),
     )
 
 

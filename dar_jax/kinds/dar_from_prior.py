@@ -39,7 +39,7 @@ class FromPrior(DarPrior):
         companions: Mapping[str, FrozenModel],
     ) -> FromPriorTask:
         return self.task_class(
-            model,
+            self.with_text_digest(model, data),
             companions[TOKENIZER],
             compute,
             loss=loss,

@@ -59,10 +59,14 @@ class DarPrior(Kind[LlamaConfig]):
         data: DataConfig,
         companions: Mapping[str, FrozenModel],
     ) -> DarPriorTask:
-        from_codes = self.reads_codes(data)
-        if from_codes and model.caption_dim is not None:
-            model = dataclasses.replace(model, text_digest=codes.text_digest(data.path))
+        from_codes, model = self.reads_codes(data), self.with_text_digest(model, data)
         return DarPriorTask(model, companions[TOKENIZER], compute, from_codes=from_codes)
+
+    def with_text_digest(self, model: LlamaConfig, data: DataConfig) -> LlamaConfig:
+        """Note the text encoder that cached captions are of."""
+        if model.caption_dim is None or not self.reads_codes(data):
+            return model
+        return dataclasses.replace(model, text_digest=codes.text_digest(data.path))
 
     def reads_codes(self, data: DataConfig) -> bool:
         """Whether batches hold codes that the tokenizer has made before."""

@@ -212,7 +212,7 @@ def frozen_model(
         with_weights: see `build_task`.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its parameters do not fit its config.
     """
     found = find_kind(kind, path)
     compute = found.compute_of(compute)
@@ -220,8 +220,8 @@ def frozen_model(
         model = FunctionalModel(found.module, _architecture(found, path), compute)
         return FrozenModel(model, model.abstract_params())
     opened = open_model(path, kind)
-    _, params = model_dir.load_model(opened.path)
-    return FrozenModel(FunctionalModel(found.module, opened.architecture, compute), params)
+    model = FunctionalModel(found.module, opened.architecture, compute)
+    return FrozenModel(model, model_dir.load_params(opened.path, model.abstract_params()))
 
 
 def _architecture(kind: Kind, path: str) -> Any:

@@ -11,7 +11,7 @@ Architecture of latent diffusion (Rombach et al. 2022, arXiv:2112.10752) with th
 Every part takes images of any size that is a multiple of the stride. The lowest encoder level has
 attention whatever the size, as in the reference, which decides it at its nominal 256 pixels.
 
-Difference from the reference: biases start at zero. Decoding in tiles is not offered: group norms
+Difference from the reference: decoding in tiles is not offered: group norms
 and attention see the whole image, so that tiles would change it; see `decode` for memory.
 """
 

@@ -114,12 +114,22 @@ class PatchGan(nnx.Module):
     def __call__(
         self, image: Float[Array, "B H W 3"], t: Float[Array, " B"]
     ) -> Float[Array, "B h w"]:
-        """Logits of images in [-1, 1] at times in [0, 1], float32."""
+        """Logits of images in [-1, 1] at times in [0, 1], float32.
+
+        Raises:
+            ValueError: the images are too small for so many layers.
+        """
         time = timestep_features(t, TIME_FEATURES)
         x = self.embed(image)
         for layer in self.layers:
             x = layer(x, time)
-        return self.head(x)[..., 0].astype(jnp.float32)
+        logits = self.head(x)[..., 0].astype(jnp.float32)
+        if not logits.size:
+            raise ValueError(
+                f"images of {image.shape[1]} x {image.shape[2]} pixels are too small for a "
+                f"discriminator of num_layers={len(self.layers)}: nothing is left of them"
+            )
+        return logits
 
     def embed(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B _ _ _"]:
         """First convolution and activation."""

@@ -55,7 +55,7 @@ def to_jax(source: str, config: Config, workdir: storage.Path) -> None:
     with _writing(directory):
         model_dir.save_model(
             directory,
-            config.task,
+            kind.released_kind,
             dataclasses.asdict(model),
             params,
             config.sample.recommendation(kind),

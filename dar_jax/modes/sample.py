@@ -57,14 +57,12 @@ def sample(config: Config, workdir: str) -> None:
         if settings.originals or issubclass(open_model(path).kind.pipeline, Autoencoder):
             model = load_model(path, compute=config.compute, mesh=config.mesh)
             model = model if isinstance(model, Autoencoder) else model.autoencoder
-            directory = open_workdir(workdir) / DIRECTORY_NAME
             picture = reconstructions(model, settings, data)
-            write(directory, {"reconstructions.png": picture}, None)
+            write(workdir, {"reconstructions.png": picture}, None)
             return
     pipeline = load(settings, workdir, compute=config.compute, mesh=config.mesh)
-    directory = open_workdir(workdir) / DIRECTORY_NAME
     if settings.num_images:
-        make_set(pipeline, settings, workdir, directory)
+        make_set(pipeline, settings, workdir)
         return
     pictures = {}
     if settings.prefix_image:
@@ -78,18 +76,17 @@ def sample(config: Config, workdir: str) -> None:
     arrays = None
     if not pictures:
         pictures, arrays = draw_grid(pipeline, settings)
-    write(directory, pictures, arrays)
+    write(workdir, pictures, arrays)
 
 
-def make_set(
-    pipeline: Pipeline, settings: SampleConfig, workdir: str, directory: storage.Path
-) -> None:
-    """Make the images that `directory/set` still lacks, then one file of them all.
+def make_set(pipeline: Pipeline, settings: SampleConfig, workdir: str) -> None:
+    """Make the images that `samples/set` still lacks, then one file of them all.
 
     Raises:
         ValueError: a label is not a class, or the directory holds images of other settings.
     """
     drawn = drawn_of(pipeline.prior.config, pipeline.class_names, settings, most=None)
+    directory = open_workdir(workdir) / DIRECTORY_NAME
     image_set = ImageSet(directory / SET_NAME, settings.num_images, drawn, settings.format)
     fingerprint = model_dir.fingerprint(model_dir.locate(model_path(settings, workdir)))
     image_set.bind(identity(settings, pipeline, fingerprint))
@@ -136,11 +133,12 @@ def grid_and_strip(
 
 
 def write(
-    directory: storage.Path,
+    workdir: str,
     pictures: dict[str, UInt8[np.ndarray, "_ _ 3"]],
     arrays: dict[str, np.ndarray] | None,
 ) -> None:
-    """Write pictures, and arrays as `samples.npz`; process 0 does, the others wait for it."""
+    """Write pictures, and arrays as `samples.npz`, to `WORKDIR/samples`; by process 0."""
+    directory = open_workdir(workdir) / DIRECTORY_NAME
     distributed.of_first(lambda: _write(directory, pictures, arrays))
 
 

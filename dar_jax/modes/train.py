@@ -65,6 +65,10 @@ class Run:
             class_names=self.iterator.source.class_names,
         )
 
+    def has_ended(self, step: int) -> bool:
+        """Tell whether the run is over after a step."""
+        return patience.has_ended(self.workdir, self.config.train, step, self.task.complete_after)
+
 
 def train_and_evaluate(config: Config, workdir: str) -> None:
     """Build the task that the configuration names and train it.
@@ -114,7 +118,7 @@ def train(config: Config, workdir: str, task: Task) -> bool:
                 origin.record(run.workdir, latest, run.checkpoints.changes)
             state = _fit(run, *_restore_or_create(run, abstract, initial))
             run.checkpoints.wait()
-        done = patience.has_ended(run.workdir, config.train, int(state.step))
+        done = run.has_ended(int(state.step))
         if done:
             _finish(run, state)
     return done
@@ -237,7 +241,7 @@ def _fit(run: Run, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
     config = run.config.train
     first_step = int(state.step)
     missed = find_missed(run.workdir, config, first_step)
-    if patience.has_ended(run.workdir, config, first_step) and not any(missed):
+    if run.has_ended(first_step) and not any(missed):
         logging.info(
             "%s is trained: step %d of %d; raise config.train.steps, or patience, to go on",
             run.workdir,
@@ -273,7 +277,7 @@ def _fit(run: Run, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
                 run.look(state, frozen, first_step, writer=writer)
             if missed.evaluation:
                 _evaluate(run, state, first_step, writer=writer)
-            if patience.has_ended(run.workdir, config, first_step):
+            if run.has_ended(first_step):
                 return state
             return _loop(run, state, frozen, report=report, writer=writer, notice=notice)
     finally:
@@ -324,7 +328,7 @@ def _loop(
             report.flush()
             _evaluate(run, state, step, writer=writer)
             report.restart_clock(step)
-        if step < config.steps and patience.has_ended(run.workdir, config, step):
+        if step < config.steps and run.has_ended(step):
             logging.info("The held-out loss fell no more: training ends after step %d", step)
             if not is_due(step, config.checkpoint_every, config.steps):
                 run.checkpoints.save(state, step, run.iterator, report.save())

@@ -53,6 +53,15 @@ def keep_parts(whole: Params, params: Params) -> Params:
     return jax.tree.map(pair, whole, params)
 
 
+def whole(params: Params) -> Params:
+    """Return the copies that are read, without the parameters that get their gradients."""
+    return jax.tree.map(
+        lambda leaf: leaf.whole if isinstance(leaf, Gathered) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Gathered),
+    )
+
+
 class Dtypes(NamedTuple):
     """Of the product's inputs, its result, the gradient's sum, and the gradient."""
 

@@ -130,6 +130,11 @@ class Task(Protocol):
         """Why the loss may be below zero; "" if it may not."""
         ...
 
+    @property
+    def complete_after(self) -> int:
+        """Number of updates after which the loss has all its terms."""
+        ...
+
     def files(self) -> dict[str, str]:
         """Paths of files and model directories that only the loss needs, by key.
 
@@ -165,6 +170,10 @@ class ModelTask:
     @property
     def why_negative(self) -> str:
         return ""
+
+    @property
+    def complete_after(self) -> int:
+        return 0
 
     def model_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model.config)

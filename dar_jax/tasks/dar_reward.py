@@ -25,6 +25,7 @@ from dar_jax.flow.times import check_num_steps
 from dar_jax.models.dar import draws, sampler, search
 from dar_jax.models.dar.decoding import decoding_params
 from dar_jax.models.dar.options import DarSampling
+from dar_jax.nn.linear import whole
 from dar_jax.sampling.rewards import load_reward
 from dar_jax.sampling.search import TOKEN_REWARDS
 from dar_jax.tasks.base import average
@@ -122,7 +123,7 @@ class DarRewardTask(FromPriorTask):
         sampling = DarSampling(num_steps=self.config.num_steps)
         groups = draws.generate_indices(
             self.model.unstacked(),
-            decoding_params(params),
+            decoding_params(whole(params)),
             labels,
             rngs,
             sampling,

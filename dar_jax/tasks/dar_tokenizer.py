@@ -213,6 +213,13 @@ class DarTokenizerTask(ModelTask):
         return {name: weight for name, weight in weights.items() if weight}
 
     @property
+    def complete_after(self) -> int:
+        config = self.loss_config
+        terms = [(config.perceptual_weight, config.perceptual_start)]
+        terms.append((config.adversarial_weight, config.adversarial_start))
+        return max(start if weight else 0 for weight, start in terms)
+
+    @property
     def why_negative(self) -> str:
         weight = self.loss_config.entropy_weight
         if not weight:

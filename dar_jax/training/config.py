@@ -29,7 +29,8 @@ class TrainConfig:
     """Steps that one command may skip because their loss or gradient is not finite: they are not
     applied, and the records of their batches are named."""
     accumulation: int = 1
-    """Microbatches per step, one after the other: the same step with less memory."""
+    """Microbatches per step, one after the other: the same step with less memory, but for terms of
+    a whole batch, such as the tokenizer's `entropy_loss`, which are of a microbatch then."""
     profile_steps: tuple[int, ...] = ()
     """First and last step to record with `jax.profiler` to WORKDIR/profile; empty: none."""
     allow_change: str = ""

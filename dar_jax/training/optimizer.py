@@ -54,7 +54,8 @@ class OptimizerConfig:
     undecayed: str = ""
     """Regular expression: parameters whose name starts so have no weight decay, e.g. "decoder/"."""
     trained: str = ""
-    """Regular expression: only parameters whose name starts so are trained; empty: all."""
+    """Regular expression: only parameters whose name starts so are trained, and the discriminator
+    where there is one; empty: all."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; larger ones are scaled down to it."""
     ema_decay: float = 0.999
@@ -63,7 +64,10 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(f"name {self.name!r} must be one of {', '.join(OPTIMIZERS)}")
-        for name in ("learning_rate", "warmup_steps", "decay_start", "decay_end", "weight_decay"):
+        for name in (
+            *("learning_rate", "final_learning_rate", "weight_decay"),
+            *("warmup_steps", "decay_start", "decay_end"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} is negative")
         for name in ("warmup_steps", "decay_start", "decay_end"):
@@ -135,7 +139,8 @@ def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
 
 def check_names(config: OptimizerConfig, params: Params) -> None:
     """Raise ValueError if `trained` or `undecayed` is the beginning of no parameter's name."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path for path, _ in leaves if path[0].key != DISCRIMINATOR]
     for name in ("trained", "undecayed"):
         pattern = getattr(config, name)
         if pattern and not any(_starts(path, pattern) for path in paths):
@@ -152,12 +157,15 @@ def _starts(path: tuple[Any, ...], pattern: str) -> bool:
 
 
 def trained_gradients(config: OptimizerConfig, grads: Params) -> Params:
-    """Set the gradients of parameters that are not trained to zero."""
+    """Set the gradients of parameters that are not trained to zero, but for the discriminator's."""
     if not config.trained:
         return grads
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if _starts(path, config.trained) else jnp.zeros_like(leaf), grads
-    )
+
+    def trained(path: tuple[Any, ...], leaf: Any) -> Any:
+        is_trained = path[0].key == DISCRIMINATOR or _starts(path, config.trained)
+        return leaf if is_trained else jnp.zeros_like(leaf)
+
+    return jax.tree_util.tree_map_with_path(trained, grads)
 
 
 def muon_dimensions(params: Any) -> Any:

@@ -53,20 +53,26 @@ def _loss(
     return task.loss(params, batch, rng, frozen)[0]
 
 
-def has_ended(workdir: storage.Path, config: TrainConfig, step: int) -> bool:
+def has_ended(workdir: storage.Path, config: TrainConfig, step: int, since: int) -> bool:
     """Tell whether a run is over: at its last step, or because the held-out loss falls no more.
 
     That is when the last `config.patience` losses were not below all earlier ones, or not finite;
     what process 0 finds counts on all processes.
+
+    Args:
+        workdir: of the run.
+        config: of training.
+        step: number of completed updates.
+        since: losses of fewer updates are sums of other terms, see `Task.complete_after`.
     """
     if step >= config.steps:
         return True
     if not config.patience or step % config.image_every:
         return False
-    return distributed.of_first(lambda: _is_exhausted(workdir, config.patience, step))
+    return distributed.of_first(lambda: _is_exhausted(workdir, config.patience, step, since))
 
 
-def _is_exhausted(workdir: storage.Path, patience: int, step: int) -> bool:
-    found = [loss for _, loss in metrics.history(workdir / metrics.FILE_NAME, NAME, step)]
-    losses = [loss if math.isfinite(loss) else math.inf for loss in found]
+def _is_exhausted(workdir: storage.Path, patience: int, step: int, since: int) -> bool:
+    found = metrics.history(workdir / metrics.FILE_NAME, NAME, step)
+    losses = [loss if math.isfinite(loss) else math.inf for at, loss in found if at >= since]
     return patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])

@@ -199,3 +199,10 @@ def test_missing_config_key_is_named():
         convert.tokenizer_config(broken)
     with pytest.raises(ValueError, match="lacks the key 'n_layer'"):
         convert.prior_config({k: v for k, v in RELEASED_PRIOR.items() if k != "n_layer"})
+
+
+def test_config_value_of_another_type_is_one_line():
+    with pytest.raises(ValueError, match="reference config holds a value of another type"):
+        convert.prior_config({**RELEASED_PRIOR, "dim": None})
+    config = convert.prior_config({**RELEASED_PRIOR, "norm_eps": "1e-5"})  # as YAML may have it
+    assert config.norm_epsilon == 1e-5

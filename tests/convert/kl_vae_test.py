@@ -118,6 +118,11 @@ def test_unsupported_variant_is_refused():
         kl_vae.architecture({"model": {"double_z": False}})
 
 
+@pytest.mark.parametrize("config", [{"latent_scale": 0.5}, {"model": {"latent_scale": 0.5}}])
+def test_latent_scale_is_read_wherever_it_stands(config):
+    assert kl_vae.architecture(config).latent_scale == 0.5
+
+
 def test_model_directory_keeps_the_latent_scale(tmp_path):
     config = KlVaeConfig(width=4, width_factors=(1,), attention_levels=(), num_groups=2)
     model = FunctionalModel(KlVae, config)

@@ -1,5 +1,7 @@
 """LPIPS against the reference, and its behaviour where the reference has none."""
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from dar_jax.convert import lpips as convert_lpips
 from dar_jax.convert import rules
 from dar_jax.losses.perceptual import level_distances, perceptual_distance
-from dar_jax.models.frozen.lpips import Lpips, LpipsConfig
+from dar_jax.models.frozen.lpips import NETWORKS, Lpips, LpipsConfig
 from dar_jax.nn.functional_model import FunctionalModel
 from tests.golden import fixtures
 
@@ -88,3 +90,16 @@ def test_conversion_rejects_other_input_scaling():
     state_dict["scaling_layer.shift"] = np.zeros((1, 3, 1, 1))
     with pytest.raises(ValueError, match=r"scaling_layer\.shift is \[0\.0, 0\.0, 0\.0\]"):
         convert_lpips.from_reference(state_dict, MODEL.config, {})
+
+
+@pytest.mark.parametrize(("network", "least"), [("alexnet", 31), ("vgg16", 16)])
+def test_images_too_small_for_the_network_are_refused(network, least):
+    model = FunctionalModel(Lpips, NETWORKS[network])
+    features = functools.partial(
+        jax.eval_shape, lambda params, image: model.bind(params).features(image)
+    )
+    params = model.abstract_params()
+    maps = features(params, jax.ShapeDtypeStruct((1, least, least, 3), jnp.float32))
+    assert all(0 not in each.shape for each in maps)
+    with pytest.raises(ValueError, match=f"images of {least - 1} x {least} pixels are too small"):
+        features(params, jax.ShapeDtypeStruct((1, least - 1, least, 3), jnp.float32))

@@ -104,3 +104,10 @@ def test_logits_depend_on_time(params):
 def test_config_names_the_offending_value(field, value):
     with pytest.raises(ValueError, match=f"{field} {value} must be"):
         PatchGanConfig(**{field: value})
+
+
+def test_images_too_small_for_the_layers_are_refused():
+    model = FunctionalModel(PatchGan, PatchGanConfig(width=8, num_layers=3))
+    image, t = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1)
+    with pytest.raises(ValueError, match="images of 16 x 16 pixels are too small for .*layers=3"):
+        model.bind(model.init(jax.random.key(0)))(image, t)

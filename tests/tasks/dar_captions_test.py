@@ -179,7 +179,9 @@ def test_null_caption_stays_where_it_was_drawn(params, name):
 
 
 def test_all_but_the_condition_embedding_comes_from_a_model_of_classes(tmp_path):
-    classes = FunctionalModel(Llama, dataclasses.replace(CONFIG, caption_dim=None))
+    classes = FunctionalModel(
+        Llama, dataclasses.replace(CONFIG, caption_dim=None, condition_tokens=1)
+    )
     there = random_params(classes.abstract_params(), seed=1)
     model_dir.save_model(tmp_path / "model", "dar_prior", {}, there, {})
     like = FunctionalModel(Llama, CONFIG).abstract_params()

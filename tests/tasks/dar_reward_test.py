@@ -12,6 +12,7 @@ from dar_jax.config import build as read_config
 from dar_jax.kinds.loading import build_task, from_pretrained
 from dar_jax.modes import train
 from dar_jax.nn.compute import Compute
+from dar_jax.nn.linear import keep_parts
 from dar_jax.tasks.base import FrozenModel
 from dar_jax.tasks.dar_reward import DarRewardTask, RewardConfig
 from tests.golden import models
@@ -72,6 +73,15 @@ def test_first_step_diverges_from_nothing_and_changes_what_is_likely():
         jax.tree.leaves(grads), jax.tree.leaves(jax.grad(expected)(params)), strict=True
     ):
         np.testing.assert_allclose(own, other, atol=ROUNDING * float(jnp.abs(other).max() + 1e-6))
+
+
+def test_weights_gathered_in_another_dtype_draw_the_tokens_of_their_copies():
+    task, (_, params) = task_of(group_size=4, reward="likelihood"), models.prior("dar/gpt_tiny")
+    copies = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    inputs = jnp.array([3, 1]).repeat(4), jax.random.key(0), task.frozen()
+    found = task._rollout(keep_parts(copies, params), *inputs)
+    expected = task._rollout(copies, *inputs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_batch_too_far_from_the_reference_only_leads_back():

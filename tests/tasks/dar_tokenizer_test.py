@@ -101,6 +101,19 @@ def test_loss_may_be_negative_for_one_reason(task):
     assert "0.5 entropy_loss, falls to -1.7 when" in task.why_negative  # -0.5 log 32
 
 
+@pytest.mark.parametrize(
+    ("options", "complete_after"),
+    [
+        ({"perceptual_start": 40}, 0),
+        ({"adversarial_weight": 0.5, "adversarial_start": 40}, 40),
+        ({"adversarial_weight": 0.5, "perceptual_weight": 0.5, "perceptual_start": 30_000}, 30_000),
+    ],
+)
+def test_loss_is_complete_when_its_last_term_has_begun(options, complete_after):
+    task = DarTokenizerTask(CONFIG, TokenizerLossConfig(**options), Compute())
+    assert task.complete_after == complete_after
+
+
 def test_codebook_metrics_accumulate_over_steps():
     first = code_counts(jnp.array([[0, 1], [1, 1]]), 8)
     second = code_counts(jnp.array([[2, 3], [0, 0]]), 8)

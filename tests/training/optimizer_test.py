@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax.tasks.base import DISCRIMINATOR
 from dar_jax.training.optimizer import (
     MUON_UPDATE_RMS,
     OptimizerConfig,
     check_names,
     learning_rate_schedule,
     make_optimizer,
+    trained_gradients,
     weight_decay_mask,
 )
 from tests.golden import fixtures
@@ -70,6 +72,17 @@ def test_pattern_that_starts_no_name_is_refused(name):
         check_names(OptimizerConfig(**{name: "hed/"}), _params())
     check_names(OptimizerConfig(**{name: "head/"}), _params())
     check_names(OptimizerConfig(**{name: "(text|hed)/"}), _params())
+
+
+def test_discriminator_is_trained_beside_what_is_chosen():
+    params = {**_params(), DISCRIMINATOR: {"head": {"kernel": jnp.ones((2, 2))}}}
+    config = OptimizerConfig(trained="text/")
+    check_names(config, params)
+    grads = trained_gradients(config, params)
+    assert {name: bool(jax.tree.leaves(tree)[0].any()) for name, tree in grads.items()} == {
+        **dict.fromkeys(("blocks", "head"), False),
+        **dict.fromkeys(("text", DISCRIMINATOR), True),
+    }
 
 
 def test_update_without_gradient_is_weight_decay_alone():

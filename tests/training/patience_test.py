@@ -31,9 +31,18 @@ def test_losses_that_fall_no_more_end_a_run(tmp_path, losses, times, ended):
     other = json.dumps({"step": 1, "train/loss": 9.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, other]))
     config = TrainConfig(steps=100, image_every=5, patience=times)
-    assert patience.has_ended(tmp_path, config, step=10) == ended
-    assert patience.has_ended(tmp_path, config, step=100)
-    assert not patience.has_ended(tmp_path, config, step=11), "between two looks"
+    assert patience.has_ended(tmp_path, config, step=10, since=0) == ended
+    assert patience.has_ended(tmp_path, config, step=100, since=0)
+    assert not patience.has_ended(tmp_path, config, step=11, since=0), "between two looks"
+
+
+def test_losses_before_a_term_begins_do_not_count(tmp_path):
+    losses = [1.0, 0.5, 3.0, 2.0, 1.5, 1.6, 1.7]  # of the third look on with one term more
+    lines = [json.dumps({"step": i, "eval/loss": loss}) for i, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    config = TrainConfig(steps=100, image_every=1, patience=2)
+    found = [patience.has_ended(tmp_path, config, step, since=3) for step in range(1, 8)]
+    assert found == [False] * 6 + [True]
 
 
 def test_run_that_learns_nothing_ends_early_and_stays_so(tmp_path, monkeypatch):

@@ -120,6 +120,10 @@ class ToyTask:
         return {}
 
     @property
+    def complete_after(self) -> int:
+        return 0
+
+    @property
     def why_negative(self) -> str:
         return ""
 

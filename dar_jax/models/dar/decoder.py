@@ -12,6 +12,7 @@ import einops
 import jax.numpy as jnp
 from flax import nnx
 
+from dar_jax.common.checks import check_positive
 from dar_jax.common.image import RGB
 from dar_jax.common.typing import Array, Float
 from dar_jax.nn.adaln import modulate
@@ -65,6 +66,7 @@ class FlowDecoderConfig:
     feature_hidden_dim: int = 2048
 
     def __post_init__(self):
+        check_positive(self, "data_std", "time_shift", "rope_base")
         if self.modulated_head and not self.shared_time:
             raise ValueError("modulated_head=True needs shared_time=True")
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dar_jax.common.checks import check_positive, check_rates
 from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.models.dar.decoding import DecodingBlock, Position, heads_together, positions_of
 from dar_jax.nn.attention import Attention, KVCache, Mask
@@ -81,6 +82,17 @@ class LlamaConfig:
     max_guidance: float = 0.0
 
     def __post_init__(self):
+        check_rates(self, "token_dropout", "residual_dropout")
+        check_positive(self, "norm_epsilon", "rope_base")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout={self.label_dropout} must be in [0, 1]")
+        if self.caption_dim is None and self.condition_tokens != 1:
+            raise ValueError(
+                f"condition_tokens={self.condition_tokens} must be 1, for a class label, unless "
+                "caption_dim says how wide captions are"
+            )
+        if self.max_guidance and self.dim % 2:
+            raise ValueError(f"dim={self.dim} must be even where max_guidance is an input")
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} must be a multiple of num_heads={self.num_heads}")
         if self.num_heads % (self.num_kv_heads or self.num_heads):

@@ -92,6 +92,19 @@ class TokenizerConfig:
                 raise ValueError(
                     f"{name}.dim={part.dim} must be a multiple of {name}.head_dim={part.head_dim}"
                 )
+            if name != "condition" and part.head_dim % 4:
+                raise ValueError(
+                    f"{name}.head_dim={part.head_dim} must be a multiple of 4: pairs of numbers "
+                    "turn with the row, and as many with the column"
+                )
+        if not 1 <= self.num_groups <= self.num_tokens:
+            raise ValueError(
+                f"num_groups={self.num_groups} must be from 1 to num_tokens={self.num_tokens}"
+            )
+        if not 1 <= self.window <= self.num_tokens:
+            raise ValueError(
+                f"tokens_per_step={self.window} must be from 1 to num_tokens={self.num_tokens}"
+            )
 
     @property
     def window(self) -> int:

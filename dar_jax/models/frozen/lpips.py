@@ -86,7 +86,11 @@ class Lpips(nnx.Module):
         self.heads = nnx.List([nnx.Param(jnp.ones(stage.widths[-1])) for stage in config.stages])
 
     def features(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B _ _ _"], ...]:
-        """Activations [B, H_l, W_l, C_l] of each stage l, for images in [-1, 1]."""
+        """Activations [B, H_l, W_l, C_l] of each stage l, for images in [-1, 1].
+
+        Raises:
+            ValueError: the images are too small.
+        """
         x = (image - jnp.array(SHIFT)) / jnp.array(SCALE)
         maps = []
         for stage, convolutions in zip(self.config.stages, self.stages, strict=True):
@@ -95,6 +99,11 @@ class Lpips(nnx.Module):
             for convolution in convolutions:
                 x = jax.nn.relu(convolution(x))
             maps.append(x)
+        if not x.size:
+            raise ValueError(
+                f"images of {image.shape[1]} x {image.shape[2]} pixels are too small for LPIPS: "
+                "nothing is left of them behind its strides; AlexNet needs 31 pixels, VGG-16 16"
+            )
         return tuple(maps)
 
     def weights(self) -> tuple[Float[Array, " _"], ...]:

@@ -14,6 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from dar_jax.common.checks import check_positive, check_rates
 from dar_jax.common.typing import Any, Array, Bool, Float, Int, PRNGKeyArray
 from dar_jax.models.transdiff.decoder import EMBEDDING_INIT, DiffusionDecoder
 from dar_jax.nn.compute import Compute
@@ -64,6 +65,10 @@ class TransDiffConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self):
+        check_rates(self, "attention_dropout", "dropout")
+        check_positive(self, "mlp_ratio")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout={self.label_dropout} must be in [0, 1]")
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} must be a multiple of num_heads={self.num_heads}")
         if self.latent_size % self.reference_patch_size:

@@ -377,6 +377,13 @@ def test_ffn_hidden_dim_rounds_up():
     [
         (dict(dim=100), "dim=100 must be a multiple of num_heads=16"),
         (dict(num_kv_heads=3), "num_heads=16 must be a multiple of num_kv_heads=3"),
+        (dict(residual_dropout=10.0), r"residual_dropout=10.0 must be in \[0, 1\)"),
+        (dict(token_dropout=-0.5), r"token_dropout=-0.5 must be in \[0, 1\)"),
+        (dict(label_dropout=10.0), r"label_dropout=10.0 must be in \[0, 1\]"),
+        (dict(rope_base=0.0), "rope_base=0.0 must be above 0"),
+        (dict(norm_epsilon=-1.0), "norm_epsilon=-1.0 must be above 0"),
+        (dict(condition_tokens=2), "condition_tokens=2 must be 1, for a class label"),
+        (dict(dim=9, num_heads=1, max_guidance=8.0), "dim=9 must be even"),
     ],
 )
 def test_config_refuses(options, message):

@@ -178,8 +178,17 @@ def test_select_windows_cuts_each_sample_at_its_start():
         (dict(encoder=EncoderConfig(dim=100)), "encoder.dim=100 .* encoder.head_dim=64"),
         (dict(condition=ConditionConfig(dim=32)), "condition.dim=32 .* condition.head_dim=64"),
         (dict(decoder=FlowDecoderConfig(dim=65)), "decoder.dim=65 .* decoder.head_dim=64"),
+        (dict(decoder=FlowDecoderConfig(head_dim=6)), "decoder.head_dim=6 must be a multiple of 4"),
+        (dict(num_groups=512), "num_groups=512 must be from 1 to num_tokens=256"),
+        (dict(tokens_per_step=512), "tokens_per_step=512 must be from 1 to num_tokens=256"),
     ],
 )
 def test_config_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         TokenizerConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["data_std", "time_shift", "rope_base"])
+def test_decoder_refuses_what_is_not_positive(name):
+    with pytest.raises(ValueError, match=f"{name}=-2.0 must be above 0"):
+        FlowDecoderConfig(**{name: -2.0})
