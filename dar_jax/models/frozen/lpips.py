@@ -102,7 +102,8 @@ class Lpips(nnx.Module):
         if not x.size:
             raise ValueError(
                 f"images of {image.shape[1]} x {image.shape[2]} pixels are too small for LPIPS: "
-                "nothing is left of them behind its strides; AlexNet needs 31 pixels, VGG-16 16"
+                "AlexNet needs 31, VGG-16 16; choose another or none with config.evaluate.lpips, "
+                "or config.loss.perceptual_weight=0.0"
             )
         return tuple(maps)
 
