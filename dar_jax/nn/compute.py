@@ -42,7 +42,8 @@ class Compute:
         decode_cache: the same of keys and values, with a scale for each of a token and head; on
             TPUs, of the heads that share a row.
         loss_chunks: pieces of the sequence whose logits are computed one after the other, so that
-            they are never all in memory; 1 is all at once. See `losses.cross_entropy`.
+            they are never all in memory; 1 is all at once. See `losses.cross_entropy`; distilling
+            and rewards compare all logits, whatever this says.
         unroll: unroll the scan over repeated blocks: compiles several times as long. Small models
             run faster, and so does training on GPUs (`performance/README.md`), where `remat=auto`
             implies it.

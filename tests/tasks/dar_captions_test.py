@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from dar_jax.common import model_dir
+from dar_jax.data import codes
+from dar_jax.data.base import DataConfig
+from dar_jax.kinds import find_kind
 from dar_jax.models.dar.llama import Llama
 from dar_jax.models.dar.tokenizer import Tokenizer
 from dar_jax.nn.compute import Compute
@@ -176,6 +179,28 @@ def test_null_caption_stays_where_it_was_drawn(params, name):
         np.testing.assert_array_equal(kept["null_caption"], before["null_caption"])
     assert not np.allclose(after["hidden"]["kernel"], before["hidden"]["kernel"], atol=0.1)
     assert float(metrics.loss.compute()) < np.log(32)
+
+
+def test_distilled_prior_knows_the_encoder_of_its_captions(monkeypatch):
+    """As the prior does that it learns from, if that knows its own."""
+    monkeypatch.setattr(codes, "text_digest", lambda path: "of the cache")
+    kind = find_kind("dar_distilled", "config.task")
+
+    def task(teacher_digest):
+        prior = FunctionalModel(Llama, dataclasses.replace(CONFIG, text_digest=teacher_digest))
+        tokenizer = FunctionalModel(Tokenizer, TOKENIZER)
+        model = dataclasses.replace(CONFIG, max_guidance=4.0)
+        companions = {
+            name: FrozenModel(each, each.abstract_params())
+            for name, each in {"teacher": prior, "tokenizer": tokenizer}.items()
+        }
+        data = DataConfig(source="codes", path="codes", captions=True)
+        return kind.task(model, None, compute=Compute(), data=data, companions=companions)
+
+    for known in ("", "of the cache"):
+        assert task(known).model_config()["text_digest"] == "of the cache"
+    with pytest.raises(ValueError, match="config.teacher was trained on .* text_digest='another'"):
+        task("another")
 
 
 def test_all_but_the_condition_embedding_comes_from_a_model_of_classes(tmp_path):
