@@ -218,9 +218,7 @@ def _closing(run: Run) -> Iterator[None]:
 def _finish(run: Run, state: TrainState) -> None:
     """Write the model directory of the workdir, and its report."""
     _export(run, state, run.workdir / model_dir.WORKDIR_NAME)
-    if jax.process_index() == 0:
-        page.write(run.workdir, run.config.task, int(state.step))
-    distributed.wait_for_all("export")
+    distributed.of_first(lambda: page.write(run.workdir, run.config.task, int(state.step)))
 
 
 def _restore_or_create(

@@ -83,7 +83,8 @@ def test_cache_has_the_features_of_every_caption(config, whole, encoder):
 
 
 def test_codes_are_those_of_a_cache_without_captions(config, whole, tmp_path):
-    config.data.captions, config.model.caption_dim = False, None
+    config.data.captions = False
+    config.model.update(caption_dim=None, condition_tokens=1)
     cache.cache(read_config(config), str(tmp_path))
     plain = load_source(data_of(from_codes(config, tmp_path)), "train")
     config.data.captions = True
@@ -156,7 +157,10 @@ MISTAKES = {
         "captions are encoded before training",
     ),
     "classes": (lambda c, _: c.data.update(captions=False), "captions=False do not fit"),
-    "model": (lambda c, _: c.model.update(caption_dim=None), "caption_dim=None and"),
+    "model": (
+        lambda c, _: c.model.update(caption_dim=None, condition_tokens=1),
+        "caption_dim=None and",
+    ),
     "width": (lambda c, _: c.model.update(caption_dim=13), "makes 12 features .*caption_dim=13"),
     "length": (
         lambda c, _: c.model.update(condition_tokens=9),
