@@ -147,7 +147,7 @@ def test_classes_of_captioned_pictures_do_not_matter(config, whole, tmp_path):
     assert config.model.num_classes == 1
     config = from_codes(config, whole)
     config.train.update(steps=2, image_every=0)
-    train.train(read_config(config), str(tmp_path))
+    train.train_and_evaluate(read_config(config), str(tmp_path))
     assert (tmp_path / "model" / "config.json").exists()
 
 

@@ -105,7 +105,7 @@ def start_processes(model, workdir, *arguments):
     command = [
         *(sys.executable, "-m", "dar_jax.main", "--config=configs/mnist.py:dar", "--mode=sample"),
         *(f"--workdir={workdir}", f"--config.sample.model={model}", "--config.sample.labels=3,1,4"),
-        *(*arguments, "--config.sample.guidance_scale=4"),
+        *arguments,
         *("--config.sample.batch_size=2", "--num_processes=2"),
         f"--coordinator_address=localhost:{port}",
     ]
@@ -117,7 +117,8 @@ def start_processes(model, workdir, *arguments):
 @pytest.mark.slow
 def test_killed_job_of_two_processes_goes_on(model, whole, tmp_path):
     total = 400
-    processes = start_processes(model, tmp_path, f"--config.sample.num_images={total}")
+    options = [f"--config.sample.num_images={total}", "--config.sample.guidance_scale=1"]
+    processes = start_processes(model, tmp_path, *options)
     while not list(tmp_path.glob("samples/set/0*.npz")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
@@ -126,7 +127,7 @@ def test_killed_job_of_two_processes_goes_on(model, whole, tmp_path):
         process.wait()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/set/0*.npz")}
     assert not list(tmp_path.glob("samples/samples_*"))
-    processes = start_processes(model, tmp_path, f"--config.sample.num_images={total}")
+    processes = start_processes(model, tmp_path, *options)
     assert [process.wait() for process in processes] == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     expected, found = contents(whole), contents(tmp_path / "samples")
@@ -366,7 +367,8 @@ def test_mistake_is_one_line_and_writes_nothing(run, files, tmp_path, name):
 
 @pytest.mark.slow
 def test_job_of_two_processes_draws_the_pictures_of_one(model, run, tmp_path):
-    processes = start_processes(model, tmp_path / "two", "--config.sample.images_per_class=2")
+    options = ["--config.sample.images_per_class=2", "--config.sample.guidance_scale=4"]
+    processes = start_processes(model, tmp_path / "two", *options)
     assert [process.wait() for process in processes] == [0, 0]
     settings = dict(labels=(3, 1, 4), images_per_class=2, guidance_scale=(4.0,), solver="euler")
     written = [run(**settings), tmp_path / "two" / "samples"]
