@@ -49,12 +49,13 @@ def choose_remat(
     if memory is None:
         return candidates[0]
     for candidate in candidates[:-1]:
+        name = candidate.remat + (", unrolled," if candidate.unroll else "")
+        logging.info("Compiling a step to see whether compute.remat=%s fits", name)
         needed = _needed(train_step(candidate))
         fits = needed <= USABLE * memory
         logging.info(
-            "compute.remat=%s%s needs %.3g GB of %.3g: %s",
-            candidate.remat,
-            ", unrolled," if candidate.unroll else "",
+            "compute.remat=%s needs %.3g GB of %.3g: %s",
+            name,
             needed / 1e9,
             memory / 1e9,
             "taken" if fits else "too much",
