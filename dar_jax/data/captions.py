@@ -147,7 +147,7 @@ def _csv_rows(text: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, An
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
-            if None in row:
+            if any(row.get(None) or ()):  # empty fields at the end are a spreadsheet's
                 raise ValueError(
                     f"{path}: line {reader.line_num} has more fields than the first line: put a "
                     'text that has commas in "quotes"'

@@ -15,9 +15,11 @@ places.
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import cast
@@ -232,13 +234,21 @@ class TrainIterator(grain.DatasetIterator):
         workers = grain.MultiprocessingOptions(count, per_worker_buffer_size=1)
         # Whole batches go round the workers, so that they come in the same order without them.
         batches = numbers.batch(size).to_iter_dataset(options)
-        return iter(batches.mp_prefetch(workers, worker_init_fn=_outlive_signals))
+        return iter(batches.mp_prefetch(workers, worker_init_fn=_live_as_long_as_the_trainer))
 
 
-def _outlive_signals(index: int, count: int) -> None:
-    """Ignore in a reading process what tells the whole group to stop: the trainer still reads."""
+def _live_as_long_as_the_trainer(index: int, count: int) -> None:
+    """Ignore in a reading process what tells the whole group to stop; end with the trainer."""
     for number in interrupts.handled():
         signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None  # this is another process
+
+    def follow() -> None:
+        trainer.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def num_workers(config: DataConfig, source: Source, cores: int) -> int:

@@ -104,9 +104,7 @@ def begin(directory: storage.Path, contents: Mapping[str, Any]) -> bool:
         OSError: it cannot be written.
     """
     path = directory / SIDECAR_NAME
-    if jax.process_index() == 0 and not path.exists():
-        write_json(path, {**contents, "complete": False})
-    multihost_utils.sync_global_devices("sidecar written")
+    distributed.of_first(lambda: path.exists() or write_json(path, {**contents, "complete": False}))
     sidecar = shards.read_json(path)
     for name, value in json.loads(json.dumps(contents)).items():
         if sidecar.get(name) != value:

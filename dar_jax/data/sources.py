@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+from absl import logging
+
+from dar_jax.common import storage
 from dar_jax.data import mirror
 from dar_jax.data.base import READING_KEYS, SPLITS, DataConfig, Source, read_classes
 from dar_jax.data.captions import with_captions
@@ -77,13 +80,20 @@ def load_source(config: DataConfig, split: str) -> Source:
 
 
 def _check_classes(config: DataConfig, source: Source) -> None:
-    """Refuse a list of classes that a source would pass over."""
-    wanted = tuple((read_classes(config.classes) or {}).values())
-    if wanted != source.class_names:
+    """Refuse a list of other classes than a source has that cannot choose among them."""
+    if not storage.to_path(config.classes, "data.classes").exists():  # where a cache has come to
+        logging.warning("data.classes=%r is not there; its source needs none", config.classes)
+        return
+    wanted = read_classes(config.classes) or {}
+    for_people = tuple(wanted.values())
+    if source.class_names not in (tuple(wanted), for_people):
         raise ValueError(
-            f"data.classes={config.classes!r} has {listed(wanted)}, but source {config.source!r} "
-            f"{listed(source.class_names)}, among which it cannot choose: leave data.classes empty"
+            f"data.classes={config.classes!r} has {listed(for_people)}, but source "
+            f"{config.source!r} {listed(source.class_names)}, among which it cannot choose: leave "
+            "data.classes empty"
         )
+    if source.class_names != for_people:
+        logging.warning("data.classes=%r: the source's own names are kept", config.classes)
 
 
 def load_pictures(config: DataConfig, split: str) -> Source:

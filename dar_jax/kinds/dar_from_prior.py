@@ -6,7 +6,6 @@ from typing import Any
 from dar_jax.common import model_dir
 from dar_jax.data.base import DataConfig
 from dar_jax.kinds.dar_prior import TOKENIZER, DarPrior
-from dar_jax.models.dar.draft import TEXTS
 from dar_jax.models.dar.llama import SHARED, LlamaConfig
 from dar_jax.models.dar.tokenizer import TokenizerConfig
 from dar_jax.nn.compute import Compute
@@ -40,13 +39,12 @@ class FromPrior(DarPrior):
         companions: Mapping[str, FrozenModel],
     ) -> FromPriorTask:
         model, trained = self.with_text_digest(model, data), companions[self.role]
-        for name in TEXTS:
-            own, others = getattr(model, name), getattr(trained.model.config, name)
-            if own and others and own != others:
-                raise ValueError(
-                    f"config.{self.role} was trained on captions of {name}={others!r}, those here "
-                    f"have {own!r}: encode them with the text encoder of that prior"
-                )
+        own, others = (each.text_digest for each in (model, trained.model.config))
+        if own and others and own != others:
+            raise ValueError(
+                f"config.{self.role} was trained on captions of text_digest={others!r}, those here "
+                f"have {own!r}: encode them with the text encoder of that prior"
+            )
         return self.task_class(
             model,
             companions[TOKENIZER],

@@ -124,7 +124,7 @@ class PatchGan(nnx.Module):
         for layer in self.layers:
             x = layer(x, time)
         logits = self.head(x)[..., 0].astype(jnp.float32)
-        if not logits.size:
+        if 0 in logits.shape[1:]:
             raise ValueError(
                 f"images of {image.shape[1]} x {image.shape[2]} pixels are too small for a "
                 f"discriminator of num_layers={len(self.layers)}: nothing is left of them"

@@ -154,17 +154,21 @@ def of_first(compute: Callable[[], T]) -> T:
     """Return, on every process, what process 0 computes: JSON types.
 
     Raises:
-        ValueError: on every process, what cannot be used, or read or written, on process 0.
+        Exception: what process 0 raises; on the others a ValueError that says the same.
     """
     if jax.process_count() == 1:
         return compute()
-    told: dict[str, Any] = {}
+    text, raised = "", None
     if jax.process_index() == 0:
         try:
-            told["value"] = compute()
-        except (ValueError, OSError) as error:
-            told["error"] = str(error)
-    told = json.loads(gather_texts(json.dumps(told))[0])
+            text = json.dumps({"value": compute()})
+        except Exception as error:  # raised again once the others know
+            raised, is_known = error, isinstance(error, ValueError | OSError)
+            reason = str(error) if is_known else f"{type(error).__name__}: {error}"
+            text = json.dumps({"error": reason})
+    told = json.loads(gather_texts(text)[0])
+    if raised is not None:
+        raise raised
     if "error" in told:
         raise ValueError(told["error"])
     return told["value"]

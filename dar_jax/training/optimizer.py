@@ -139,8 +139,7 @@ def weight_decay_mask(params: Params, undecayed: str = "") -> Params:
 
 def check_names(config: OptimizerConfig, params: Params) -> None:
     """Raise ValueError if `trained` or `undecayed` is the beginning of no parameter's name."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [path for path, _ in leaves if path[0].key != DISCRIMINATOR]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for name in ("trained", "undecayed"):
         pattern = getattr(config, name)
         if pattern and not any(_starts(path, pattern) for path in paths):

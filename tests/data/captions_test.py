@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from dar_jax.data.captions import read_table
 from dar_jax.data.sources import DataConfig, load_source
 from tests.data.tiny_sets import to_png, write_tar
 
@@ -135,6 +136,12 @@ def test_no_captions_at_all_is_one_line(tmp_path):
 def test_what_is_no_caption_is_one_line(name, content, reason, tmp_path):
     files = {key: text for key, text in BESIDE.items() if key[0] != name[0]}
     assert reason in refusal(write(tmp_path, **files, **{name: content}))
+
+
+def test_empty_fields_at_the_end_of_a_row_are_nothing(tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text("file_name,text\n0.png,a cat,,\n")
+    assert read_table(table) == {"0.png": ("a cat",)}
 
 
 def test_markup_and_commands_are_text(tmp_path):

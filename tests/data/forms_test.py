@@ -3,8 +3,12 @@
 import dataclasses
 import multiprocessing
 import os
+import pathlib
 import pickle
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from dar_jax.data.sources import DataConfig, load_source
 from tests.data import tiny_sets
 from tests.data.tiny_sets import CLASSES, NUM_PICTURES
 
+ROOT = pathlib.Path(__file__).parents[2]
 BATCH_SIZE = 4
 
 
@@ -89,6 +94,37 @@ def test_source_keeps_its_sizes_names_and_files(config):
         assert picture.label == example["label"] and picture.data.startswith(b"\x89PNG")
         assert picture.name
     assert len(shapes) == len(source)
+
+
+READ_AND_LEAVE = """
+import multiprocessing, os, sys
+from dar_jax.data import pipeline
+from dar_jax.data.base import DataConfig
+
+if __name__ == "__main__":
+    config = DataConfig(source="folder", path=sys.argv[1], image_size=12, num_workers=2)
+    iterator = pipeline.train_iterator(config, seed=0)
+    next(iterator)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os._exit(0)  # as a killed process does
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_end_with_the_one_that_reads(tmp_path):
+    tiny_sets.make_folder(tmp_path / "set")
+    script = tmp_path / "script.py"
+    script.write_text(READ_AND_LEAVE)
+    command = [sys.executable, str(script), str(tmp_path / "set")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE)
+    workers = [pathlib.Path("/proc") / pid for pid in done.stdout.split()]
+    assert len(workers) == 2
+    for _ in range(100):
+        if not any((each / "fd").exists() and list((each / "fd").iterdir()) for each in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{workers} are still at work")
 
 
 @pytest.mark.slow

@@ -115,6 +115,19 @@ def test_classes_that_a_source_passes_over_are_refused(names, is_refused, tmp_pa
         assert sources.load_source(config, "train").class_names == tuple(names)
 
 
+def test_classes_that_are_only_renamed_or_not_there_are_passed_over_aloud(tmp_path, caplog):
+    path = tmp_path / "classes.json"
+    config = DataConfig(source="mnist", classes=str(path))
+    for content, message in (
+        (None, "is not there"),
+        ({digit: f"digit {digit}" for digit in "0123456789"}, "own names are kept"),
+    ):
+        if content:
+            path.write_text(json.dumps(content))
+        assert sources.load_source(config, "train").class_names == tuple("0123456789")
+        assert message in caplog.text
+
+
 def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="batch_size 0"):
         DataConfig(batch_size=0)

@@ -187,9 +187,10 @@ def test_distilled_prior_knows_the_encoder_of_its_captions(monkeypatch):
     kind = find_kind("dar_distilled", "config.task")
 
     def task(teacher_digest):
-        prior = FunctionalModel(Llama, dataclasses.replace(CONFIG, text_digest=teacher_digest))
+        there = dict(text_encoder="encoders/t5", text_digest=teacher_digest)
+        prior = FunctionalModel(Llama, dataclasses.replace(CONFIG, **there))
         tokenizer = FunctionalModel(Tokenizer, TOKENIZER)
-        model = dataclasses.replace(CONFIG, max_guidance=4.0)
+        model = dataclasses.replace(CONFIG, text_encoder="hf://google/t5", max_guidance=4.0)
         companions = {
             name: FrozenModel(each, each.abstract_params())
             for name, each in {"teacher": prior, "tokenizer": tokenizer}.items()

@@ -72,6 +72,9 @@ def test_pattern_that_starts_no_name_is_refused(name):
         check_names(OptimizerConfig(**{name: "hed/"}), _params())
     check_names(OptimizerConfig(**{name: "head/"}), _params())
     check_names(OptimizerConfig(**{name: "(text|hed)/"}), _params())
+    check_names(
+        OptimizerConfig(**{name: f"{DISCRIMINATOR}/"}), {**_params(), DISCRIMINATOR: {"w": 0}}
+    )
 
 
 def test_discriminator_is_trained_beside_what_is_chosen():

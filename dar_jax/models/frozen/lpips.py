@@ -99,7 +99,7 @@ class Lpips(nnx.Module):
             for convolution in convolutions:
                 x = jax.nn.relu(convolution(x))
             maps.append(x)
-        if not x.size:
+        if 0 in x.shape[1:3]:
             raise ValueError(
                 f"images of {image.shape[1]} x {image.shape[2]} pixels are too small for LPIPS: "
                 "AlexNet needs 31, VGG-16 16; choose another or none with config.evaluate.lpips, "
