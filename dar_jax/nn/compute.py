@@ -28,8 +28,8 @@ class Compute:
             decoder has the compute dtype in any case, as in the reference.
         remat: what the backward pass recomputes: `none`, whole `blocks`, or all but `dots`
             (matrix products are kept, and what the kernels of attention give). With `auto`,
-            training compiles its step to find the least recomputation that fits into memory, on
-            GPUs with `unroll`; a policy by name compiles faster.
+            training compiles its step to find the least recomputation that fits into memory; on
+            GPUs that is `none` with `unroll` at best. A policy by name compiles faster.
         attention: what computes it, see `nn.fused_attention`: `auto` by device, dtype, length and
             mask; `xla` with all weights in memory; `cudnn` or `splash` wherever these kernels can,
             which is never in float32 or where weights are dropped out.
@@ -46,7 +46,7 @@ class Compute:
             and rewards compare all logits, whatever this says.
         unroll: unroll the scan over repeated blocks: compiles several times as long. Small models
             run faster, and so does training on GPUs (`performance/README.md`), where `remat=auto`
-            implies it.
+            may choose it.
         cache: directory that keeps compiled programs from run to run; empty takes the user's cache
             folder, "off" keeps none. See `common.compiled`.
         stacked: hold the repeated blocks as one block with a leading layer axis. Decoding wants

@@ -3,11 +3,11 @@
 The step is compiled with each policy in turn, the fastest first, until the compiler's own count of
 its memory fits: exact, for the time of a compilation more.
 
-On GPUs blocks are unrolled besides, which compiles several times as long, once, and makes every
-step a sixth shorter: a loop stacks what every layer keeps, and reads it back. To recompute nothing
-is among the policies where blocks are unrolled only, since a loop writes all that stands between
-products, which takes longer than to compute it: a step of D-AR-L with 128 images moves 576 GB and
-needs 80 on an H200, 396 and 28 where only products are kept. Unrolled, it is 294 and 39.
+To recompute nothing is among them where blocks are unrolled only. A loop writes what stands between
+products in every layer, to be read again, which takes longer than to compute it: a step of D-AR-L
+with 128 images moves 576 GB and needs 80 on an H200, 399 and 28 where only products are kept.
+Unrolled, it is 294 and 39, and a sixth of the time less: GPUs try that first. It compiles several
+times as long, once.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from dar_jax.performance.programs import Program, memory_of
 POLICIES = ("dots", "blocks")
 """Of `compute.remat`, the fastest first; before them `none`, where blocks are unrolled."""
 UNROLLING = ("gpu", "cuda")
-"""Platforms where blocks are unrolled."""
+"""Platforms that unroll blocks for it."""
 USABLE = 0.9
 """Share of the memory that a step may take: pictures, evaluation and fragments have the rest."""
 
@@ -43,9 +43,9 @@ def choose_remat(
     """
     if compute.remat != "auto":
         return compute
-    compute = dataclasses.replace(compute, unroll=compute.unroll or platform in UNROLLING)
-    policies = ("none", *POLICIES) if compute.unroll else POLICIES
-    candidates = [dataclasses.replace(compute, remat=policy) for policy in policies]
+    candidates = [dataclasses.replace(compute, remat=policy) for policy in POLICIES]
+    if compute.unroll or platform in UNROLLING:
+        candidates.insert(0, dataclasses.replace(compute, remat="none", unroll=True))
     if memory is None:
         return candidates[0]
     for candidate in candidates[:-1]:

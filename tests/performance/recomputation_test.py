@@ -54,10 +54,10 @@ def test_unrolled_blocks_may_keep_everything(compiled):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cuda"])
-def test_blocks_are_unrolled_on_gpus(compiled, platform):
+def test_gpus_unroll_blocks_where_nothing_is_recomputed(compiled, platform):
     for memory, taken in ((20e9, "none"), (None, "none"), (1e9, "blocks")):
         compute = choose_remat(AUTO, step_of(compiled), memory, platform)
-        assert compute == Compute(dtype="bfloat16", remat=taken, unroll=True)
+        assert compute == Compute(dtype="bfloat16", remat=taken, unroll=taken == "none")
 
 
 def test_step_that_cannot_be_compiled_does_not_fit(compiled, monkeypatch):
