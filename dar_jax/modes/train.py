@@ -113,9 +113,12 @@ def train(config: Config, workdir: str, task: Task) -> bool:
                 task = build_task(config, with_weights=False)
                 run = dataclasses.replace(run, config=config, task=task)
             describe(run.workdir, config.to_dict(), abstract.params, run.mesh)
-            if jax.process_index() == 0:
-                latest = run.checkpoints.latest_step or 0
-                origin.record(run.workdir, latest, run.checkpoints.changes)
+            checkpoints = run.checkpoints
+            distributed.of_first(
+                lambda: origin.record(
+                    run.workdir, checkpoints.latest_step or 0, checkpoints.changes
+                )
+            )
             state = _fit(run, *_restore_or_create(run, abstract, initial))
             run.checkpoints.wait()
         done = run.has_ended(int(state.step))

@@ -181,11 +181,13 @@ def check_shared(directory: storage.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    (name, *_) = gather_texts(f".shared-{secrets.token_hex(8)}")
-    token = directory / name
-    if jax.process_index() == 0:
-        token.touch()
-    wait_for_all("token")
+
+    def leave_token() -> str:
+        name = f".shared-{secrets.token_hex(8)}"
+        (directory / name).touch()
+        return name
+
+    token = directory / of_first(leave_token)
     seen = gather_texts(str(token.exists()))
     if jax.process_index() == 0:
         token.unlink()

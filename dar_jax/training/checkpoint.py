@@ -246,15 +246,18 @@ class Checkpoints:
 
     def _verify(self) -> tuple[int | None, dict[int, str]]:
         """Find the latest checkpoint that is whole, and what is wrong with those after it."""
-        damaged = {}
-        if jax.process_index() == 0:
+
+        def read() -> list[tuple[int, str]]:
+            found = []
             for step in _steps(self._directory):
-                damaged[step] = _find_damage(self._place.fetch(step))
-                if not damaged[step]:
+                found.append((step, _find_damage(self._place.fetch(step))))
+                if not found[-1][1]:
                     break
-        (found, *_) = distributed.gather_texts(json.dumps(list(damaged.items())))
-        damaged = {step: reason for step, reason in json.loads(found) if reason}
-        good = next((step for step, reason in json.loads(found) if not reason), None)
+            return found
+
+        found = distributed.of_first(read)
+        damaged = {step: reason for step, reason in found if reason}
+        good = next((step for step, reason in found if not reason), None)
         if damaged and good is None:
             raise ValueError(
                 f"all checkpoints in {self._directory} are damaged: {_list_damage(damaged)}; bring "
@@ -272,10 +275,7 @@ class Checkpoints:
             staged_checkpoints.DAMAGED_SUFFIX,
             _list_damage(damaged),
         )
-        if jax.process_index() == 0:
-            for step in damaged:
-                self._place.set_aside(step)
-        distributed.wait_for_all("damaged checkpoints")
+        distributed.of_first(lambda: [self._place.set_aside(step) for step in damaged])
         self._manager.reload()
 
     def _check_config(self, step: int, allowed: Collection[str]) -> dict[str, tuple[Any, Any]]:

@@ -80,9 +80,10 @@ def find_missed(workdir: storage.Path, config: TrainConfig, step: int) -> Missed
     if not step:
         return Missed()
     path = workdir / metrics.FILE_NAME
-    names = distributed.of_first(lambda: sorted(metrics.names_at(path, step)))
+    names, exported = distributed.of_first(
+        lambda: (sorted(metrics.names_at(path, step)), _exported_step(workdir))
+    )
     parts = [len(name.split("/")) for name in names if name.startswith("eval/")]
-    exported = distributed.of_first(lambda: _exported_step(workdir))
     looked = 2 in parts or (step == config.steps and exported == step)
     evaluated = any(count > 2 for count in parts)  # they name the evaluator
     return Missed(

@@ -16,6 +16,7 @@ from dar_jax.common.progress import Progress
 from dar_jax.common.tree import num_parameters
 from dar_jax.common.typing import Params
 from dar_jax.data.pipeline import TrainIterator, usable_cores
+from dar_jax.parallel import distributed
 from dar_jax.training import metrics
 from dar_jax.training.config import TrainConfig
 from dar_jax.training.finite import SkippedSteps
@@ -40,11 +41,13 @@ def describe(
     count = num_parameters(params)
     logging.info("Parameters: %s; %s are in %s", f"{count:,}", " and ".join(texts), workdir)
     logging.info("Mesh: %s of %s", dict(mesh.shape), jax.devices()[0].device_kind)
-    if jax.process_index() != 0:
-        return
-    for name, text in texts.items():
-        with files.replacing(workdir / name) as temporary:
-            temporary.write_text(f"{text}\n")
+
+    def write() -> None:
+        for name, text in texts.items():
+            with files.replacing(workdir / name) as temporary:
+                temporary.write_text(f"{text}\n")
+
+    distributed.of_first(write)
 
 
 class Report:
