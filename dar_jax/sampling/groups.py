@@ -1,8 +1,8 @@
 """Decoding in groups of tokens.
 
-Large caches grow from group to group, each a compiled program that attends a prefix of static
-length: half the bytes that one padded cache would have it read. Small ones have all slots from the
-beginning, and all groups share one program.
+Caches grow between groups, so that a program attends a prefix of static length: half the bytes that
+one padded cache would have it read. Where the next growth is small beside the weights, a group has
+its slots from the beginning and shares its program.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from dar_jax.sampling.autoregressive import (
 )
 from dar_jax.sampling.lookahead import AheadState, decode_ahead, start_ahead
 
-SMALL_CACHES = 2**25
-"""Bytes of caches that fit beside the compute units, where reading all of them costs little."""
-SMALL_SHARE = 0.1
+SMALL_GROWTH = 2**25
+"""Bytes of empty slots that fit beside the compute units, where reading them costs little."""
+SMALL_SHARE = 0.02
 """Likewise, as a share of the weights, which are read with them."""
 
 
@@ -63,24 +63,22 @@ def generate(
     """
     device_scales, num_condition = jnp.asarray(scales), model.decoder.num_condition
     start, beyond = prefix.shape[1] + 1, num_condition - 1 + max(window - 1, 0)
-    all_slots = beyond + len(scales)
-    grows = not attends_filled and _are_large(model, all_slots)
-    least_slots = 0 if grows else all_slots
-    num_slots = max(num_condition - 1 + start, least_slots)
+    spare = len(scales) if attends_filled else _spare_slots(model)
+    num_slots = slots_of_groups([beyond + max(stop, start) for stop in boundaries], spare)
 
     def begin(each: Conditioned) -> Any:
         inputs = (each.condition, prefix, rngs, device_scales, each.key_mask)
-        return run(prefill, each.decoder, each.params, *inputs, num_slots=num_slots)
+        return run(prefill, each.decoder, each.params, *inputs, num_slots=num_slots[0])
 
     state: Any = begin(model)
     if window:
         state = run(start_ahead, state, draft and begin(draft), start, window=window)
-    for stop in boundaries:
+    for stop, slots in zip(boundaries, num_slots, strict=True):
         if np.all(scales[start:] == 1):
             model, draft, state = _without_guidance(model, draft, state, run)
         if stop > start:
             fixed = (model.decoder, model.params, state, rngs, device_scales)
-            ends = dict(stop=stop, num_slots=max(beyond + stop, least_slots))
+            ends = dict(stop=stop, num_slots=slots)
             if window:
                 state = run(decode_ahead, *fixed, draft and draft[:2], window=window, **ends)
             else:
@@ -109,7 +107,20 @@ def _unguided(model: Conditioned) -> Conditioned:
     return model._replace(decoder=dataclasses.replace(model.decoder, guided=False))
 
 
-def _are_large(model: Conditioned, num_slots: int) -> bool:
-    """Whether caches of so many slots a row are so large that they had better grow."""
-    num_bytes = len(model.condition) * num_slots * slot_bytes(model.decoder.model)
-    return num_bytes > max(SMALL_CACHES, SMALL_SHARE * tree_bytes(model.params))
+def slots_of_groups(needed: Sequence[int], spare: int) -> list[int]:
+    """Return the slots of each group's caches: those of the last one within `spare` of its own.
+
+    Args:
+        needed: what each group needs at least, increasing.
+        spare: slots that may be empty when a group is done.
+    """
+    slots = [needed[-1]]
+    for least in reversed(needed[:-1]):
+        slots.append(slots[-1] if slots[-1] - least <= spare else least)
+    return slots[::-1]
+
+
+def _spare_slots(model: Conditioned) -> int:
+    """How many more slots of all rows cost little to read."""
+    num_bytes = max(SMALL_GROWTH, SMALL_SHARE * tree_bytes(model.params))
+    return int(num_bytes // (len(model.condition) * slot_bytes(model.decoder.model)))

@@ -179,16 +179,17 @@ def test_tail_without_guidance_needs_no_unconditional_rows(monkeypatch):
         rows.append(len(x))
         return extend(self, x, *arguments)
 
-    monkeypatch.setattr(groups, "SMALL_CACHES", 0)
+    monkeypatch.setattr(groups, "SMALL_GROWTH", 0)
     monkeypatch.setattr(groups, "SMALL_SHARE", 0)
     whole = generate("dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=(16,))
     monkeypatch.setattr(Llama, "extend", recording)
+    autoregressive.prefill.clear_cache()
     autoregressive.decode.clear_cache()
     boundaries = (4, 8, 12, 16)
     parts = generate(
         "dar/gpt_tiny", slice(0, 3), scale=3.0, interval=interval, boundaries=boundaries
     )
-    assert rows == [6, 6, 3, 3]
+    assert rows == [6, 6, 6, 3, 3]
     np.testing.assert_array_equal(parts, whole)
     unguided = generate("dar/gpt_tiny", slice(0, 3))
     assert np.any(parts != unguided)
@@ -206,8 +207,8 @@ def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
     options = dict(scale=2.0, lookahead=lookahead, boundaries=(4, 8, 16))
     whole = generate("dar/gpt_tiny", slice(0, 2), **options)
     beyond = max(lookahead - 1, 0)
-    for share, expected in ((10.0, {16 + beyond}), (0.0, {1, 4 + beyond, 8 + beyond, 16 + beyond})):
-        monkeypatch.setattr(groups, "SMALL_CACHES", 0)
+    for share, groups_slots in ((10.0, [16, 16]), (0.0, [4, 4, 8, 16])):
+        monkeypatch.setattr(groups, "SMALL_GROWTH", 0)
         monkeypatch.setattr(groups, "SMALL_SHARE", share)
         for program in (
             autoregressive.prefill,
@@ -219,7 +220,20 @@ def test_groups_share_a_program_where_caches_are_small(lookahead, monkeypatch):
         monkeypatch.setattr(autoregressive, "grow", recording)
         parts = generate("dar/gpt_tiny", slice(0, 2), **options)
         np.testing.assert_array_equal(parts, whole)
-        assert set(slots) == expected and len(slots) == (2 if share else 4)
+        assert slots == [each + beyond for each in groups_slots]
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [
+        (31, [32, 64, 96, 128]),
+        (32, [64, 64, 128, 128]),
+        (64, [32, 128, 128, 128]),
+        (96, [128, 128, 128, 128]),
+    ],
+)
+def test_groups_share_slots_that_are_spare(spare, expected):
+    assert groups.slots_of_groups([32, 64, 96, 128], spare) == expected
 
 
 @pytest.mark.slow
@@ -228,7 +242,7 @@ def test_kernels_draw_the_same_tokens_from_caches_that_do_not_grow(lookahead, gu
     for name in ("extend_and_attend", "product"):
         interpreted = functools.partial(getattr(decode_kernels, name), interpret=True)
         monkeypatch.setattr(decode_kernels, name, interpreted)
-    monkeypatch.setattr(groups, "SMALL_CACHES", 0)
+    monkeypatch.setattr(groups, "SMALL_GROWTH", 0)
     monkeypatch.setattr(groups, "SMALL_SHARE", 0.0)
     config = LlamaConfig(
         num_layers=2, num_heads=4, dim=128, ffn_dim=128, vocab_size=32, num_tokens=8, num_classes=3
