@@ -1,9 +1,17 @@
 """Checks of what callers of the D-AR models hand in: labels, tokens, steps, pictures."""
 
+import numbers
+
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.common.checks import check_integers, check_labels, check_range, check_shape
+from dar_jax.common.checks import (
+    check_integers,
+    check_labels,
+    check_number,
+    check_range,
+    check_shape,
+)
 from dar_jax.common.image import as_image
 from dar_jax.common.typing import Any, Array
 from dar_jax.flow.times import check_num_steps
@@ -104,6 +112,8 @@ def check_steps(config: TokenizerConfig, num_steps: int, num_groups: int, start_
         ValueError: no such steps or groups, or none left to take.
     """
     check_num_steps(num_steps)
+    check_number("num_groups", num_groups, numbers.Integral)
+    check_number("start_step", start_step, numbers.Integral)
     stop_step = sampler.steps_of_groups(config, num_steps, num_groups)
     last = num_steps if stop_step == num_steps else stop_step - 1
     if not 0 <= start_step <= last:

@@ -48,6 +48,8 @@ def test_encode_refuses(tokenizer, images, message):
         (zeros(2, 7), {"num_groups": 2}, "indices hold 7 tokens, expected 8 to 16"),
         (zeros(2, 16), {"num_groups": 0}, "num_groups=0 must be in 1..4"),
         (zeros(2, 16), {"num_groups": 5}, "num_groups=5 must be in 1..4"),
+        (zeros(2, 16), {"num_groups": 1.5}, "num_groups=1.5 must be an integer"),
+        (zeros(2, 16), {"start_step": 0.5}, "start_step=0.5 must be an integer"),
         (zeros(2, 16), {"num_steps": 0}, "num_steps=0 must be in 1..10000"),
         (zeros(2, 16), {"start_step": 5}, "start_step=5 must be in 0..4"),
         (zeros(2, 16), {"start_step": -1}, "start_step=-1 must be in 0..4"),
