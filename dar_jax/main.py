@@ -44,9 +44,9 @@ Modes:
 Several processes: TPU pods and SLURM steps are found; elsewhere start each process with
 --coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1.
 
-SIGTERM saves and stops with --preempted_status (0); so do Ctrl-C (130) and SIGHUP (129), and the
-same command goes on. A second Ctrl-C ends at once. A mistake of the user's is one line and
-status 2.
+SIGTERM saves and stops, in training with --preempted_status (0), elsewhere with 143; so do Ctrl-C
+(130) and SIGHUP (129), and the same command goes on. A second Ctrl-C ends at once. A mistake of
+the user's is one line and status 2.
 
 Compiled programs are kept in ~/.cache/dar_jax; --config.compute.cache=DIR, or in the environment
 JAX_COMPILATION_CACHE_DIR=DIR or XDG_CACHE_HOME, moves them, --config.compute.cache=off, or

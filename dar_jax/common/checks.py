@@ -126,8 +126,10 @@ def check_seed(name: str, seed: int) -> None:
         raise ValueError(f"{name}={seed} must be in 0..{MAX_SEED}")
 
 
-def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:
-    """Return the microbatch if it is smaller than the batch.
+def check_microbatch(
+    microbatch: int | None, batch_size: int, num_candidates: int = 1
+) -> int | None:
+    """Return the microbatch if it is smaller than the batch, candidates of its images included.
 
     Raises:
         ValueError: it does not divide the batch.
@@ -137,4 +139,5 @@ def check_microbatch(microbatch: int | None, batch_size: int) -> int | None:
     check_number("microbatch", microbatch, numbers.Integral)
     if microbatch < 1 or batch_size % min(microbatch, batch_size):
         raise ValueError(f"microbatch={microbatch} must divide the batch of {batch_size} images")
-    return microbatch if microbatch < batch_size else None
+    is_whole = microbatch >= batch_size * num_candidates
+    return None if is_whole else min(microbatch, batch_size)

@@ -71,6 +71,11 @@ def interpolation(
         ValueError: a picture cannot be read, more than one label, fewer than two images, or a
             number of tokens is out of range.
     """
+    if config.images_per_class < 2:
+        raise ValueError(
+            f"config.sample.images_per_class={config.images_per_class} must be at least 2 with "
+            "prefix_image_to: both ends are included"
+        )
     _check_prefix_tokens(config.prefix_tokens, pipeline.prior.config.num_tokens)
     classes = drawn_of(pipeline.prior.config, pipeline.class_names, config)
     _check_one_class("images between two pictures", classes)

@@ -315,7 +315,7 @@ class DarPipeline(LikelihoodPipeline):
             key_mask=put(caption_mask),
             draft=self._draft(how, batch_size),
             known=put(check_known(known, mask, (batch_size, size, size))),
-            microbatch=check_microbatch(microbatch, batch_size),
+            microbatch=check_microbatch(microbatch, batch_size, how.search.num),
         )
         return stream if previews else map(last_of, (stream,))
 

@@ -197,7 +197,7 @@ class TransDiffPipeline(Pipeline):
             least = f"None, with search.method={method!r}" if method else "at least 1"
             raise ValueError(f"preview_every={preview_every} must be {least}")
         how.check(config)
-        microbatch = check_microbatch(microbatch, len(classes))
+        microbatch = check_microbatch(microbatch, len(classes), how.search.num)
         rngs = self.prior.put(image_keys(rng, len(classes), first_index))
         if method:
             kept = self._search(np.asarray(classes), rngs, how, microbatch=microbatch)

@@ -32,7 +32,7 @@ def load_reward(path: str) -> Callable[[Array, Array], Array]:
 def _load(path: str, digest: str) -> Callable[[Array, Array], Array]:
     try:
         function = runpy.run_path(path).get(NAME)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} fails: {_line(error)}") from error
     if not callable(function):
         raise ValueError(f"{path} has no function {NAME}(images, labels)")
@@ -41,19 +41,21 @@ def _load(path: str, digest: str) -> Callable[[Array, Array], Array]:
     def judge(images: Array, labels: Array) -> Array:
         try:
             rewards = jitted(images, labels)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{path} fails: {_line(error)}") from error
         if getattr(rewards, "shape", None) != images.shape[:1]:
             raise ValueError(
                 f"{path}: {NAME} returns {jax.tree.map(jnp.shape, rewards)} for images "
                 f"{images.shape}, and not one number for each: {images.shape[:1]}"
             )
+        if jnp.iscomplexobj(rewards):
+            raise ValueError(f"{path}: {NAME} returns {rewards.dtype}, and not real numbers")
         return rewards
 
     return judge
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """Say in a line what went wrong."""
     first, *_ = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {first}"

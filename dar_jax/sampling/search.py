@@ -121,6 +121,7 @@ def survivors(
         rewards = _least_if_nan(reward(item).reshape(len(rngs), search.num))
         if search.method == "smc":
             old = jnp.zeros_like(rewards) if before is None else before
+            old = jnp.where(jnp.isneginf(old), 0.0, old)  # has not been judged
             gain = (group * rewards - (group - 1) * old) / num_groups
             parents = _resample(rngs, _least_if_nan(gain / search.temperature), group)
             before = jnp.take_along_axis(rewards, parents, axis=1)
@@ -138,11 +139,12 @@ def _least_if_nan(rewards: Float[Array, "B n"]) -> Float[Array, "B n"]:
 
 @jax.jit
 def _resample(rngs: PRNGKeys, logits: Float[Array, "B n"], group: Array | int) -> Array:
-    """Draw n candidates of every image with replacement."""
+    """Draw n candidates of every image with replacement; all go on if none has been judged."""
 
     def draw(rng: Array, logits: Array) -> Array:
         rng = jax.random.fold_in(rng, RESAMPLING_STREAM + group)
-        return jax.random.categorical(rng, logits, shape=logits.shape)
+        drawn = jax.random.categorical(rng, logits, shape=logits.shape)
+        return jnp.where(jnp.any(logits > -jnp.inf), drawn, jnp.arange(len(logits)))
 
     return jax.vmap(draw)(rngs, logits)
 

@@ -5,6 +5,7 @@ There are no headers for other origins (CORS), and what comes from a page of ano
 
 import asyncio
 import contextlib
+import json
 import pathlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
@@ -113,11 +114,11 @@ async def get_model(request: Request) -> Response:
 async def generate(request: Request) -> Response:
     """Draw images of a class."""
     owner, service = _owner(request), _service(request)
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise ApiError(415, "expected Content-Type: application/json")
+    _check_media_type(request, "application/json")
     async with arriving(request, min(JSON_BYTES, service.config.max_body_bytes)) as bounded:
         try:
             fields = await bounded.json()
+            json.dumps(fields, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is no JSON: {str(error)[:100]}") from error
     return await _answer(request, owner, "image_generation", read(fields, service.offer))
@@ -128,8 +129,7 @@ async def edit(request: Request) -> Response:
     owner, service = _owner(request), _service(request)
     if not service.offer.edits:
         raise ApiError(400, f"{service.offer.model!r} makes images and edits none")
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(415, "expected Content-Type: multipart/form-data")
+    _check_media_type(request, "multipart/form-data")
     async with arriving(request, service.config.max_body_bytes) as bounded:
         form = await bounded.form(max_fields=MAX_FIELDS, max_files=MAX_FILES)
     try:
@@ -141,6 +141,12 @@ async def edit(request: Request) -> Response:
         await form.close()
     wanted = read(read_form(fields), service.offer, kept)
     return await _answer(request, owner, "image_edit", wanted)
+
+
+def _check_media_type(request: Request, expected: str) -> None:
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != expected:
+        raise ApiError(415, f"Content-Type: {given[:60]!r}, expected {expected}")
 
 
 def _split(form: FormData) -> tuple[dict[str, Any], tuple[UploadFile, UploadFile | None]]:

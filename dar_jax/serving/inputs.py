@@ -123,7 +123,7 @@ def read(fields: Any, offer: Offer, kept: Kept | None = None) -> Wanted:
     stream = fields.get("stream", False)
     if not isinstance(stream, bool):
         raise _wrong("stream", stream, "true or false")
-    if "partial_images" in fields and not stream:
+    if fields.get("partial_images", 0) != 0 and not stream:
         raise ApiError(400, "partial_images needs stream=true", param="partial_images")
     num_partial = _integer(fields, "partial_images", 0, len(offer.previews), default=0)
     count = _integer(fields, "n", 1, offer.max_images, default=1)

@@ -160,6 +160,8 @@ def test_spaces_and_the_case_of_t5_do_not_matter(directory, tmp_path):
     bert = open_encoder(str(directory), 8)
     t5 = open_encoder(str(tiny_text.save(tmp_path / "t5", tiny_text.T5)), 8)
     assert bert.clean(" a\tRed \n apple ") == "a Red apple"
+    with pytest.raises(ValueError, match=r"the text 'a\\ud800' cannot be read: surrogates"):
+        bert.tokens(["a\ud800"])
     assert t5.clean("a Red") == "a red"
 
 

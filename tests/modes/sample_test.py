@@ -322,7 +322,7 @@ MISTAKES = {
             **dict(prefix_image="test:0", prefix_image_to="test:1", prefix_tokens=(2,)),
             **dict(labels=(3,), images_per_class=1),
         ),
-        "num_images=1 must be at least 2",
+        "config.sample.images_per_class=1 must be at least 2",
     ),
     "interpolation of two labels": (
         dict(prefix_image="test:0", prefix_image_to="test:1", prefix_tokens=(2,)),

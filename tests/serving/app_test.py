@@ -177,10 +177,18 @@ def test_malformed_json_is_refused(client, body):
     assert "no JSON" in refused(response, 400)["message"]
 
 
+@pytest.mark.parametrize("body", [b'{"prompt": "\\ud800"}', b'{"prompt": 3, "\\ud800": 1}'])
+def test_half_of_a_surrogate_pair_is_no_text(client, body):
+    response = client.post(GENERATIONS, content=body, headers={"content-type": "application/json"})
+    assert "surrogates not allowed" in refused(response, 400)["message"]
+
+
 def test_other_content_is_refused(client):
     """A page of another origin may post text and forms, but no JSON."""
     refused(client.post(GENERATIONS, content=b"{}", headers={"content-type": "text/plain"}), 415)
     refused(client.post(EDITS, json={}), 415)
+    named = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client.post(GENERATIONS, content=b'{"prompt": "cat"}', headers=named).status_code == 200
     for origin in ("http://elsewhere.example", "null"):
         headers = {"origin": origin}
         refused(client.post(GENERATIONS, json={"prompt": "cat"}, headers=headers), 403)

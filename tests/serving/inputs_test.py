@@ -72,6 +72,7 @@ def test_a_class_is_a_name_or_a_number(prompt):
         ({"temperature": 3}, 400, "temperature=3: expected a number in 0..2"),
         ({"stream": 1}, 400, "stream=1: expected true or false"),
         ({"partial_images": 1}, 400, "partial_images needs stream=true"),
+        ({"partial_images": "0"}, 400, "partial_images needs stream=true"),
         ({"stream": True, "partial_images": 4}, 400, "partial_images=4: expected an integer in 0"),
         ({"response_format": "url"}, 400, 'response_format="url": expected b64_json'),
         ({"output_format": "svg"}, 400, 'output_format="svg": expected png or webp or jpeg'),

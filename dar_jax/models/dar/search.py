@@ -122,7 +122,7 @@ def token_reward(
     """Reward of tokens under the conditions [R, ...] of their rows, in nats; see `Search`."""
 
     def likelihood(indices: Array) -> Array:
-        null = jax.jit(lambda params: prior.bind(params).null_condition(len(condition)))(params)
+        null = _null_condition(prior, params, batch_size=len(condition))
         score = functools.partial(token_log_likelihood, prior, params, caption_mask=caption_mask)
         of = (score(each, indices=indices) for each in (condition, null))
         return jnp.subtract(*(tokens.sum(axis=1) for tokens in of))
@@ -132,3 +132,8 @@ def token_reward(
         return jnp.take_along_axis(posterior, condition[:, None], axis=1)[:, 0]
 
     return {"likelihood": likelihood, "classifier": classifier}[name]
+
+
+@functools.partial(jax.jit, static_argnames=("prior", "batch_size"))
+def _null_condition(prior: FunctionalModel[Llama], params: Params, *, batch_size: int) -> Array:
+    return prior.bind(params).null_condition(batch_size)

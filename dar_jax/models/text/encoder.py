@@ -117,6 +117,10 @@ class TextEncoder:
 
     def clean(self, text: str) -> str:
         """Return the text with single spaces, in lower case for T5 as the reference has it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {text[:60]!a} cannot be read: {error.reason}") from error
         text = " ".join(text.split())
         return text.lower() if self.lower_case else text
 

@@ -15,7 +15,7 @@ from dar_jax.models.dar import draws
 from dar_jax.models.dar import search as dar_search
 from dar_jax.models.dar.llama import LlamaConfig
 from dar_jax.models.dar.options import DarSampling
-from dar_jax.models.dar.tokenizer import TokenizerConfig
+from dar_jax.models.dar.tokenizer import Tokenizer, TokenizerConfig
 from dar_jax.pipelines.dar import DarPipeline, PriorPipeline, TokenizerPipeline
 from dar_jax.sampling import autoregressive, search
 from dar_jax.sampling.rewards import load_reward
@@ -67,6 +67,14 @@ def test_monte_carlo_draws_by_the_exponential_of_the_reward():
     (kept,), sent = run("smc", [[[1, 2], [4, 3]], [[5, 5], [7, 7]]], temperature=1e-3)
     np.testing.assert_array_equal(sent[0], [[1, 1], [0, 0]])
     assert kept == [5, 7]
+
+
+@pytest.mark.parametrize("least", [np.nan, -np.inf])
+def test_monte_carlo_goes_on_where_nothing_could_be_judged(least):
+    rewards = [[[least] * 3], [[0, 0, 5]]]
+    kept, sent = run("smc", rewards, num=3, temperature=1e-3)
+    np.testing.assert_array_equal(sent[0], [[0, 1, 2]])
+    assert kept == [[5]]
 
 
 def test_take_gathers_all_rows_of_a_candidate():
@@ -172,6 +180,7 @@ def test_mistake_in_the_options_is_one_line(options, message):
         (dict(reward="nowhere.py"), "'nowhere.py' is neither likelihood, classifier nor a file"),
         (dict(reward="{wrong}"), "has no function reward(images, labels)"),
         (dict(reward="{broken}"), "fails: ZeroDivisionError: division by zero"),
+        (dict(reward="{leaving}"), "fails: SystemExit: 0"),
         (dict(temperature=0.0), "temperature=0 draws equal candidates"),
         (dict(caption_mask=np.ones((2, 1))), "caption_mask is for models of captions"),
     ],
@@ -179,7 +188,8 @@ def test_mistake_in_the_options_is_one_line(options, message):
 def test_mistake_is_found_before_anything_is_drawn(dar, tmp_path, options, message):
     (tmp_path / "wrong.py").write_text("x = 1\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    files = {name: str(tmp_path / f"{name}.py") for name in ("wrong", "broken")}
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
+    files = {name: str(tmp_path / f"{name}.py") for name in ("wrong", "broken", "leaving")}
     reward = options.pop("reward", "classifier").format(**files)
     with pytest.raises(ValueError, match=re.escape(message)):
         dar.stream(LABELS, rng=jax.random.key(0), search=Search("groups", 2, reward), **options)
@@ -196,3 +206,28 @@ def test_few_steps_are_searched_by_their_previews(dar, tmp_path, num_steps):
     path.write_text(BRIGHT)
     how = Search("groups", 2, str(path))
     assert dar.generate(LABELS, rng=0, num_steps=num_steps, search=how).indices.shape == (2, 16)
+
+
+def test_reward_is_a_real_number(dar, tmp_path):
+    path = tmp_path / "complex.py"
+    path.write_text("def reward(images, labels):\n    return images.mean((1, 2, 3)) + 1j\n")
+    with pytest.raises(ValueError, match="returns complex64, and not real numbers"):
+        dar.generate(LABELS, rng=0, search=Search("end", 2, str(path)))
+
+
+def test_microbatch_bounds_the_candidates_that_are_decoded_at_a_time(dar, tmp_path, monkeypatch):
+    path, rows, velocity = tmp_path / "bright.py", [], Tokenizer.velocity
+
+    def recording(self, x, *arguments, **options):
+        rows.append(len(x))
+        return velocity(self, x, *arguments, **options)
+
+    path.write_text(BRIGHT)
+    how = Search("end", 3, str(path))
+    expected = dar.generate(LABELS, rng=0, search=how)
+    monkeypatch.setattr(Tokenizer, "velocity", recording)
+    jax.clear_caches()
+    found = dar.generate(LABELS, rng=0, search=how, microbatch=2)
+    assert set(rows) == {2}
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_allclose(found.images, expected.images, atol=ROUNDING)
