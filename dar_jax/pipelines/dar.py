@@ -127,8 +127,8 @@ class TokenizerPipeline(Autoencoder[Tokenizer]):
         In float32, whatever decoding is in. A model without a codebook gives codes.
 
         Raises:
-            ValueError: another shape or type, numbers that are not finite, or a batch that does not
-                divide over the mesh.
+            ValueError: another shape or type, numbers that are not finite (of NumPy; those of JAX
+                are not waited for), or a batch that does not divide over the mesh.
         """
         check_shape("images", images, ("B", "H", "W", 3))
         images = as_image("images", images)

@@ -86,6 +86,8 @@ class LikelihoodPipeline(Pipeline, abc.ABC):
     def _indices_of(self, images_or_indices: Array | np.ndarray) -> Int[Array, "B N"]:
         """Encode images; check codes."""
         if np.ndim(images_or_indices) == 4:
+            shape = ("B", self.image_size, self.image_size, 3)
+            check_shape("images_or_indices", images_or_indices, shape)
             return self.autoencoder.encode(images_or_indices)
         indices = as_indices(images_or_indices, self.prior.config.vocab_size)
         check_shape("images_or_indices", indices, ("B", self.num_tokens))

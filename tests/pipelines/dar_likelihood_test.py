@@ -82,6 +82,7 @@ def test_held_out_digits_are_named():
         (np.zeros((2, 16), int), [3, 11], {}, "labels: 11 is out of range"),
         (np.zeros((2, 16), int), [3, 1], dict(microbatch=0), "microbatch=0 must divide"),
         (np.zeros((2, 16)), [3, 1], {}, "indices are float64, expected integers"),
+        (np.zeros((2, 16, 16, 3), np.uint8), [3, 1], {}, r"has shape \(2, 16, 16, 3\), expected"),
     ],
 )
 def test_mistakes_are_one_line(dar, codes, labels, options, message):
